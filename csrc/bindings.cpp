@@ -1,0 +1,60 @@
+// The native module: raw addresses in, nothing of torch. beft_ext/ops/ holds the operators'
+// schemas and checks; what arrives here has been checked there.
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/bias_grad_stats_cpu.h"
+#ifdef BEFT_WITH_CUDA
+#include <cuda_runtime.h>
+
+#include "cuda/bias_grad_stats_cuda.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void stats_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
+               int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets, float scale,
+               int threads, uintptr_t grad, uintptr_t sum, uintptr_t sum_sq) {
+  beft::GradView view{pointer<const void>(data), static_cast<beft::DType>(dtype),
+                      batch, tokens, width, stride_b, stride_t, stride_h,
+                      pointer<const int64_t>(offsets)};
+  py::gil_scoped_release release;
+  beft::bias_grad_stats_cpu(view, scale, threads, pointer<float>(grad), pointer<float>(sum),
+                            pointer<float>(sum_sq));
+}
+
+#ifdef BEFT_WITH_CUDA
+void stats_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
+                int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets,
+                float scale, uintptr_t workspace, uintptr_t grad, uintptr_t sum, uintptr_t sum_sq,
+                uintptr_t stream) {
+  cudaError_t status = beft_bias_grad_stats_cuda(
+      pointer<const void>(data), dtype, batch, tokens, width, stride_b, stride_t, stride_h,
+      pointer<const int64_t>(offsets), scale, pointer<float>(workspace), pointer<float>(grad),
+      pointer<float>(sum), pointer<float>(sum_sq), pointer<CUstream_st>(stream));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("bias_grad_stats on CUDA: ") + cudaGetErrorString(status));
+}
+#endif
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.def("bias_grad_stats_cpu", &stats_cpu);
+#ifdef BEFT_WITH_CUDA
+  m.attr("has_cuda") = true;
+  m.def("bias_grad_stats_cuda", &stats_cuda);
+  m.def("bias_grad_stats_workspace", &beft_bias_grad_stats_workspace);
+#else
+  m.attr("has_cuda") = false;
+#endif
+}
