@@ -154,18 +154,14 @@ void bias_grad_stats_cpu(const GradView& v, float scale, int threads, float* gra
   const int wide = static_cast<int>(std::min<int64_t>(threads, 1 + work / BYTES_PER_THREAD));
   parallel(strips, wide, [&](int64_t strip) {
     for (int64_t h = strip * STRIP; h < std::min(v.width, (strip + 1) * STRIP); ++h) {
-      Compensated total, total_sq;
+      Compensated total, squares;
       for (int64_t i = 0; i < count;) {
         Compensated example;
         const int64_t id = chunks[i].example;
         for (; i < count && chunks[i].example == id; ++i) example.add(partial[i * v.width + h]);
-        const float g = example.value();
-        total.add(g);
-        total_sq.add((scale * g) * (scale * g));
+        finish_example(example, scale, total, squares);
       }
-      grad[h] = total.value();
-      sum[h] += scale * grad[h];
-      sum_sq[h] += total_sq.value();
+      finish_column(total, squares, scale, grad[h], sum[h], sum_sq[h]);
     }
   });
 }

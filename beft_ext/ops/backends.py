@@ -1,0 +1,74 @@
+"""Which implementation of an operator is usable here, and which one runs."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from types import ModuleType
+
+NAMES = ("reference", "cpu", "triton", "cuda")
+_forced: str | None = os.environ.get("BEFT_BACKEND") or None
+
+
+class BackendError(RuntimeError):
+    """A backend was asked for that cannot run here."""
+
+
+def _load_native() -> tuple[ModuleType | None, str]:
+    try:
+        from beft_ext import _native
+    except ImportError as error:
+        return None, f"the native module is missing ({error}): reinstall with a C++17 compiler"
+    return _native, ""
+
+
+native, _why_no_native = _load_native()
+
+
+def backends() -> dict[str, str]:
+    """Name of each backend -> '' where it is usable here, else the reason why it is not."""
+    import torch
+
+    gpu = "" if torch.cuda.is_available() else "torch sees no CUDA GPU"
+    triton = gpu or (
+        "" if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
+    )
+    no_cuda = "the native module was built without nvcc: reinstall where the CUDA toolkit is"
+    cuda = _why_no_native or ("" if native and native.has_cuda else no_cuda) or gpu
+    return {"reference": "", "cpu": _why_no_native, "triton": triton, "cuda": cuda}
+
+
+def set_backend(name: str | None) -> None:
+    """Force one backend for every call (None: choose by device again).
+
+    Raises BackendError for an unknown name, or one that cannot run here.
+    The environment variable ``BEFT_BACKEND`` does the same at import.
+    """
+    global _forced
+    if name is not None:
+        require(name)
+    _forced = name
+
+
+def require(name: str) -> None:
+    """Raise BackendError, with the reason, unless backend ``name`` can run here."""
+    usable = backends()
+    if name not in usable:
+        raise BackendError(f"unknown backend '{name}': choose one of {', '.join(NAMES)}")
+    if usable[name]:
+        raise BackendError(f"backend '{name}' cannot run here: {usable[name]}")
+
+
+def choose(device_type: str) -> str:
+    """The backend for a tensor on ``device_type``: the forced one, else the fastest usable."""
+    if _forced is not None:
+        require(_forced)
+        return _forced
+    if device_type == "cpu":
+        return "cpu" if native is not None else "reference"
+    if device_type == "cuda":
+        if native is not None and native.has_cuda:
+            return "cuda"
+        if importlib.util.find_spec("triton"):
+            return "triton"
+    return "reference"

@@ -1,0 +1,192 @@
+"""Bias-gradient statistics in Triton: the same two stages as csrc/cuda/bias_grad_stats.cu.
+
+Per-example bias gradients g_i[h] = sum_t dY[i,t,h] in fp32, then grad = sum_i g_i, and in
+place sum += scale * grad, sum_sq += sum_i (scale * g_i)^2.
+
+Stage 1, grid (strips * B, chunks): a program reads one chunk of rows of one example over
+BLOCK_H columns and writes BLOCK_H sums and their errors. Stage 2, grid (strips,): a program
+reads those for BLOCK_H columns, examples in order, chunks in order, and writes the results.
+Deterministic: no atomics; row t goes to slot t mod BLOCK_T of a program, and the slots merge
+as a binary tree; chunks follow from (B, T, H) alone.
+Moves at least B*T*H*itemsize + 20*H bytes, plus 16*B*chunks*H for the partial sums.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_T = 32
+MAX_BLOCK_H = 128
+
+
+@triton.jit
+def _two_sum(total, error, x):
+    """Knuth's TwoSum: total + error grows by x, the rounding error kept in ``error``."""
+    new = total + x
+    taken = new - total
+    return new, error + ((total - (new - taken)) + (x - taken))
+
+
+@triton.jit
+def _value(total, error):
+    """total + error; after an overflow ``error`` is NaN while ``total`` says what happened."""
+    return tl.where(error == error, total + error, total)
+
+
+@triton.jit
+def _halves(x, HALF: tl.constexpr, BLOCK_H: tl.constexpr):
+    """The first and the second HALF rows of x, (2 * HALF, BLOCK_H)."""
+    return tl.split(tl.permute(tl.reshape(x, (2, HALF, BLOCK_H)), (1, 2, 0)))
+
+
+@triton.jit
+def _merge_rows(total, error, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """Merges (ROWS, BLOCK_H) compensated sums to (1, BLOCK_H) as a binary tree."""
+    if ROWS == 1:
+        return total, error
+    else:
+        HALF: tl.constexpr = ROWS // 2
+        total_a, total_b = _halves(total, HALF, BLOCK_H)
+        error_a, error_b = _halves(error, HALF, BLOCK_H)
+        merged, lost = _two_sum(total_a, error_a, total_b)
+        return _merge_rows(merged, lost + error_b, HALF, BLOCK_H)
+
+
+@triton.jit
+def partial_sums_kernel(
+    grad_output,  # (B, T, H) or (N, H), strided
+    example_offsets,  # (B + 1,) int64, or None
+    sums,  # (B, chunks, H) fp32, written
+    errors,  # (B, chunks, H) fp32, written
+    tokens,
+    width,
+    stride_b,
+    stride_t,
+    stride_h,
+    BLOCK_T: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    strips = tl.cdiv(width, BLOCK_H)
+    example = (tl.program_id(0) // strips).to(tl.int64)
+    strip = tl.program_id(0) % strips
+    chunk = tl.program_id(1)
+    chunks = tl.num_programs(1)
+    columns = strip * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = columns < width
+
+    if example_offsets is None:
+        base = grad_output + example * stride_b
+        first = example * 0
+        last = first + tokens
+    else:
+        base = grad_output
+        first = tl.load(example_offsets + example)
+        last = tl.load(example_offsets + example + 1)
+    length = (last - first + chunks - 1) // chunks
+    begin = tl.minimum(first + chunk * length, last)
+    end = tl.minimum(begin + length, last)
+
+    column_offsets = columns.to(tl.int64) * stride_h
+    total = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    error = tl.zeros((BLOCK_T, BLOCK_H), tl.float32)
+    for start in range(begin, end, BLOCK_T):
+        rows = start + tl.arange(0, BLOCK_T)
+        mask = (rows < end)[:, None] & inside[None, :]
+        at = base + rows[:, None] * stride_t + column_offsets[None, :]
+        total, error = _two_sum(total, error, tl.load(at, mask=mask, other=0.0).to(tl.float32))
+
+    total, error = _merge_rows(total, error, BLOCK_T, BLOCK_H)
+    out = (example * chunks + chunk) * width + columns
+    tl.store(sums + out, tl.reshape(total, (BLOCK_H,)), mask=inside)
+    tl.store(errors + out, tl.reshape(error, (BLOCK_H,)), mask=inside)
+
+
+@triton.jit
+def finish_columns_kernel(
+    sums,  # (B, chunks, H) fp32
+    errors,  # (B, chunks, H) fp32
+    grad,  # (H,) fp32, written
+    sum_out,  # (H,) fp32, added to
+    sum_sq_out,  # (H,) fp32, added to
+    scale,
+    batch,
+    chunks,
+    width,
+    BLOCK_H: tl.constexpr,
+):
+    columns = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = columns < width
+    sums += columns
+    errors += columns
+    grad_total = tl.zeros((BLOCK_H,), tl.float32)
+    grad_error = tl.zeros((BLOCK_H,), tl.float32)
+    squares = tl.zeros((BLOCK_H,), tl.float32)
+    squares_error = tl.zeros((BLOCK_H,), tl.float32)
+    for _ in range(0, batch):
+        total = tl.zeros((BLOCK_H,), tl.float32)
+        error = tl.zeros((BLOCK_H,), tl.float32)
+        for _ in range(0, chunks):
+            total, error = _two_sum(total, error, tl.load(sums, mask=inside, other=0.0))
+            error += tl.load(errors, mask=inside, other=0.0)
+            sums += width
+            errors += width
+        scaled = scale * _value(total, error)
+        squares, squares_error = _two_sum(squares, squares_error, scaled * scaled)
+        grad_total, grad_error = _two_sum(grad_total, grad_error, total)
+        grad_error += error
+
+    result = _value(grad_total, grad_error)
+    tl.store(grad + columns, result, mask=inside)
+    before = tl.load(sum_out + columns, mask=inside)
+    tl.store(sum_out + columns, before + scale * result, mask=inside)
+    before = tl.load(sum_sq_out + columns, mask=inside)
+    tl.store(sum_sq_out + columns, before + _value(squares, squares_error), mask=inside)
+
+
+def chunk_count(batch: int, tokens: int, width: int) -> int:
+    """Chunks of rows per example, from the shape alone; as in csrc/bias_grad_stats.h."""
+    blocks = batch * triton.cdiv(width, 128)
+    if blocks <= 0 or blocks >= 1024:
+        return 1
+    return max(1, min(triton.cdiv(1024, blocks), triton.cdiv(tokens, 64), 256))
+
+
+def bias_grad_stats_triton(
+    grad_output: torch.Tensor,
+    example_offsets: torch.Tensor | None,
+    scale: float,
+    grad: torch.Tensor,
+    sum: torch.Tensor,
+    sum_sq: torch.Tensor,
+) -> None:
+    """Writes ``grad`` and adds to ``sum`` and ``sum_sq``, in place.
+
+    grad_output: ``(B, T, H)``, or ``(N, H)`` with example_offsets ``(B + 1,)`` int64; fp32,
+    bf16 or fp16, any strides. grad, sum, sum_sq: ``(H,)`` fp32, contiguous.
+    """
+    width = grad_output.shape[-1]
+    if width == 0:
+        return
+    if example_offsets is None:
+        batch, tokens, _ = grad_output.shape
+        stride_b, stride_t, stride_h = grad_output.stride()
+    else:
+        batch, tokens = example_offsets.numel() - 1, grad_output.shape[0]
+        stride_b, (stride_t, stride_h) = 0, grad_output.stride()
+    chunks = chunk_count(batch, tokens, width)
+    block_h = min(MAX_BLOCK_H, max(16, triton.next_power_of_2(width)))
+    strips = triton.cdiv(width, block_h)
+    sums, errors = torch.empty(
+        (2, batch, chunks, width), dtype=torch.float32, device=grad_output.device
+    )
+    # Without fusion no product is contracted into TwoSum, so its errors are the exact ones.
+    if batch > 0:
+        partial_sums_kernel[(strips * batch, chunks)](
+            grad_output, example_offsets, sums, errors, tokens, width,
+            stride_b, stride_t, stride_h,
+            BLOCK_T=BLOCK_T, BLOCK_H=block_h, num_warps=8, enable_fp_fusion=False,
+        )  # fmt: skip
+    finish_columns_kernel[(strips,)](
+        sums, errors, grad, sum, sum_sq, scale, batch, chunks, width,
+        BLOCK_H=block_h, num_warps=4, enable_fp_fusion=False,
+    )  # fmt: skip

@@ -1,0 +1,222 @@
+// Per-example bias gradients g_i[h] = sum_t dY[i,t,h], then grad = sum_i g_i, and in place
+// sum += scale * grad, sum_sq += sum_i (scale * g_i)^2.
+//
+// Stage 1, grid (strips * B, chunks): a block reads one chunk of rows of one example over one
+// strip of columns and writes one row of `partial`. Stage 2, grid (ceil(H / 32)): a block reads
+// `partial` for 32 columns and writes grad, sum and sum_sq there.
+// Deterministic: no atomics; which thread adds which row, and the tree that merges threads,
+// follow from (B, T, H) alone. Vector and scalar loads add in the same order, bit for bit.
+// Moves at least B*T*H*itemsize + 20*H bytes, plus 16*B*chunks*H for `partial`.
+
+#include "../bias_grad_stats.h"
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstring>
+
+namespace {
+
+using beft::Compensated;
+
+constexpr int kLanes = 32;   // threads across columns, threadIdx.x
+constexpr int kGroups = 8;   // threads across rows (stage 1) or examples (stage 2), threadIdx.y
+constexpr int kUnroll = 4;   // rows in flight per thread
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+
+// kVec values from `from` as floats; one 16-byte load where kVec > 1.
+template <typename T, int kVec>
+__device__ __forceinline__ void load(const T* from, float (&to)[kVec]) {
+  if constexpr (kVec == 1) {
+    to[0] = to_float(*from);
+  } else {
+    static_assert(sizeof(T) * kVec == sizeof(uint4), "a vector load is 16 bytes");
+    const uint4 raw = __ldg(reinterpret_cast<const uint4*>(from));
+    T values[kVec];
+    memcpy(values, &raw, sizeof(raw));
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) to[v] = to_float(values[v]);
+  }
+}
+
+// Merges the kGroups threads of each column as a binary tree; the result is in threadIdx.y == 0.
+template <int kVec>
+__device__ __forceinline__ void merge_groups(Compensated (&mine)[kVec]) {
+  __shared__ float2 slots[kGroups / 2][kVec][kLanes];
+  const int lane = threadIdx.x, group = threadIdx.y;
+#pragma unroll
+  for (int half = kGroups / 2; half > 0; half /= 2) {
+    if (group >= half && group < 2 * half) {
+#pragma unroll
+      for (int v = 0; v < kVec; ++v)
+        slots[group - half][v][lane] = make_float2(mine[v].sum, mine[v].error);
+    }
+    __syncthreads();
+    if (group < half) {
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+        const float2 other = slots[group][v][lane];
+        mine[v].merge(Compensated{other.x, other.y});
+      }
+    }
+    __syncthreads();
+  }
+}
+
+template <typename T, int kVec>
+__global__ void __launch_bounds__(kLanes * kGroups)
+partial_sums(const T* __restrict__ grad_output,            // (B, T, H) or (N, H), strided
+             const int64_t* __restrict__ example_offsets,  // (B + 1,) or null
+             int64_t strips, int64_t tokens, int64_t width, int64_t stride_b, int64_t stride_t,
+             int64_t stride_h,
+             float2* __restrict__ partial) {               // (B, chunks, H) of {sum, error}
+  const int64_t example = blockIdx.x / strips;
+  const int64_t strip = blockIdx.x % strips;
+  const int64_t column = (strip * kLanes + threadIdx.x) * kVec;
+  const bool inside = column < width;
+
+  const bool packed = example_offsets != nullptr;
+  const int64_t first = packed ? example_offsets[example] : 0;
+  const int64_t last = packed ? example_offsets[example + 1] : tokens;
+  const beft::Rows rows = beft::chunk_rows(first, last, gridDim.y, blockIdx.y);
+
+  Compensated mine[kVec];
+  if (inside) {
+    const T* base = grad_output + (packed ? 0 : example * stride_b) + column * stride_h;
+    int64_t row = rows.begin + threadIdx.y;
+    for (; row + (kUnroll - 1) * kGroups < rows.end; row += kUnroll * kGroups) {
+      float x[kUnroll][kVec];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u)
+        load<T, kVec>(base + (row + u * kGroups) * stride_t, x[u]);
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) {
+        // Two 16-bit values add in fp32 almost always exactly: pairing them halves the
+        // instructions of TwoSum, which would otherwise rival the memory on an A100.
+#pragma unroll
+        for (int u = 0; u < kUnroll; u += 2) {
+          if constexpr (sizeof(T) == 2) {
+            mine[v].add(x[u][v] + x[u + 1][v]);
+          } else {
+            mine[v].add(x[u][v]);
+            mine[v].add(x[u + 1][v]);
+          }
+        }
+      }
+    }
+    for (; row < rows.end; row += kGroups) {
+      float x[kVec];
+      load<T, kVec>(base + row * stride_t, x);
+#pragma unroll
+      for (int v = 0; v < kVec; ++v) mine[v].add(x[v]);
+    }
+  }
+
+  merge_groups<kVec>(mine);
+  if (inside && threadIdx.y == 0) {
+    float2* out = partial + (example * gridDim.y + blockIdx.y) * width + column;
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) out[v] = make_float2(mine[v].sum, mine[v].error);
+  }
+}
+
+__global__ void __launch_bounds__(kLanes * kGroups)
+finish_columns(const float2* __restrict__ partial,  // (B, chunks, H) of {sum, error}
+               int64_t batch, int64_t chunks, int64_t width, float scale,
+               float* __restrict__ grad,            // (H,)
+               float* __restrict__ sum,             // (H,)
+               float* __restrict__ sum_sq) {        // (H,)
+  const int64_t column = int64_t{blockIdx.x} * kLanes + threadIdx.x;
+  Compensated totals[2];  // of g_i, and of (scale * g_i)^2
+  if (column < width) {
+    const beft::Rows examples = beft::chunk_rows(0, batch, kGroups, threadIdx.y);
+    for (int64_t i = examples.begin; i < examples.end; ++i) {
+      const float2* from = partial + i * chunks * width + column;
+      Compensated example;
+#pragma unroll 4
+      for (int64_t c = 0; c < chunks; ++c) {
+        const float2 part = from[c * width];
+        example.merge(Compensated{part.x, part.y});
+      }
+      beft::finish_example(example, scale, totals[0], totals[1]);
+    }
+  }
+  merge_groups<2>(totals);
+  if (column < width && threadIdx.y == 0)
+    beft::finish_column(totals[0], totals[1], scale, grad[column], sum[column], sum_sq[column]);
+}
+
+struct Shape {
+  int64_t batch, tokens, width, stride_b, stride_t, stride_h;
+};
+
+template <typename T, int kVec>
+void launch_partial_sums(const void* grad_output, const Shape& s, const int64_t* example_offsets,
+                         int64_t chunks, float* workspace, cudaStream_t stream) {
+  const int64_t strips = (s.width + kLanes * kVec - 1) / (kLanes * kVec);
+  const dim3 grid(static_cast<unsigned>(strips * s.batch), static_cast<unsigned>(chunks));
+  const dim3 block(kLanes, kGroups);
+  partial_sums<T, kVec><<<grid, block, 0, stream>>>(
+      static_cast<const T*>(grad_output), example_offsets, strips, s.tokens, s.width, s.stride_b,
+      s.stride_t, s.stride_h, reinterpret_cast<float2*>(workspace));
+}
+
+template <typename T>
+void partial_sums_of(const void* grad_output, const Shape& s, const int64_t* example_offsets,
+                     int64_t chunks, float* workspace, cudaStream_t stream) {
+  constexpr int kVec = 16 / sizeof(T);
+  const bool one_example = s.batch == 1 || example_offsets != nullptr;
+  const bool aligned = reinterpret_cast<uintptr_t>(grad_output) % 16 == 0 && s.stride_h == 1 &&
+                       s.width % kVec == 0 && (s.tokens <= 1 || s.stride_t % kVec == 0) &&
+                       (one_example || s.stride_b % kVec == 0);
+  auto launch = aligned ? launch_partial_sums<T, kVec> : launch_partial_sums<T, 1>;
+  launch(grad_output, s, example_offsets, chunks, workspace, stream);
+}
+
+}  // namespace
+
+// Floats of workspace that beft_bias_grad_stats_cuda needs, 8-byte aligned; contents don't matter.
+int64_t beft_bias_grad_stats_workspace(int64_t batch, int64_t tokens, int64_t width) {
+  return 2 * batch * beft::chunk_count(batch, tokens, width) * width;
+}
+
+// Packed input (example_offsets not null): batch is the number of examples, tokens is N,
+// stride_b is ignored. Strides count elements. Asynchronous on `stream`.
+cudaError_t beft_bias_grad_stats_cuda(
+    const void* grad_output,         // (B, T, H) or (N, H), strided
+    int dtype,                       // 0 fp32, 1 bf16, 2 fp16
+    int64_t batch, int64_t tokens, int64_t width, int64_t stride_b, int64_t stride_t,
+    int64_t stride_h,
+    const int64_t* example_offsets,  // (B + 1,) on the device, or null
+    float scale,
+    float* workspace,                // (beft_bias_grad_stats_workspace(B, T, H),)
+    float* grad,                     // (H,), written
+    float* sum,                      // (H,), added to
+    float* sum_sq,                   // (H,), added to
+    cudaStream_t stream) {
+  if (batch < 0 || tokens < 0 || width < 0 || dtype < 0 || dtype > 2) return cudaErrorInvalidValue;
+  if (width == 0) return cudaSuccess;
+  if ((width + kLanes - 1) / kLanes > INT32_MAX / (batch > 0 ? batch : 1))
+    return cudaErrorInvalidValue;  // more blocks than a grid holds
+
+  const int64_t chunks = beft::chunk_count(batch, tokens, width);
+  if (batch > 0) {
+    using Launch = void (*)(const void*, const Shape&, const int64_t*, int64_t, float*,
+                            cudaStream_t);
+    constexpr Launch by_dtype[] = {partial_sums_of<float>, partial_sums_of<__nv_bfloat16>,
+                                   partial_sums_of<__half>};
+    by_dtype[dtype](grad_output, {batch, tokens, width, stride_b, stride_t, stride_h},
+                    example_offsets, chunks, workspace, stream);
+    const cudaError_t status = cudaGetLastError();
+    if (status != cudaSuccess) return status;
+  }
+  const dim3 grid(static_cast<unsigned>((width + kLanes - 1) / kLanes));
+  const dim3 block(kLanes, kGroups);
+  finish_columns<<<grid, block, 0, stream>>>(reinterpret_cast<const float2*>(workspace), batch,
+                                             chunks, width, scale, grad, sum, sum_sq);
+  return cudaGetLastError();
+}
