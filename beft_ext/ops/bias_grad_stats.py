@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from beft_ext.ops import backends, reference
+from beft_ext.ops import dispatch, reference
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -91,7 +91,7 @@ def _check_offsets(offsets: Tensor, dy: Tensor) -> None:
 def _backend(grad_output: Tensor) -> str:
     if grad_output.dtype == torch.float64:
         return "reference"
-    return backends.choose(grad_output.device.type)
+    return dispatch.choose(grad_output.device.type)
 
 
 def _layout(dy: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
@@ -105,9 +105,9 @@ def _layout(dy: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
 def _cpu(
     dy: Tensor, offsets: Tensor | None, scale: float, grad: Tensor, total: Tensor, total_sq: Tensor
 ) -> None:
-    assert backends.native is not None
+    assert dispatch.native is not None
     pointers = [t.data_ptr() for t in (grad, total, total_sq)]
-    backends.native.bias_grad_stats_cpu(
+    dispatch.native.bias_grad_stats_cpu(
         dy.data_ptr(), *_layout(dy, offsets), scale, torch.get_num_threads(), *pointers
     )
 
@@ -115,14 +115,14 @@ def _cpu(
 def _cuda(
     dy: Tensor, offsets: Tensor | None, scale: float, grad: Tensor, total: Tensor, total_sq: Tensor
 ) -> None:
-    assert backends.native is not None
+    assert dispatch.native is not None
     layout = _layout(dy, offsets)
     with torch.cuda.device(dy.device):
-        floats = backends.native.bias_grad_stats_workspace(*layout[1:4])
+        floats = dispatch.native.bias_grad_stats_workspace(*layout[1:4])
         workspace = torch.empty(floats, dtype=torch.float32, device=dy.device)
         pointers = [t.data_ptr() for t in (workspace, grad, total, total_sq)]
         stream = torch.cuda.current_stream().cuda_stream
-        backends.native.bias_grad_stats_cuda(dy.data_ptr(), *layout, scale, *pointers, stream)
+        dispatch.native.bias_grad_stats_cuda(dy.data_ptr(), *layout, scale, *pointers, stream)
 
 
 def _triton(
