@@ -180,13 +180,14 @@ def bias_grad_stats_triton(
         (2, batch, chunks, width), dtype=torch.float32, device=grad_output.device
     )
     # Without fusion no product is contracted into TwoSum, so its errors are the exact ones.
-    if batch > 0:
-        partial_sums_kernel[(strips * batch, chunks)](
-            grad_output, example_offsets, sums, errors, tokens, width,
-            stride_b, stride_t, stride_h,
-            BLOCK_T=BLOCK_T, BLOCK_H=block_h, num_warps=8, enable_fp_fusion=False,
+    with torch.cuda.device_of(grad_output):
+        if batch > 0:
+            partial_sums_kernel[(strips * batch, chunks)](
+                grad_output, example_offsets, sums, errors, tokens, width,
+                stride_b, stride_t, stride_h,
+                BLOCK_T=BLOCK_T, BLOCK_H=block_h, num_warps=8, enable_fp_fusion=False,
+            )  # fmt: skip
+        finish_columns_kernel[(strips,)](
+            sums, errors, grad, sum, sum_sq, scale, batch, chunks, width,
+            BLOCK_H=block_h, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
-    finish_columns_kernel[(strips,)](
-        sums, errors, grad, sum, sum_sq, scale, batch, chunks, width,
-        BLOCK_H=block_h, num_warps=4, enable_fp_fusion=False,
-    )  # fmt: skip
