@@ -1,0 +1,99 @@
+"""What a bias is, and the map of all of a model's biases by layer and term."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+TERMS = (
+    "query",
+    "key",
+    "value",
+    "attention_output",
+    "mlp_up",
+    "mlp_down",
+    "attention_norm",
+    "mlp_norm",
+)
+
+
+class BiasError(ValueError):
+    """A model whose biases cannot be found, or that has none as asked."""
+
+
+@dataclass(frozen=True)
+class Bias:
+    """One vector: one term in one layer, ``parameter.view(groups, -1)[:, start:stop]``.
+
+    A whole parameter or a contiguous slice (GPT-2) has one group; per-head interleaved fused
+    projections (GPT-NeoX) have one group a head. ``shared``: used more than once a forward.
+    """
+
+    term: str
+    layer: int
+    module: str
+    parameter: str
+    start: int
+    stop: int
+    groups: int = 1
+    shared: bool = False
+
+    @property
+    def width(self) -> int:
+        """Number of elements, H."""
+        return self.groups * (self.stop - self.start)
+
+    @property
+    def name(self) -> str:
+        """``<layer>.<term>``, as in ``biases.safetensors``."""
+        return f"{self.layer}.{self.term}"
+
+    def view(self, parameter: Tensor) -> Tensor:
+        """The bias within ``parameter`` ``(P,)``: a view ``(groups, H / groups)``."""
+        return parameter.view(self.groups, -1)[:, self.start : self.stop]
+
+    def read(self, parameter: Tensor) -> Tensor:
+        """A contiguous copy ``(H,)`` of the bias within ``parameter`` ``(P,)``."""
+        return self.view(parameter.detach()).clone().reshape(-1)
+
+
+class BiasMap(Sequence[Bias]):
+    """Every bias of a model, ordered by layer and term."""
+
+    def __init__(self, biases: Iterable[Bias]) -> None:
+        self._biases = sorted(biases, key=lambda b: (b.layer, TERMS.index(b.term)))
+
+    def __iter__(self) -> Iterator[Bias]:
+        return iter(self._biases)
+
+    def __len__(self) -> int:
+        return len(self._biases)
+
+    def __getitem__(self, index):  # type: ignore[no-untyped-def]
+        return self._biases[index]
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """The terms that were found."""
+        present = {b.term for b in self._biases}
+        return tuple(t for t in TERMS if t in present)
+
+    @property
+    def layers(self) -> int:
+        """Number of layers with a bias, L."""
+        return len({b.layer for b in self._biases})
+
+    def __str__(self) -> str:
+        lines = [f"{'term':<18}{'layers':>7}{'width':>8}{'elements':>11}  first parameter"]
+        for term in self.terms:
+            own = [b for b in self._biases if b.term == term]
+            place = own[0].parameter
+            if own[0].groups > 1:
+                place += f" ({own[0].groups} groups, [{own[0].start}:{own[0].stop}] of each)"
+            elif own[0].start or any(b.start and b.parameter == place for b in self._biases):
+                place += f" [{own[0].start}:{own[0].stop}]"
+            total = sum(b.width for b in own)
+            lines.append(f"{term:<18}{len(own):>7}{own[0].width:>8}{total:>11}  {place}")
+        return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""Tiny random models of each family, made on the spot: no hub, no files."""
+
+import pytest
+import torch
+import transformers as hf
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+MLP = {"intermediate_size": 48}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
+DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 64}
+ROPE = {"max_position_embeddings": 64, "pad_token_id": 0}
+
+CONFIGS = {
+    "bert": lambda: hf.BertConfig(**SIZES, **MLP),
+    "roberta": lambda: hf.RobertaConfig(**SIZES, **MLP, max_position_embeddings=64),
+    "distilbert": lambda: hf.DistilBertConfig(**DISTIL),
+    "electra": lambda: hf.ElectraConfig(**SIZES, **MLP, embedding_size=16),
+    "albert": lambda: hf.AlbertConfig(**SIZES, **MLP, embedding_size=16),
+    "deberta-v2": lambda: hf.DebertaV2Config(**SIZES, **MLP),
+    "opt": lambda: hf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, **ROPE),
+    "gpt2": lambda: hf.GPT2Config(**GPT2, pad_token_id=0),
+    "gpt-neox": lambda: hf.GPTNeoXConfig(**SIZES, **MLP, **ROPE),
+    "qwen2": lambda: hf.Qwen2Config(**SIZES, **MLP, **ROPE, num_key_value_heads=2),
+}
+
+
+def tiny(name: str, seed: int = 0) -> torch.nn.Module:
+    """A two-class sequence classifier in eval mode whose biases are all non-zero."""
+    torch.manual_seed(seed)
+    model = hf.AutoModelForSequenceClassification.from_config(CONFIGS[name]()).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def batch(rows: int = 4, tokens: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 64, (rows, tokens), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, tokens // 2 :] = 0
+    ids[0, tokens // 2 :] = 0
+    labels = torch.randint(0, 2, (rows,), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.fixture(params=CONFIGS)
+def family(request):
+    return request.param
