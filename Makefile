@@ -1,0 +1,39 @@
+# The verbs of this project. PYTHON and VENV may be set; nothing outside the tree is changed.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?= torch==2.13.0
+
+.PHONY: help demo test lint bench gpu clean
+help:
+	@echo "make demo | test | lint | bench | gpu | clean"
+
+$(VENV)/.installed: pyproject.toml setup.py csrc/bindings.cpp $(wildcard csrc/*.h csrc/*/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q -e ".[dev,demo]"
+	touch $@
+
+demo: $(VENV)/.installed
+	$(BIN)/beft-ext demo
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest tests
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/*
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_statistics.py
+
+# On a machine with a GPU, with the torch that is there: builds, tests, writes the receipt.
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest tests
+	$(PYTHON) benchmarks/bench_statistics.py --device cuda
+
+clean:
+	rm -rf $(VENV) build *.egg-info beft_ext/*.so out
