@@ -70,7 +70,7 @@ setup(
             sources=["csrc/bindings.cpp", "csrc/cpu/bias_grad_stats.cpp"],
             depends=["csrc/bias_grad_stats.h", "csrc/cpu/bias_grad_stats_cpu.h", *CUDA_SOURCES],
             include_dirs=["csrc"],
-            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-pthread"],
+            extra_compile_args=["-O3", "-std=c++17", "-fvisibility=hidden", "-ffp-contract=off", "-pthread"],
             extra_link_args=["-pthread"],
             language="c++",
             optional=True,

@@ -146,19 +146,27 @@ def select(
             )
         candidates = [b for b in found if b.term in terms]
     schedule = _schedule(loader, epochs, steps)
-    with _Unchanged(model), torch.random.fork_rng(devices=_devices(model)):
+    with Unchanged(model), torch.random.fork_rng(devices=_devices(model)):
         torch.manual_seed(seed)
         first = next(iter(loader), None)
         if first is None:
             raise SelectionError("the loader is empty: select needs at least one batch")
         dead = _dead_terms(model, candidates, first)
         with Tap(model, candidates) as tap:
-            run = _Run(model, tap, lr, warmup, weight_decay, clip, schedule)
+            run = Run(
+                model,
+                tap,
+                steps=schedule,
+                lr=lr,
+                warmup=warmup,
+                weight_decay=weight_decay,
+                clip=clip,
+            )
             losses = run.train(loader, progress)
             return _judge(run, method, dead, losses)
 
 
-class _Unchanged:
+class Unchanged:
     """Gives the model back as it was, whatever happens in between."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -183,18 +191,19 @@ class _Unchanged:
             module.training = mode
 
 
-class _Run:
+class Run:
     """The training run: AdamW over the tapped leaves and the task head."""
 
     def __init__(
         self,
         model: nn.Module,
         tap: Tap,
-        lr: float,
-        warmup: float,
-        weight_decay: float,
-        clip: float,
+        *,
         steps: int,
+        lr: float = 1e-3,
+        warmup: float = 0.06,
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
     ) -> None:
         self.model, self.tap, self.clip, self.steps = model, tap, clip, steps
         self.pairs = tap.leaves()
@@ -271,7 +280,7 @@ class _Run:
         return max(terms, key=lambda t: sum(terms[t]) / len(terms[t]), default="none")
 
 
-def _judge(run: _Run, method: str, dead: list[str], losses: list[float]) -> Selection:
+def _judge(run: Run, method: str, dead: list[str], losses: list[float]) -> Selection:
     statistics = run.tap.statistics()
     per_layer: dict[str, dict[str, list[float]]] = {m: {} for m in scores.METHODS}
     undefined: dict[str, str] = {}
