@@ -351,7 +351,7 @@ def _schedule(loader: Iterable[Any], epochs: int, steps: int | None) -> int:
     if steps is None:
         if not hasattr(loader, "__len__"):
             raise SelectionError("a loader without a length needs steps=...")
-        steps = epochs * len(loader)
+        steps = epochs * len(loader)  # type: ignore[arg-type]
     if steps < 1:
         raise SelectionError("nothing to train on: the loader is empty or epochs and steps are 0")
     return steps

@@ -24,8 +24,14 @@ T* pointer(uintptr_t address) {
 void stats_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
                int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets, float scale,
                int threads, uintptr_t grad, uintptr_t sum, uintptr_t sum_sq) {
-  beft::GradView view{pointer<const void>(data), static_cast<beft::DType>(dtype),
-                      batch, tokens, width, stride_b, stride_t, stride_h,
+  beft::GradView view{pointer<const void>(data),
+                      static_cast<beft::DType>(dtype),
+                      batch,
+                      tokens,
+                      width,
+                      stride_b,
+                      stride_t,
+                      stride_h,
                       pointer<const int64_t>(offsets)};
   py::gil_scoped_release release;
   beft::bias_grad_stats_cpu(view, scale, threads, pointer<float>(grad), pointer<float>(sum),

@@ -1,5 +1,7 @@
 """bias_grad_stats: every backend usable here against float64, on any shape, dtype and stride."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -36,7 +38,9 @@ def check(dy, offsets, bounds, scale, longest):
     slack = 1e-37
     assert (abs(grad.numpy() - want_grad) <= bound * size.sum(0) + slack).all()
     assert (abs(total.numpy() - want_sum) <= bound * abs(scale) * size.sum(0) + slack).all()
-    assert (abs(squares.numpy() - want_sq) <= 3 * bound * ((scale * size) ** 2).sum(0) + slack).all()
+    assert (
+        abs(squares.numpy() - want_sq) <= 3 * bound * ((scale * size) ** 2).sum(0) + slack
+    ).all()
 
 
 @pytest.mark.parametrize("backend", USABLE)
@@ -71,7 +75,7 @@ def test_packed(backend, lengths, margin, dtype):
     set_backend(backend)
     edges = np.cumsum([margin, *lengths])
     dy = torch.randn(int(edges[-1]) + margin, 33).to(dtype)
-    bounds = [(int(a), int(b)) for a, b in zip(edges[:-1], edges[1:], strict=True)]
+    bounds = [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
     check(dy, torch.tensor(edges), bounds, 1.5, max(lengths, default=0))
 
 
@@ -109,9 +113,7 @@ def test_every_half_converts_exactly():
 
 def test_opcheck():
     dy, buffers = torch.randn(2, 3, 5), (torch.zeros(5), torch.zeros(5))
-    torch.library.opcheck(
-        torch.ops.beft_ext.bias_grad_stats.default, (dy, None, 2.0, *buffers)
-    )
+    torch.library.opcheck(torch.ops.beft_ext.bias_grad_stats.default, (dy, None, 2.0, *buffers))
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_kernels_compile_without_spills(nvcc, tmp_path, architecture):
     entries = re.findall(r"Compiling entry function '(\w+)' for", report)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = [int(r) for r in re.findall(r"Used (\d+) registers", report)]
-    for row in zip(entries, registers, spills):
+    for row in zip(entries, registers, spills, strict=False):
         print(architecture, *row)
     # Two load widths for each of three dtypes, and the second stage.
     assert len(entries) == len(registers) == len(spills) == 7

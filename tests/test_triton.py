@@ -4,6 +4,7 @@ The interpreter needs TRITON_INTERPRET set before triton is imported, so it runs
 of its own, which writes inputs and outputs to files; the float64 oracle is here.
 """
 
+import itertools
 import json
 import os
 import subprocess
@@ -94,7 +95,7 @@ def test_interpreted_kernels_match_float64(interpreted, name):
     saved = np.load(interpreted / f"{name}.npz")
     x, (sum_before, squares_before), (run, again) = saved["x"], saved["start"], saved["runs"]
     width = x.shape[-1]
-    examples = [x[a:b] for a, b in zip(offsets, offsets[1:])] if offsets else list(x)
+    examples = [x[a:b] for a, b in itertools.pairwise(offsets)] if offsets else list(x)
     per_example = np.array([e.sum(axis=0) for e in examples]).reshape(len(examples), width)
     magnitude = np.array([np.abs(e).sum(axis=0) for e in examples]).reshape(len(examples), width)
 

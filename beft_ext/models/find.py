@@ -61,7 +61,9 @@ def _layers(
     model: nn.Module, endings: Mapping[str, tuple[str, ...]], fused: Mapping[str, bool]
 ) -> list[str]:
     """Paths of the layers: entries of the innermost module lists that hold an attention."""
-    wanted = [e for t in QKV for e in endings.get(t, ())] or [e for v in endings.values() for e in v]
+    wanted = [e for t in QKV for e in endings.get(t, ())] or [
+        e for v in endings.values() for e in v
+    ]
     wanted += fused
     layers: list[str] = []
     for name, module in model.named_modules():

@@ -1,6 +1,6 @@
 """The operators, registered with the PyTorch dispatcher under ``torch.ops.beft_ext``."""
 
-from beft_ext.ops.dispatch import BackendError, backends, set_backend
 from beft_ext.ops.bias_grad_stats import bias_grad_stats
+from beft_ext.ops.dispatch import BackendError, backends, set_backend
 
 __all__ = ["BackendError", "backends", "bias_grad_stats", "set_backend"]

@@ -45,7 +45,9 @@ def check_labels(examples: Examples, classes: int) -> None:
     """Raise DataError where a label has no output in a head of ``classes``."""
     largest = max(examples.labels)
     if largest >= classes:
-        raise DataError(f"label {largest} does not fit a head of {classes} classes (0..{classes - 1})")
+        raise DataError(
+            f"label {largest} does not fit a head of {classes} classes (0..{classes - 1})"
+        )
 
 
 @torch.no_grad()

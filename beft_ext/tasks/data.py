@@ -70,7 +70,9 @@ def load_task(name: str, split: str, folder: Path | None = None) -> Examples:
         rows = datasets.load_dataset(*task.hub, split=split)
     except Exception as error:  # the hub's client raises many unrelated types
         reason = str(error).splitlines()[0]
-        raise DataError(f"the hub's '{name}' could not be read ({reason}): give --data DIR") from error
+        raise DataError(
+            f"the hub's '{name}' could not be read ({reason}): give --data DIR"
+        ) from error
     return _examples(rows, task.columns, f"the hub's {name}")
 
 
@@ -93,7 +95,9 @@ def subset(examples: Examples, size: int | None, seed: int) -> Examples:
     if size is None:
         return examples
     if not 0 < size <= len(examples):
-        raise DataError(f"--train-size {size} is not between 1 and the {len(examples)} rows there are")
+        raise DataError(
+            f"--train-size {size} is not between 1 and the {len(examples)} rows there are"
+        )
     rows = random.Random(seed).sample(range(len(examples)), size)
     pairs = None if examples.pairs is None else [examples.pairs[i] for i in rows]
     return Examples([examples.texts[i] for i in rows], pairs, [examples.labels[i] for i in rows])

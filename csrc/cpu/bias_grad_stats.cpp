@@ -6,14 +6,14 @@
 // g_i and g_i^2 into the totals, always in the order of the rows.
 // The cut depends on the shape alone, so the result is the same for any number of threads.
 // Least traffic: batch * tokens * width elements read once.
-#include "cpu/bias_grad_stats_cpu.h"
+#include "bias_grad_stats.h"
 
 #include <algorithm>
 #include <cstring>
 #include <thread>
 #include <vector>
 
-#include "bias_grad_stats.h"
+#include "cpu/bias_grad_stats_cpu.h"
 
 // The widest vectors of the machine at hand are chosen when the library is loaded.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
@@ -26,8 +26,8 @@
 namespace beft {
 namespace {
 
-constexpr int64_t CHUNK = 128;             // rows of one example summed by one task
-constexpr int64_t STRIP = 1024;            // columns at a time: the accumulators stay in L1
+constexpr int64_t CHUNK = 128;                 // rows of one example summed by one task
+constexpr int64_t STRIP = 1024;                // columns at a time: the accumulators stay in L1
 constexpr int64_t BYTES_PER_THREAD = 1 << 19;  // less work than this does not pay for a thread
 
 struct Chunk {

