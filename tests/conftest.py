@@ -9,6 +9,7 @@ MLP = {"intermediate_size": 48}
 GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}
 DISTIL = {"dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 48, "vocab_size": 64}
 ROPE = {"max_position_embeddings": 64, "pad_token_id": 0}
+RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 
 CONFIGS = {
     "bert": lambda: hf.BertConfig(**SIZES, **MLP),
@@ -16,7 +17,7 @@ CONFIGS = {
     "distilbert": lambda: hf.DistilBertConfig(**DISTIL),
     "electra": lambda: hf.ElectraConfig(**SIZES, **MLP, embedding_size=16),
     "albert": lambda: hf.AlbertConfig(**SIZES, **MLP, embedding_size=16),
-    "deberta-v2": lambda: hf.DebertaV2Config(**SIZES, **MLP),
+    "deberta-v2": lambda: hf.DebertaV2Config(**SIZES, **MLP, **RELATIVE),
     "opt": lambda: hf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, **ROPE),
     "gpt2": lambda: hf.GPT2Config(**GPT2, pad_token_id=0),
     "gpt-neox": lambda: hf.GPTNeoXConfig(**SIZES, **MLP, **ROPE),

@@ -95,9 +95,7 @@ def subset(examples: Examples, size: int | None, seed: int) -> Examples:
     if size is None:
         return examples
     if not 0 < size <= len(examples):
-        raise DataError(
-            f"--train-size {size} is not between 1 and the {len(examples)} rows there are"
-        )
+        raise DataError(f"--train-size {size} must be 1 to {len(examples)}, the number of rows")
     rows = random.Random(seed).sample(range(len(examples)), size)
     pairs = None if examples.pairs is None else [examples.pairs[i] for i in rows]
     return Examples([examples.texts[i] for i in rows], pairs, [examples.labels[i] for i in rows])
