@@ -7,6 +7,7 @@ scores can be held against what training makes of them.
 from __future__ import annotations
 
 import importlib.util
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from beft_ext.tap import Tap
 from beft_ext.tasks import Batches, Columns, accuracy, read_file
 
 DATA = Path(__file__).parent / "tasks" / "sentiment"
-BATCH, EPOCHS, SEED = 16, 2, 0
+BATCH, EPOCHS, LR, SEED = 16, 4, 1e-2, 0
 
 
 class DemoError(RuntimeError):
@@ -59,7 +60,13 @@ def run(out: Path) -> Selection:
     print(f"MiniLM, {len(train)} sentences to train on, {len(held_out)} to validate\n")
     biases = find_biases(model)
     print(biases, "\n")
-    selection = select(model, Batches(train, tokenizer, BATCH, SEED), seed=SEED, progress=True)
+    selection = select(
+        model,
+        Batches(train, tokenizer, BATCH, SEED),
+        lr=LR,
+        seed=SEED,
+        progress=sys.stderr.isatty(),
+    )
     print(selection)
     selection.save(out)
     print(f"\nselection.json, biases.safetensors and heatmap.png are in {out}\n")
@@ -85,5 +92,5 @@ def train_alone(
         torch.manual_seed(SEED)
         with Tap(model, [b for b in biases if b.term == term]) as tap:
             steps = EPOCHS * len(loader)  # type: ignore[arg-type]
-            Run(model, tap, steps=steps).train(loader, progress=False)
+            Run(model, tap, steps=steps, lr=LR).train(loader, progress=False)
             return accuracy(model, validation)
