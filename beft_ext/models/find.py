@@ -109,7 +109,7 @@ def _unknown(model: nn.Module) -> str:
     found = [n for n, p in model.named_parameters() if n.endswith("bias") and p.ndim == 1]
     return (
         f"{type(model).__name__}: no layer with known query, key and value projections. "
-        f"Module lists: {', '.join(lists[:5]) or 'none'}; biases: {', '.join(found[:8]) or 'none'}. "
+        f"Module lists: {', '.join(lists[:5]) or 'none'}; biases: {', '.join(found[:8])}. "
         "Describe it by the endings of the module names within a layer: "
         "find_biases(model, names={'query': '...', 'key': '...', 'value': '...'})"
     )

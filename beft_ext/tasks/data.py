@@ -110,7 +110,7 @@ def _examples(rows: Iterable[dict[str, Any]], columns: Columns, where: str) -> E
         for column in wanted:
             if row.get(column) is None:
                 raise DataError(
-                    f"{where}, row {number}: no column '{column}'; it has {', '.join(map(str, row))}"
+                    f"{where}, row {number}: no column '{column}'; it has {', '.join(row)}"
                 )
         texts.append(str(row[columns.text]))
         pairs.append(str(row[columns.pair]) if columns.pair else "")
