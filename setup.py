@@ -11,13 +11,14 @@ BEFT_CUDA=0 skips the CUDA kernels; otherwise they are built where nvcc is found
 import os
 import shutil
 import subprocess
+from glob import glob
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 CUDA_TARGETS = ("80", "90")
-CUDA_SOURCES = ("csrc/cuda/bias_grad_stats.cu",)
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
 
 
 def cuda_flags() -> list[str]:
@@ -67,17 +68,19 @@ setup(
     ext_modules=[
         Extension(
             "beft_ext._native",
-            sources=["csrc/bindings.cpp", "csrc/cpu/bias_grad_stats.cpp"],
-            depends=["csrc/bias_grad_stats.h", "csrc/cpu/bias_grad_stats_cpu.h", *CUDA_SOURCES],
+            sources=["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
+            depends=[*glob("csrc/*.h"), *glob("csrc/*/*.h"), *CUDA_SOURCES],
             include_dirs=["csrc"],
             extra_compile_args=[
                 "-O3",
                 "-std=c++17",
                 "-fvisibility=hidden",
                 "-ffp-contract=off",
+                "-fno-math-errno",
                 "-pthread",
             ],
             extra_link_args=["-pthread"],
+            libraries=["dl"],
             language="c++",
             optional=True,
         )

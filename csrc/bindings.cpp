@@ -1,10 +1,12 @@
 // The native module: raw addresses in, nothing of torch. beft_ext/ops/ holds the operators'
 // schemas and checks; what arrives here has been checked there.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "cpu/bias_adamw_cpu.h"
 #include "cpu/bias_grad_stats_cpu.h"
 #ifdef BEFT_WITH_CUDA
 #include <cuda_runtime.h>
@@ -38,6 +40,36 @@ void stats_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t
                             pointer<float>(sum_sq));
 }
 
+// params, grads: addresses, 0 for no gradient; groups: six numbers each, as in AdamWGroup.
+// state: (rows, elements), its rows exp_avg, exp_avg_sq, initial and, where kept, master.
+double adamw_cpu(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads,
+                 const std::vector<int>& dtypes, const std::vector<int64_t>& group_of,
+                 const std::vector<double>& groups, uintptr_t blocks, int64_t block_count,
+                 uintptr_t state, int64_t elements, bool has_master, uintptr_t steps,
+                 uintptr_t scores, double max_norm, double inverse_scale, int threads) {
+  float* flat = pointer<float>(state);
+  beft::AdamWView view{{},
+                       {},
+                       pointer<const beft::AdamWBlock>(blocks),
+                       block_count,
+                       flat,
+                       flat + elements,
+                       flat + 2 * elements,
+                       has_master ? flat + 3 * elements : nullptr,
+                       pointer<float>(steps),
+                       pointer<float>(scores),
+                       max_norm,
+                       inverse_scale};
+  for (size_t i = 0; i < params.size(); ++i)
+    view.tensors.push_back({pointer<void>(params[i]), pointer<const void>(grads[i]),
+                            static_cast<beft::DType>(dtypes[i]), group_of[i]});
+  for (size_t i = 0; i + 6 <= groups.size(); i += 6)
+    view.groups.push_back(
+        {groups[i], groups[i + 1], groups[i + 2], groups[i + 3], groups[i + 4], groups[i + 5]});
+  py::gil_scoped_release release;
+  return beft::bias_adamw_cpu(view, threads);
+}
+
 #ifdef BEFT_WITH_CUDA
 void stats_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
                 int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets,
@@ -56,6 +88,7 @@ void stats_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_
 
 PYBIND11_MODULE(_native, m) {
   m.def("bias_grad_stats_cpu", &stats_cpu);
+  m.def("bias_adamw_cpu", &adamw_cpu);
 #ifdef BEFT_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("bias_grad_stats_cuda", &stats_cuda);

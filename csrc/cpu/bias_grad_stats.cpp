@@ -9,62 +9,22 @@
 #include "bias_grad_stats.h"
 
 #include <algorithm>
-#include <cstring>
-#include <thread>
+#include <memory>
 #include <vector>
 
 #include "cpu/bias_grad_stats_cpu.h"
-
-// The widest vectors of the machine at hand are chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define BEFT_CLONES __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
-#else
-#define BEFT_CLONES
-#endif
-#define BEFT_INLINE inline __attribute__((always_inline))
+#include "cpu/parallel.h"
 
 namespace beft {
 namespace {
 
 constexpr int64_t CHUNK = 128;                 // rows of one example summed by one task
-constexpr int64_t STRIP = 1024;                // columns at a time: the accumulators stay in L1
+constexpr int64_t STRIP = 4096;                // columns at a time: the accumulators stay in L1
 constexpr int64_t BYTES_PER_THREAD = 1 << 19;  // less work than this does not pay for a thread
 
 struct Chunk {
   int64_t example, first, last;  // rows [first, last) counted from the example's own start
   int64_t base;                  // element offset of the example's first row
-};
-
-struct F32 {
-  using Raw = float;
-  static BEFT_INLINE float load(Raw x) { return x; }
-};
-struct BF16 {
-  using Raw = uint16_t;
-  static BEFT_INLINE float load(Raw x) {
-    uint32_t bits = static_cast<uint32_t>(x) << 16;
-    float out;
-    std::memcpy(&out, &bits, sizeof(out));
-    return out;
-  }
-};
-struct F16 {
-  using Raw = uint16_t;
-  // Exact for every half, subnormals included: the exponent is rebased by a float multiply.
-  static BEFT_INLINE float load(Raw x) {
-    uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
-    uint32_t body = static_cast<uint32_t>(x & 0x7fffu) << 13;
-    uint32_t special = (x & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN
-    float scaled;
-    std::memcpy(&scaled, &body, sizeof(scaled));
-    scaled *= 5.192296858534828e+33f;  // 2^112
-    uint32_t bits;
-    std::memcpy(&bits, &scaled, sizeof(bits));
-    bits |= sign | special;
-    float out;
-    std::memcpy(&out, &bits, sizeof(out));
-    return out;
-  }
 };
 
 // One strip of one chunk: rows are `st` apart, columns `sh` apart (1 in the fast call).
@@ -121,27 +81,13 @@ std::vector<Chunk> cut(const GradView& v) {
   return chunks;
 }
 
-// Runs work(i) for i in [0, n), dealt in contiguous runs. Threads are made per call: cheap beside
-// the work that warrants them, and safe in a forked data loader, where a pool would hang.
-template <typename Work>
-void parallel(int64_t n, int threads, Work work) {
-  int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n));
-  auto run = [&](int64_t part) {
-    for (int64_t i = n * part / parts; i < n * (part + 1) / parts; ++i) work(i);
-  };
-  std::vector<std::thread> others;
-  for (int64_t part = 1; part < parts; ++part) others.emplace_back(run, part);
-  run(0);
-  for (auto& thread : others) thread.join();
-}
-
 }  // namespace
 
 void bias_grad_stats_cpu(const GradView& v, float scale, int threads, float* grad, float* sum,
                          float* sum_sq) {
   const std::vector<Chunk> chunks = cut(v);
   const int64_t count = static_cast<int64_t>(chunks.size());
-  std::vector<float> partial(count * v.width);
+  const std::unique_ptr<float[]> partial(new float[count * v.width]);
   auto sum_rows = v.dtype == DType::f32    ? sum_chunk_f32
                   : v.dtype == DType::bf16 ? sum_chunk_bf16
                                            : sum_chunk_f16;
@@ -149,11 +95,12 @@ void bias_grad_stats_cpu(const GradView& v, float scale, int threads, float* gra
   const int useful = static_cast<int>(std::min<int64_t>(threads, 1 + bytes / BYTES_PER_THREAD));
   parallel(count, useful, [&](int64_t i) { sum_rows(v, chunks[i], &partial[i * v.width]); });
 
-  const int64_t strips = (v.width + STRIP - 1) / STRIP;
+  constexpr int64_t COLUMNS = 128;
+  const int64_t strips = (v.width + COLUMNS - 1) / COLUMNS;
   const int64_t work = count * v.width * static_cast<int64_t>(sizeof(float));
   const int wide = static_cast<int>(std::min<int64_t>(threads, 1 + work / BYTES_PER_THREAD));
   parallel(strips, wide, [&](int64_t strip) {
-    for (int64_t h = strip * STRIP; h < std::min(v.width, (strip + 1) * STRIP); ++h) {
+    for (int64_t h = strip * COLUMNS; h < std::min(v.width, (strip + 1) * COLUMNS); ++h) {
       Compensated total, squares;
       for (int64_t i = 0; i < count;) {
         Compensated example;

@@ -2,9 +2,9 @@
 #pragma once
 #include <cstdint>
 
-namespace beft {
+#include "cpu/convert.h"
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+namespace beft {
 
 struct GradView {
   const void* data;  // (batch, tokens, width), or (rows, width) with offsets

@@ -1,0 +1,75 @@
+// Arithmetic of the AdamW step over biases, shared by the CPU and the GPU code. No torch.
+//
+// Decoupled weight decay as in Loshchilov & Hutter 2019 (arXiv 1711.05101), in the order of
+// operations of torch.optim.AdamW.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "bias_grad_stats.h"
+
+namespace beft {
+
+// One parameter group's settings; `sign` is -1 to maximise.
+struct AdamWGroup {
+  double lr, beta1, beta2, eps, weight_decay, sign;
+};
+
+// One run of consecutive elements of one tensor, the unit of work. Offsets count elements: from
+// the parameter's, the gradient's and the flat state's first. int64, so that a (blocks, 6)
+// table of int64 is an array of these.
+struct AdamWBlock {
+  int64_t tensor, segment, param_offset, grad_offset, flat_offset, length;
+};
+
+// What a tensor's elements share in one step.
+struct AdamWFactors {
+  float grad, decay, beta1_rest, beta2, beta2_rest, root, eps, step_size;
+};
+
+// step: number of this step, from 1. grad_factor: unscales and clips.
+BEFT_HD AdamWFactors adamw_factors(const AdamWGroup& group, double step, double grad_factor) {
+  AdamWFactors f;
+  f.grad = static_cast<float>(grad_factor * group.sign);
+  f.decay = static_cast<float>(1 - group.lr * group.weight_decay);
+  f.beta1_rest = static_cast<float>(1 - group.beta1);
+  f.beta2 = static_cast<float>(group.beta2);
+  f.beta2_rest = static_cast<float>(1 - group.beta2);
+  // In double: near step 1 the difference 1 - beta2 would lose half of a float's digits.
+  f.root = static_cast<float>(sqrt(1 - pow(group.beta2, step)));
+  f.eps = static_cast<float>(group.eps);
+  f.step_size = static_cast<float>(group.lr / (1 - pow(group.beta1, step)));
+  return f;
+}
+
+// One element: moves b, m and v. g is the raw gradient.
+BEFT_HD void adamw_element(float& b, float& m, float& v, float g, const AdamWFactors& f) {
+  g *= f.grad;
+  m += f.beta1_rest * (g - m);
+  v = f.beta2 * v + f.beta2_rest * g * g;
+  b = f.decay * b - f.step_size * (m / (sqrtf(v) / f.root + f.eps));
+}
+
+// Sums of one segment, with d = b - b0: every score follows without cancellation, as
+// <b, b0> = |b0|^2 + <d, b0> and |b|^2 = |b0|^2 + 2 <d, b0> + |d|^2.
+struct AdamWScores {
+  float change_abs = 0, change_dot_initial = 0, change_sq = 0, grad_sq = 0;
+
+  BEFT_HD void add(float b, float b0, float g) {
+    const float d = b - b0;
+    change_abs += d < 0 ? -d : d;
+    change_dot_initial += d * b0;
+    change_sq += d * d;
+    grad_sq += g * g;
+  }
+};
+
+// Factor that brings a gradient of norm `norm` to at most `max_norm` (torch's definition);
+// 1 where max_norm is 0: no clipping.
+BEFT_HD double clip_factor(double norm, double max_norm) {
+  const double factor = max_norm / (norm + 1e-6);
+  return max_norm <= 0 || factor > 1 ? 1.0 : factor;
+}
+
+}  // namespace beft
