@@ -77,6 +77,7 @@ setup(
                 "-fvisibility=hidden",
                 "-ffp-contract=off",
                 "-fno-math-errno",
+                "-fopenmp-simd",  # the pragma alone; threads come from cpu/parallel.h
                 "-pthread",
             ],
             extra_link_args=["-pthread"],

@@ -1,4 +1,4 @@
-"""What ours is held against, in plain PyTorch. Tests check these too, so that none is a strawman."""
+"""What ours is held against, in plain PyTorch. Tests check these too: none is a strawman."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ struct AdamWBlock {
 
 // What a tensor's elements share in one step.
 struct AdamWFactors {
-  float grad, decay, beta1_rest, beta2, beta2_rest, root, eps, step_size;
+  float grad, decay, beta1_rest, beta2, beta2_rest, inverse_root, eps, step_size;
 };
 
 // step: number of this step, from 1. grad_factor: unscales and clips.
@@ -37,7 +37,7 @@ BEFT_HD AdamWFactors adamw_factors(const AdamWGroup& group, double step, double 
   f.beta2 = static_cast<float>(group.beta2);
   f.beta2_rest = static_cast<float>(1 - group.beta2);
   // In double: near step 1 the difference 1 - beta2 would lose half of a float's digits.
-  f.root = static_cast<float>(sqrt(1 - pow(group.beta2, step)));
+  f.inverse_root = static_cast<float>(1 / sqrt(1 - pow(group.beta2, step)));
   f.eps = static_cast<float>(group.eps);
   f.step_size = static_cast<float>(group.lr / (1 - pow(group.beta1, step)));
   return f;
@@ -48,7 +48,7 @@ BEFT_HD void adamw_element(float& b, float& m, float& v, float g, const AdamWFac
   g *= f.grad;
   m += f.beta1_rest * (g - m);
   v = f.beta2 * v + f.beta2_rest * g * g;
-  b = f.decay * b - f.step_size * (m / (sqrtf(v) / f.root + f.eps));
+  b = f.decay * b - f.step_size * (m / (sqrtf(v) * f.inverse_root + f.eps));
 }
 
 // Sums of one segment, with d = b - b0: every score follows without cancellation, as

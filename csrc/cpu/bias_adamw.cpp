@@ -7,6 +7,7 @@
 #include "bias_adamw.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "cpu/bias_adamw_cpu.h"
 #include "cpu/parallel.h"
@@ -14,14 +15,7 @@
 namespace beft {
 namespace {
 
-constexpr int64_t LANES = 16;                     // partial sums of a block, folded at its end
 constexpr int64_t ELEMENTS_PER_THREAD = 1 << 15;  // fewer do not pay for a thread
-
-float fold(const float* lanes) {
-  float sum = 0;
-  for (int64_t k = 0; k < LANES; ++k) sum += lanes[k];
-  return sum;
-}
 
 struct Slices {
   float *master, *exp_avg, *exp_avg_sq;
@@ -31,56 +25,39 @@ struct Slices {
 template <typename T>
 BEFT_INLINE float block_norm(const void* grad, int64_t n, float factor) {
   const auto* g = static_cast<const typename T::Raw*>(grad);
-  float sums[LANES] = {};
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int64_t k = 0; k < LANES; ++k) {
-      const float x = T::load(g[i + k]) * factor;
-      sums[k] += x * x;
-    }
-  for (; i < n; ++i) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) {
     const float x = T::load(g[i]) * factor;
-    sums[i % LANES] += x * x;
+    sum += x * x;
   }
-  return fold(sums);
+  return sum;
 }
 
 template <typename T>
 BEFT_INLINE AdamWScores block_step(void* param, const void* grad, const Slices& s, int64_t n,
-                                   const AdamWFactors& f, float unscale) {
+                                   const AdamWFactors& factors, float unscale) {
   constexpr bool half = sizeof(typename T::Raw) == 2;
-  auto* __restrict__ p = static_cast<typename T::Raw*>(param);
-  const auto* __restrict__ g = static_cast<const typename T::Raw*>(grad);
-  float* __restrict__ m = s.exp_avg;
-  float* __restrict__ v = s.exp_avg_sq;
-  float* __restrict__ master = s.master;
-  const float* __restrict__ b0 = s.initial;
-  float change_abs[LANES] = {}, dot[LANES] = {}, change_sq[LANES] = {}, grad_sq[LANES] = {};
-  auto element = [&](int64_t i, int64_t k) __attribute__((always_inline)) {
+  const AdamWFactors f = factors;  // a copy: the stores below cannot alias it
+  auto* p = static_cast<typename T::Raw*>(param);
+  const auto* g = static_cast<const typename T::Raw*>(grad);
+  float *m = s.exp_avg, *v = s.exp_avg_sq, *master = s.master;
+  const float* b0 = s.initial;
+  float change_abs = 0, dot = 0, change_sq = 0, grad_sq = 0;
+#pragma omp simd reduction(+ : change_abs, dot, change_sq, grad_sq)
+  for (int64_t i = 0; i < n; ++i) {
     const float raw = T::load(g[i]);
     float b = half ? master[i] : T::load(p[i]);
-    float mi = m[i], vi = v[i];
-    adamw_element(b, mi, vi, raw, f);
-    m[i] = mi;
-    v[i] = vi;
+    adamw_element(b, m[i], v[i], raw, f);
     if (half) master[i] = b;
     p[i] = T::store(b);
     const float d = b - b0[i], x = raw * unscale;
-    change_abs[k] += d < 0 ? -d : d;
-    dot[k] += d * b0[i];
-    change_sq[k] += d * d;
-    grad_sq[k] += x * x;
-  };
-  int64_t i = 0;
-  for (; i + LANES <= n; i += LANES)
-    for (int64_t k = 0; k < LANES; ++k) element(i + k, k);
-  for (; i < n; ++i) element(i, i % LANES);
-  AdamWScores sums;
-  sums.change_abs = fold(change_abs);
-  sums.change_dot_initial = fold(dot);
-  sums.change_sq = fold(change_sq);
-  sums.grad_sq = fold(grad_sq);
-  return sums;
+    change_abs += std::fabs(d);
+    dot += d * b0[i];
+    change_sq += d * d;
+    grad_sq += x * x;
+  }
+  return {change_abs, dot, change_sq, grad_sq};
 }
 
 #define BEFT_KERNELS(NAME, T)                                                                    \

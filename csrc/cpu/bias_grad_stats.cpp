@@ -20,6 +20,7 @@ namespace {
 
 constexpr int64_t CHUNK = 128;                 // rows of one example summed by one task
 constexpr int64_t STRIP = 4096;                // columns at a time: the accumulators stay in L1
+constexpr int64_t COLUMNS = 128;               // finished together by one task of stage 2
 constexpr int64_t BYTES_PER_THREAD = 1 << 19;  // less work than this does not pay for a thread
 
 struct Chunk {
@@ -81,6 +82,32 @@ std::vector<Chunk> cut(const GradView& v) {
   return chunks;
 }
 
+struct Sums {
+  const float* partial;  // (count, width)
+  const Chunk* chunks;   // (count,)
+  int64_t count, width;
+  float scale;
+  float *grad, *sum, *sum_sq;  // (width,)
+};
+
+// Stage 2 of the columns [first, first + COLUMNS).
+BEFT_CLONES void finish_columns(const Sums& s, int64_t first) {
+  const int64_t cols = std::min(COLUMNS, s.width - first);
+  Compensated total[COLUMNS], squares[COLUMNS];
+  for (int64_t i = 0; i < s.count;) {
+    Compensated example[COLUMNS];
+    const int64_t id = s.chunks[i].example;
+    for (; i < s.count && s.chunks[i].example == id; ++i) {
+      const float* row = s.partial + i * s.width + first;
+      for (int64_t h = 0; h < cols; ++h) example[h].add(row[h]);
+    }
+    for (int64_t h = 0; h < cols; ++h) finish_example(example[h], s.scale, total[h], squares[h]);
+  }
+  for (int64_t h = 0; h < cols; ++h)
+    finish_column(total[h], squares[h], s.scale, s.grad[first + h], s.sum[first + h],
+                  s.sum_sq[first + h]);
+}
+
 }  // namespace
 
 void bias_grad_stats_cpu(const GradView& v, float scale, int threads, float* grad, float* sum,
@@ -95,22 +122,11 @@ void bias_grad_stats_cpu(const GradView& v, float scale, int threads, float* gra
   const int useful = static_cast<int>(std::min<int64_t>(threads, 1 + bytes / BYTES_PER_THREAD));
   parallel(count, useful, [&](int64_t i) { sum_rows(v, chunks[i], &partial[i * v.width]); });
 
-  constexpr int64_t COLUMNS = 128;
+  const Sums sums{partial.get(), chunks.data(), count, v.width, scale, grad, sum, sum_sq};
   const int64_t strips = (v.width + COLUMNS - 1) / COLUMNS;
   const int64_t work = count * v.width * static_cast<int64_t>(sizeof(float));
   const int wide = static_cast<int>(std::min<int64_t>(threads, 1 + work / BYTES_PER_THREAD));
-  parallel(strips, wide, [&](int64_t strip) {
-    for (int64_t h = strip * COLUMNS; h < std::min(v.width, (strip + 1) * COLUMNS); ++h) {
-      Compensated total, squares;
-      for (int64_t i = 0; i < count;) {
-        Compensated example;
-        const int64_t id = chunks[i].example;
-        for (; i < count && chunks[i].example == id; ++i) example.add(partial[i * v.width + h]);
-        finish_example(example, scale, total, squares);
-      }
-      finish_column(total, squares, scale, grad[h], sum[h], sum_sq[h]);
-    }
-  });
+  parallel(strips, wide, [&](int64_t strip) { finish_columns(sums, strip * COLUMNS); });
 }
 
 }  // namespace beft

@@ -3,9 +3,14 @@
 #include <cstdint>
 #include <cstring>
 
-// The widest vectors of the machine at hand are chosen when the library is loaded.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__)
-#define BEFT_CLONES __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+// The widest vectors of the machine at hand are chosen when the library is loaded, by feature:
+// GCC matches a name like arch=haswell against that maker's processors alone.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12
+#define BEFT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+#else
+#define BEFT_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
+#endif
 #else
 #define BEFT_CLONES
 #endif
