@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+PARTIAL = ".partial-"
+
 
 @contextmanager
 def whole_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; renamed to it on success, removed on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL, suffix=path.name)
     os.close(handle)
     temporary = Path(name)
     try:
@@ -22,6 +24,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         umask = os.umask(0)
         os.umask(umask)
         temporary.chmod(0o666 & ~umask)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: str | Path) -> None:
+    """Remove what a killed process left half-written in ``folder``."""
+    for leftover in Path(folder).glob(PARTIAL + "*"):
+        leftover.unlink(missing_ok=True)
+
+
+def require_writable(folder: str | Path) -> None:
+    """Raise OSError now, not after hours of work, where ``folder`` cannot be written to."""
+    probe = Path(folder) / ".writable"
+    with whole_file(probe):
+        pass
+    probe.unlink()

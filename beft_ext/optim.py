@@ -334,6 +334,13 @@ class _Flat:
             yield segment.name, BiasScore(float(beft[i]), magnitude, float(rows[i, 3]) ** 0.5)
 
 
+def linear_schedule(step: int, steps: int, warmup: float) -> float:
+    """Factor of the rate at ``step`` (from 0) of ``steps``: rises over the share ``warmup`` of
+    them, then falls linearly to zero behind the last."""
+    rising = max(1, round(warmup * steps))
+    return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
+
+
 def _segments(index: int, name: str, p: Tensor, biases: list[Bias] | None) -> list[_Segment]:
     if biases is None:
         return [_Segment(name, index, _runs(name, p))]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from beft_ext import scores
 from beft_ext.files import whole_file
 from beft_ext.models import Bias, BiasMap, find_biases
+from beft_ext.optim import BiasAdamW, linear_schedule
 from beft_ext.tap import Tap
 
 # In the probe a living term's gradient stands at least six digits above float64's rounding.
@@ -212,12 +213,11 @@ class Run:
         for parameter in head:
             parameter.grad = None
             parameter.requires_grad_(True)
-        self.trained = [leaf for _, leaf in self.pairs] + head
-        self.optimizer = torch.optim.AdamW(self.trained, lr=lr, weight_decay=weight_decay)
-        rising = max(1, round(warmup * steps))
+        named = [(bias.name, leaf) for bias, leaf in self.pairs]
+        named += [(f"head.{i}", p) for i, p in enumerate(head)]
+        self.optimizer = BiasAdamW(named, lr=lr, weight_decay=weight_decay, max_norm=clip)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer,
-            lambda i: min((i + 1) / rising, (steps - i) / max(1, steps - rising + 1)),
+            self.optimizer, lambda i: linear_schedule(i, steps, warmup)
         )
         self.initial = {b: leaf.detach().clone().flatten() for b, leaf in self.pairs}
         self.batch_sq = {b: 0.0 for b, _ in self.pairs}
@@ -243,7 +243,7 @@ class Run:
         return losses
 
     def _step(self, batch: Mapping[str, Tensor]) -> float:
-        device = self.trained[0].device
+        device = self.pairs[0][1].device
         inputs = {k: v.to(device) for k, v in batch.items()}
         size = len(next(iter(inputs.values())))
         self.tap.step(size, scale=float(size))
@@ -252,13 +252,15 @@ class Run:
         number = float(loss.detach())
         self._stop_unless(math.isfinite(number), "loss")
         loss.backward()
-        grads = [t for t in self.trained if t.grad is not None]
-        norm = torch.nn.utils.clip_grad_norm_(grads, self.clip)
-        self._stop_unless(bool(norm.isfinite()), "gradient")
+        self.optimizer.step()
+        norm = float(self.optimizer.grad_norm)
+        self._stop_unless(math.isfinite(norm), "gradient")
+        clipped = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
+        live = self.optimizer.scores()
         for bias, leaf in self.pairs:
             if leaf.grad is not None:
-                self.batch_sq[bias] += float(leaf.grad.double().square().mean())
-        self.optimizer.step()
+                grad_norm = live[bias.name].grad_norm * clipped
+                self.batch_sq[bias] += grad_norm**2 / bias.width
         self.schedule.step()
         self.examples += size
         self.done += 1
@@ -273,11 +275,18 @@ class Run:
 
     def _leading(self) -> str:
         terms: dict[str, list[float]] = {}
-        for bias, leaf in self.pairs:
-            score = scores.beft_score(self.initial[bias], leaf.detach().flatten())
-            if not math.isnan(score):
-                terms.setdefault(bias.term, []).append(score)
+        live = self.optimizer.scores()
+        for bias, _ in self.pairs:
+            if not math.isnan(live[bias.name].beft):
+                terms.setdefault(bias.term, []).append(live[bias.name].beft)
         return max(terms, key=lambda t: sum(terms[t]) / len(terms[t]), default="none")
+
+    def current(self) -> dict[Bias, Tensor]:
+        """Each bias ``(H,)`` as it stands, in fp32 where the model is half precision."""
+        state = self.optimizer.state
+        return {
+            b: state[leaf].get("master", leaf).detach().clone().flatten() for b, leaf in self.pairs
+        }
 
 
 def _judge(run: Run, method: str, dead: list[str], losses: list[float]) -> Selection:
@@ -285,7 +294,7 @@ def _judge(run: Run, method: str, dead: list[str], losses: list[float]) -> Selec
     per_layer: dict[str, dict[str, list[float]]] = {m: {} for m in scores.METHODS}
     undefined: dict[str, str] = {}
     obtuse: list[str] = []
-    current = {b: leaf.detach().clone().flatten() for b, leaf in run.pairs}
+    current = run.current()
     for bias in sorted(current, key=lambda b: b.layer):
         b0, b, (total, squares) = run.initial[bias], current[bias], statistics[bias]
         values = {

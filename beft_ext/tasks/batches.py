@@ -14,8 +14,8 @@ from beft_ext.tasks.data import DataError, Examples
 class Batches:
     """A loader of ``{input_ids, attention_mask, ..., labels}``; every pass draws a new order.
 
-    The orders follow from ``seed`` and the number of the pass alone; ``seed=None`` keeps the
-    order of the rows.
+    The orders follow from ``seed`` and the number of the pass alone (``set_epoch`` sets it);
+    ``seed=None`` keeps the order of the rows.
     """
 
     def __init__(
@@ -28,6 +28,10 @@ class Batches:
 
     def __len__(self) -> int:
         return -(-len(self._labels) // self._size)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next pass is number ``epoch``, as with torch's DistributedSampler."""
+        self._passes = epoch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         order = torch.arange(len(self._labels))
