@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-
-class UsageError(ValueError):
-    """Arguments that do not go together, or a model that cannot be had."""
+from beft_ext.files import require_writable
+from beft_ext.scores import METHODS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,8 +37,29 @@ def _parser() -> argparse.ArgumentParser:
     biases.add_argument("model", metavar="MODEL", help="hub id or folder")
     biases.set_defaults(run=_biases)
     select = verbs.add_parser("select", help="find out which bias term to train")
-    _add_select(select)
+    _add_data(select)
+    _add_run(select, epochs=1)
+    select.add_argument("--terms", metavar="T,T", help="candidates (default: all)")
+    select.add_argument("--method", choices=METHODS, default="beft")
+    select.add_argument("--steps", type=int, help="length of the run, in place of --epochs")
     select.set_defaults(run=_select)
+    tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")
+    _add_data(tune)
+    _add_run(tune, epochs=10)
+    tune.add_argument("--terms", default="auto", metavar="auto|all|T,T")
+    tune.add_argument("--resume", action="store_true", help="go on after a kill")
+    tune.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+    tune.set_defaults(run=_tune)
+    evaluate = verbs.add_parser("evaluate", help="measure a model, with an adapter or without")
+    _add_data(evaluate)
+    evaluate.add_argument("--adapter", type=Path, metavar="DIR")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="for evaluation.json")
+    evaluate.set_defaults(run=_evaluate)
+    merge = verbs.add_parser("merge", help="a plain model folder with the adapter inside")
+    merge.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
+    merge.add_argument("--adapter", required=True, type=Path, metavar="DIR")
+    merge.add_argument("--out", required=True, type=Path, metavar="DIR")
+    merge.set_defaults(run=_merge)
     doctor = verbs.add_parser("doctor", help="which backends are usable here, and why not")
     doctor.set_defaults(run=_doctor)
     demo = verbs.add_parser("demo", help="select on the shipped data, then try the answer")
@@ -48,11 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_select(parser: argparse.ArgumentParser) -> None:
-    from beft_ext.scores import METHODS
-
+def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--task", metavar="NAME", help="sst2 or rte")
     parser.add_argument("--data", type=Path, metavar="DIR", help="holds NAME/train.jsonl")
     parser.add_argument("--train-file", type=Path, metavar="F", help="csv, tsv, jsonl, parquet")
@@ -60,97 +77,75 @@ def _add_select(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-column", default="sentence")
     parser.add_argument("--text-pair-column")
     parser.add_argument("--label-column", default="label")
-    parser.add_argument("--train-size", type=int, metavar="N")
+    parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--method", choices=METHODS, default="beft")
-    parser.add_argument("--terms", metavar="T,T", help="candidates (default: all)")
+
+
+def _add_run(parser: argparse.ArgumentParser, epochs: int) -> None:
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--train-size", type=int, metavar="N")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--steps", type=int)
     parser.add_argument("--warmup", type=float, default=0.06)
     parser.add_argument("--clip", type=float, default=1.0)
-    parser.add_argument("--max-length", type=int, default=128)
 
 
-def _load(model: str, auto: str, **options: Any) -> Any:
-    """A transformers object, by the Auto class called ``auto``, with one-line errors."""
-    import transformers
+def _source(arguments: argparse.Namespace) -> Any:
+    from beft_ext.tasks import Columns
+    from beft_ext.workflow import Source
 
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise UsageError(f"{model}: the folder has no config.json")
-    try:
-        return getattr(transformers, auto).from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"model '{model}' cannot be loaded: {reason}") from error
+    a = arguments
+    columns = Columns(a.text_column, a.text_pair_column, a.label_column)
+    return Source(a.task, a.data, a.train_file, a.validation_file, columns)
 
 
 def _biases(arguments: argparse.Namespace) -> None:
     from beft_ext.models import find_biases
+    from beft_ext.workflow import pretrained
 
-    print(find_biases(_load(arguments.model, "AutoModel")))
+    print(find_biases(pretrained(arguments.model, "AutoModel")))
 
 
 def _select(arguments: argparse.Namespace) -> None:
-    import torch
+    from beft_ext import workflow
 
-    from beft_ext.selection import select
-    from beft_ext.tasks import Batches
-    from beft_ext.tasks.batches import check_labels
-    from beft_ext.tasks.data import subset
-
-    _writable(arguments.out)
-    if arguments.batch_size < 1 or arguments.max_length < 1:
-        raise UsageError("--batch-size and --max-length must be at least 1")
-    train = subset(_examples(arguments), arguments.train_size, arguments.seed)
-    torch.manual_seed(arguments.seed)  # the new head's weights
-    classes = max(2, max(train.labels) + 1)
-    model = _load(arguments.model, "AutoModelForSequenceClassification", num_labels=classes)
-    tokenizer = _load(arguments.model, "AutoTokenizer")
-    check_labels(train, model.config.num_labels)
-    if torch.cuda.is_available():
-        model.cuda()
-    loader = Batches(train, tokenizer, arguments.batch_size, arguments.seed, arguments.max_length)
-    selection = select(
-        model,
-        loader,
-        arguments.method,
-        terms=arguments.terms.split(",") if arguments.terms else None,
-        epochs=arguments.epochs,
-        steps=arguments.steps,
-        lr=arguments.lr,
-        warmup=arguments.warmup,
-        clip=arguments.clip,
-        seed=arguments.seed,
-        progress=sys.stderr.isatty(),
-    )
+    a = arguments
+    require_writable(a.out)
+    terms = a.terms.split(",") if a.terms else None
+    selection = workflow.run_select(_source(a), workflow.Settings.of(a), terms, a.method, a.steps)
     print(selection)
-    selection.save(arguments.out)
-    print(f"\ntrain '{selection.best}'; written to {arguments.out}")
+    selection.save(a.out)
+    print(f"\ntrain '{selection.best}'; written to {a.out}")
 
 
-def _examples(arguments: argparse.Namespace) -> Any:
-    from beft_ext.tasks.data import Columns, load_task, read_file
+def _tune(arguments: argparse.Namespace) -> None:
+    from beft_ext import workflow
 
-    if (arguments.task is None) == (arguments.train_file is None):
-        raise UsageError("give either --task NAME or --train-file F")
-    if arguments.task:
-        return load_task(arguments.task, "train", arguments.data)
-    columns = Columns(arguments.text_column, arguments.text_pair_column, arguments.label_column)
-    if arguments.validation_file:
-        read_file(arguments.validation_file, columns)  # selection needs it not, but check it now
-    return read_file(arguments.train_file, columns)
+    a = arguments
+    require_writable(a.out)
+    settings = workflow.Settings.of(a)
+    workflow.run_tune(_source(a), settings, a.terms, a.out, a.resume, a.save_every)
 
 
-def _writable(folder: Path) -> None:
-    """Fail before the run, not after it, where ``folder`` cannot be written to."""
-    from beft_ext.files import whole_file
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from beft_ext import workflow
 
-    probe = folder / ".writable"
-    with whole_file(probe):
-        pass
-    probe.unlink()
+    a = arguments
+    if a.out:
+        require_writable(a.out)
+    record = workflow.run_evaluate(_source(a), a.model, a.adapter, a.seed, a.max_length)
+    print(f"accuracy {record['accuracy']:.4f} ({record['right']} of {record['examples']})")
+    if a.out:
+        workflow.write_json(a.out / "evaluation.json", record)
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from beft_ext import workflow
+
+    require_writable(arguments.out)
+    workflow.run_merge(arguments.model, arguments.adapter, arguments.out)
+    print(f"a plain model is in {arguments.out}")
 
 
 def _doctor(_: argparse.Namespace) -> None:
@@ -163,7 +158,7 @@ def _doctor(_: argparse.Namespace) -> None:
 def _demo(arguments: argparse.Namespace) -> None:
     from beft_ext.demo import run
 
-    _writable(arguments.out)
+    require_writable(arguments.out)
     run(arguments.out)
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
+
+from beft_ext.files import whole_file
 
 
 class PlotError(RuntimeError):
@@ -13,15 +16,9 @@ class PlotError(RuntimeError):
 
 def heatmap(per_layer: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
     """Term x layer picture of one score; NaN cells stay grey. Raises PlotError."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PlotError("the heatmap needs matplotlib: pip install 'beft-ext[plots]'") from error
     layers = max(len(row) for row in per_layer.values())
     cells = [[*row, *[math.nan] * (layers - len(row))] for row in per_layer.values()]
-    figure = Figure(figsize=(2.5 + 0.5 * layers, 1.2 + 0.42 * len(cells)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(2.5 + 0.5 * layers, 1.2 + 0.42 * len(cells))
     axes = figure.add_subplot()
     axes.set_facecolor("0.85")
     image = axes.imshow(cells, aspect="auto", cmap="viridis")
@@ -31,3 +28,30 @@ def heatmap(per_layer: Mapping[str, Sequence[float]], title: str, path: Path) ->
     axes.set_title(title)
     figure.colorbar(image)
     figure.savefig(path, dpi=150, format="png")
+
+
+def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Path) -> None:
+    """Training loss and validation metric over epochs, from ``tune``'s history. A whole file."""
+    figure = _figure(6, 4)
+    axes = figure.add_subplot()
+    epochs = [record["epoch"] for record in history]
+    lines = axes.plot(epochs, [r["loss"] for r in history], color="C0", label="training loss")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("training loss")
+    other = axes.twinx()
+    lines += other.plot(epochs, [r[metric] for r in history], color="C1", label=metric)
+    other.set_ylabel(metric)
+    axes.legend(handles=lines)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PlotError("a plot needs matplotlib: pip install 'beft-ext[plots]'") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

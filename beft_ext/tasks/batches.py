@@ -26,6 +26,11 @@ class Batches:
         self._labels, self._tokenizer = torch.tensor(examples.labels), tokenizer
         self._size, self._seed, self._passes = size, seed, 0
 
+    @property
+    def labels(self) -> list[int]:
+        """Labels in the order of the rows."""
+        return self._labels.tolist()
+
     def __len__(self) -> int:
         return -(-len(self._labels) // self._size)
 
@@ -55,15 +60,19 @@ def check_labels(examples: Examples, classes: int) -> None:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: Batches) -> float:
-    """Share of examples whose largest logit is their label's; the mode is put back."""
-    mode, right, count = model.training, 0, 0
+def predictions(model: nn.Module, batches: Batches) -> list[int]:
+    """The class of the largest logit of each example; the model's mode is put back."""
+    mode, found = model.training, []
     model.eval()
     device = next(model.parameters()).device
     for batch in batches:
-        inputs = {k: v.to(device) for k, v in batch.items()}
-        labels = inputs.pop("labels")
-        right += int((model(**inputs).logits.argmax(-1) == labels).sum())
-        count += len(labels)
+        inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
+        found += model(**inputs).logits.argmax(-1).tolist()
     model.train(mode)
-    return right / count
+    return found
+
+
+def accuracy(model: nn.Module, batches: Batches) -> float:
+    """Share of examples that are predicted right; ``batches`` in the order of the rows."""
+    found, labels = predictions(model, batches), batches.labels
+    return sum(a == b for a, b in zip(found, labels, strict=True)) / len(labels)
