@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from beft_ext import scores
 from beft_ext.files import whole_file
-from beft_ext.models import Bias, BiasMap, find_biases
+from beft_ext.models import Bias, BiasMap, find_biases, head_parameters
 from beft_ext.optim import BiasAdamW, linear_schedule
 from beft_ext.tap import Tap
 
@@ -178,7 +178,7 @@ class Unchanged:
         self.required = [(p, p.requires_grad, p.grad) for p in model.parameters()]
         self.modes = [(m, m.training) for m in model.modules()]
         trained = [p for p in model.parameters() if p.ndim == 1]
-        trained += _head(model)
+        trained += head_parameters(model)
         self.values = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
 
     def __exit__(self, *_: object) -> None:
@@ -208,7 +208,7 @@ class Run:
     ) -> None:
         self.model, self.tap, self.clip, self.steps = model, tap, clip, steps
         self.pairs = tap.leaves()
-        head = _head(model)
+        head = head_parameters(model)
         model.requires_grad_(False)
         for parameter in head:
             parameter.grad = None
@@ -346,14 +346,6 @@ def _dead_terms(model: nn.Module, biases: list[Bias], batch: Mapping[str, Tensor
         largest[bias.term] = max(largest.get(bias.term, 0.0), size)
     threshold = DEAD * max(largest.values(), default=0.0)
     return [term for term, size in largest.items() if size <= threshold]
-
-
-def _head(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters outside the base model, the output embeddings left out."""
-    base = getattr(model, "base_model", model)
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
-    inside = {id(p) for m in (base, embeddings) if m is not None for p in m.parameters()}
-    return [p for p in model.parameters() if id(p) not in inside]
 
 
 def _schedule(loader: Iterable[Any], epochs: int, steps: int | None) -> int:

@@ -59,6 +59,19 @@ class Bias:
         return self.view(parameter.detach()).clone().reshape(-1)
 
 
+@dataclass(frozen=True)
+class Projection:
+    """Where a term's bias is or could be: one projection or norm (or its slice) of one layer.
+
+    ``bias`` names the parameter, ``<module>.bias`` where ``has_bias`` is false. ``linear``: a
+    bias may be added; a norm without one (RMSNorm) stays without.
+    """
+
+    bias: Bias
+    has_bias: bool
+    linear: bool
+
+
 class BiasMap(Sequence[Bias]):
     """Every bias of a model, ordered by layer and term."""
 

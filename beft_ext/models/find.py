@@ -1,4 +1,4 @@
-"""``find_biases``: from a model's structure to the map of its biases."""
+"""From a model's structure to its projections, and the map of its biases."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from beft_ext.models.bias_map import TERMS, Bias, BiasError, BiasMap
+from beft_ext.models.bias_map import TERMS, Bias, BiasError, BiasMap, Projection
 from beft_ext.models.registry import ENDINGS, FUSED
 
 QKV = ("query", "key", "value")
@@ -23,38 +23,66 @@ def find_biases(model: nn.Module, names: Mapping[str, str] | None = None) -> Bia
     Raises BiasError where no layer, no attention projection or no bias is found, with what was
     found and how to describe it.
     """
+    projections = find_projections(model, names)
+    biases = [p.bias for p in projections if p.has_bias]
+    if not biases:
+        raise BiasError(
+            f"{type(model).__name__} has no bias in any projection or norm of its "
+            f"{1 + max(p.bias.layer for p in projections)} layers (looked in "
+            f"'{projections[0].bias.module}' and on): prepare adds one"
+        )
+    return BiasMap(_mark_tied(biases))
+
+
+def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -> list[Projection]:
+    """Every projection and norm of the eight terms by layer, with or without a bias.
+
+    model, names: as in ``find_biases``. Raises BiasError where there is none.
+    """
     if names is not None and (wrong := [t for t in names if t not in TERMS]):
         raise BiasError(f"unknown term '{wrong[0]}' in names: use {', '.join(TERMS)}")
     endings = ENDINGS if names is None else {t: (n,) for t, n in names.items()}
     fused = FUSED if names is None else {}
     owner = {id(p): n for n, p in model.named_parameters()}
     layers = _layers(model, endings, fused)
-    if not layers:
-        raise BiasError(_unknown(model))
     config = getattr(model, "config", None)
     repeated = len(layers) < (getattr(config, "num_hidden_layers", None) or 0)
-    biases: list[Bias] = []
+    found: list[Projection] = []
     for index, prefix in enumerate(layers):
         for path, module in model.get_submodule(prefix).named_modules():
-            parameter = getattr(module, "bias", None)
-            if not isinstance(parameter, nn.Parameter) or parameter.ndim != 1:
+            ending, term = _match(path, fused), _term(path, endings)
+            width = output_width(module)
+            if width is None or (ending is None and term is None):
                 continue
+            parameter = getattr(module, "bias", None)
+            where = f"{prefix}.{path}"
             common: dict[str, Any] = {
                 "layer": index,
-                "module": f"{prefix}.{path}",
-                "parameter": owner[id(parameter)],
+                "module": where,
+                "parameter": f"{where}.bias" if parameter is None else owner[id(parameter)],
                 "shared": repeated,
             }
-            if (ending := _match(path, fused)) is not None:
-                biases += _split(parameter.numel(), fused[ending], config, common)
-            elif (term := _term(path, endings)) is not None:
-                biases.append(Bias(term=term, start=0, stop=parameter.numel(), **common))
-    if not biases:
-        raise BiasError(
-            f"{type(model).__name__} has no bias in any projection or norm of its "
-            f"{len(layers)} layers (looked in '{layers[0]}')"
-        )
-    return BiasMap(_mark_tied(biases))
+            if ending is not None:
+                biases = _split(width, fused[ending], config, common)
+            else:
+                biases = [Bias(term=str(term), start=0, stop=width, **common)]
+            linear = getattr(getattr(module, "weight", None), "ndim", 2) == 2
+            found += [Projection(b, parameter is not None, linear) for b in biases]
+    if not found:
+        raise BiasError(_unknown(model))
+    return found
+
+
+def output_width(module: nn.Module) -> int | None:
+    """H of a linear layer (GPT-2's Conv1D and quantised ones too) or norm that has a place for a
+    bias ``(H,)``, filled or not; None for any other module."""
+    bias, weight = getattr(module, "bias", None), getattr(module, "weight", None)
+    if isinstance(bias, nn.Parameter):
+        return bias.numel() if bias.ndim == 1 else None
+    if bias is not None or not isinstance(weight, Tensor):
+        return None
+    width = getattr(module, "out_features", None) or getattr(module, "nf", None)
+    return int(width or weight.shape[0]) if width or weight.ndim == 1 else None
 
 
 def _layers(
@@ -67,10 +95,16 @@ def _layers(
     wanted += fused
     layers: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList):
-            for i, child in enumerate(module):
-                if any(_ends(path, e) for path, _ in child.named_modules() for e in wanted):
-                    layers.append(f"{name}.{i}" if name else str(i))
+        if not isinstance(module, nn.ModuleList):
+            continue
+        holding = [
+            f"{name}.{i}" if name else str(i)
+            for i, child in enumerate(module)
+            if any(_ends(path, e) for path, _ in child.named_modules() for e in wanted)
+        ]
+        # T5 keeps the parts of one layer in a list: its attention is one entry, its MLP another.
+        parts = len(holding) < len(module) and any(name.startswith(f"{a}.") for a in layers)
+        layers += [] if parts else holding
     return [a for a in layers if not any(b != a and b.startswith(a + ".") for b in layers)]
 
 
