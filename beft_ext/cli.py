@@ -13,6 +13,7 @@ from beft_ext.scores import METHODS
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
+    _quiet()
     try:
         arguments.run(arguments)
     except KeyboardInterrupt:
@@ -24,6 +25,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"beft-ext: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _quiet() -> None:
+    """Our tables alone on the screen: no loading bars, no report of a head that is new."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
 
 
 def _ours(error: Exception) -> bool:

@@ -48,10 +48,6 @@ def load() -> tuple[nn.Module, Any]:
 
 def run(out: Path) -> Selection:
     """Select, save into ``out``, then train query, key and value alone; print all of it."""
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     model, tokenizer = load()
     train, held_out = (
         read_file(DATA / f"{split}.jsonl", Columns("sentence")) for split in ("train", "validation")

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PARTIAL = ".partial-"
 
@@ -29,6 +33,22 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a whole safetensors file. Raises OSError where the disk is full or read-only."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    # Clones: views of one buffer, as an optimizer's state are, safetensors refuses.
+    own = {name: t.detach().clone().contiguous() for name, t in tensors.items()}
+    with whole_file(path) as temporary:
+        try:
+            save_file(own, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written: {error}") from error
 
 
 def sweep(folder: str | Path) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext import scores
-from beft_ext.files import whole_file
+from beft_ext.files import save_tensors, whole_file
 from beft_ext.models import Bias, BiasMap, find_biases, head_parameters
 from beft_ext.optim import BiasAdamW, linear_schedule
-from beft_ext.tap import Tap
+from beft_ext.tap import Tap, require_untapped
 
 # In the probe a living term's gradient stands at least six digits above float64's rounding.
 DEAD = 1e-10
@@ -78,8 +78,6 @@ class Selection:
 
     def save(self, folder: str | Path) -> None:
         """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` into ``folder``."""
-        from safetensors.torch import save_file
-
         folder = Path(folder)
         tensors = {f"initial/{name}": t for name, t in self.initial.items()}
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
@@ -94,8 +92,7 @@ class Selection:
             "above_90_degrees": self.obtuse,
             "losses": self.losses,
         }
-        with whole_file(folder / "biases.safetensors") as temporary:
-            save_file(tensors, temporary)
+        save_tensors(folder / "biases.safetensors", tensors)
         self.plot(folder / "heatmap.png")
         with whole_file(folder / "selection.json") as temporary:
             text = json.dumps(_nulls(record), indent=2, allow_nan=False)
@@ -137,6 +134,7 @@ def select(
         raise SelectionError(
             f"unknown method '{method}': choose one of {', '.join(scores.METHODS)}"
         )
+    require_untapped(model)
     found = find_biases(model) if biases is None else biases
     candidates = list(found)
     if terms is not None:

@@ -94,6 +94,12 @@ def _by_example(grad_output: Tensor, step: _Step) -> Tensor:
     return grad_output.reshape(batch, rows // batch, width)
 
 
+def require_untapped(model: nn.Module) -> None:
+    """Raise TapError where ``model`` carries a tap."""
+    if getattr(model, "_beft_tap", None) is not None:
+        raise TapError("this model is tapped already: remove the first tap before another")
+
+
 class Tap(AbstractContextManager["Tap"]):
     """Listens at every bias of ``biases`` in ``model`` until removed (or as a context manager).
 
@@ -101,8 +107,7 @@ class Tap(AbstractContextManager["Tap"]):
     """
 
     def __init__(self, model: nn.Module, biases: BiasMap | Iterable[Bias]) -> None:
-        if getattr(model, "_beft_tap", None) is not None:
-            raise TapError("this model is tapped already: remove the first tap before another")
+        require_untapped(model)
         self._model, self._step = model, _Step()
         self._hooks: list[Any] = []
         self.sites: list[Site] = []

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beft_ext.files import sweep, whole_file
+from beft_ext.files import save_tensors, sweep, whole_file
 from beft_ext.optim import BiasAdamW, linear_schedule
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -176,8 +176,6 @@ class _Run:
         return {**recipe, "steps an epoch": self.per_epoch, "metric": self.metric, "shapes": shapes}
 
     def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
         state = self.state
         tensors = {f"param/{n}": p for n, p in self.parameters.items()}
         tensors |= {f"best/{n}": p for n, p in state.best.items()}
@@ -189,10 +187,7 @@ class _Run:
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
         record = {"step": state.step, "loss_sum": state.loss_sum, "history": state.history}
         metadata = {"run": json.dumps(self._identity()), "progress": json.dumps(record)}
-        with whole_file(path) as temporary:
-            # Clones: the optimizer's state are views of one buffer, which safetensors refuses.
-            whole = {k: v.detach().clone().contiguous() for k, v in tensors.items()}
-            save_file(whole, temporary, metadata)
+        save_tensors(path, tensors, metadata)
 
     def load(self, path: Path) -> None:
         from safetensors import SafetensorError, safe_open

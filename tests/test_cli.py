@@ -1,6 +1,8 @@
 """beft-ext: one-line errors with exit code 2, and a selection written whole."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -74,3 +76,24 @@ def test_the_shipped_sentences_are_many_and_apart():
     texts = [t.lower() for t in train.texts + held_out.texts]
     assert len(texts) >= 1000 and len(set(texts)) == len(texts)
     assert abs(sum(train.labels) / len(train) - 0.5) < 0.02
+
+
+def test_a_folder_that_cannot_be_written_to(minilm, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    args = ["--model", minilm, "--train-file", str(DATA / "train.jsonl")]
+    assert main(["select", *args, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_a_full_disk(minilm, tmp_path):
+    # A limit on the size of files fails as a full disk does: in the middle of a write.
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "from beft_ext.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    args = ["--train-file", str(DATA / "train.jsonl"), "--steps", "1", "--train-size", "16"]
+    command = [sys.executable, "-c", script, "select", "--model", minilm, *args]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())

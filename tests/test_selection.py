@@ -8,7 +8,7 @@ import torch
 from conftest import batch, tiny
 from safetensors.numpy import load_file
 
-from beft_ext import SelectionError, select
+from beft_ext import SelectionError, Tap, TapError, find_biases, select
 
 
 def loader(n=5):
@@ -118,3 +118,9 @@ def test_bad_arguments_are_named(options, message):
 def test_empty_loader():
     with pytest.raises(SelectionError, match="empty"):
         select(tiny("bert"), [], steps=3)
+
+
+def test_a_model_that_is_tapped_already():
+    model = tiny("bert")
+    with Tap(model, find_biases(model)), pytest.raises(TapError, match="already"):
+        select(model, loader())

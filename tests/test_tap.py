@@ -107,3 +107,12 @@ def test_compiled_whole_without_a_graph_break():
         torch.testing.assert_close(a, b)
     for bias in plain:
         torch.testing.assert_close(plain[bias][1], compiled[bias][1])
+
+
+def test_gradcheck():
+    model, inputs = tiny("bert").double(), batch(rows=2, tokens=5)
+    biases = [b for b in find_biases(model) if b.layer == 1 and b.term in ("value", "mlp_norm")]
+    with Tap(model, biases) as tap:
+        # The leaves are the biases' own memory, so gradcheck's perturbation moves the output.
+        leaves = [leaf for _, leaf in tap.leaves()]
+        assert torch.autograd.gradcheck(lambda *_: model(**inputs).logits, leaves, atol=1e-6)
