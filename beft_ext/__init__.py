@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from beft_ext.adapters import (
+        AdapterError,
+        load_adapter,
+        merge_adapter,
+        save_adapter,
+        set_adapter,
+        unmerge_adapter,
+    )
     from beft_ext.models import Bias, BiasError, BiasMap, find_biases
+    from beft_ext.preparation import Prepared, PrepareError, prepare, restore
     from beft_ext.selection import Selection, SelectionError, select
     from beft_ext.tap import Tap, TapError
 
@@ -21,18 +30,38 @@ _HOMES = {
     "select": "selection",
     "Tap": "tap",
     "TapError": "tap",
+    "AdapterError": "adapters",
+    "load_adapter": "adapters",
+    "merge_adapter": "adapters",
+    "save_adapter": "adapters",
+    "set_adapter": "adapters",
+    "unmerge_adapter": "adapters",
+    "PrepareError": "preparation",
+    "Prepared": "preparation",
+    "prepare": "preparation",
+    "restore": "preparation",
 }
 
 __all__ = [
+    "AdapterError",
     "Bias",
     "BiasError",
     "BiasMap",
+    "PrepareError",
+    "Prepared",
     "Selection",
     "SelectionError",
     "Tap",
     "TapError",
     "find_biases",
+    "load_adapter",
+    "merge_adapter",
+    "prepare",
+    "restore",
+    "save_adapter",
     "select",
+    "set_adapter",
+    "unmerge_adapter",
 ]
 
 

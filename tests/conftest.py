@@ -24,11 +24,27 @@ CONFIGS = {
     "qwen2": lambda: hf.Qwen2Config(**SIZES, **MLP, **ROPE, num_key_value_heads=2),
 }
 
+GQA = {"num_key_value_heads": 2, "pad_token_id": 0}
+GPT_NEO = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "window_size": 4}
+T5 = {"d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 64}
+
+# No bias in the value projection.
+BIAS_FREE = {
+    "llama": lambda: hf.LlamaConfig(**SIZES, **MLP, **GQA),
+    "mistral": lambda: hf.MistralConfig(**SIZES, **MLP, **GQA),
+    "gemma": lambda: hf.GemmaConfig(**SIZES, **MLP, **GQA, head_dim=8),
+    "gptj": lambda: hf.GPTJConfig(**GPT2, rotary_dim=4, pad_token_id=0),
+    "gpt-neo": lambda: hf.GPTNeoConfig(
+        hidden_size=32, num_heads=4, vocab_size=64, **GPT_NEO, pad_token_id=0
+    ),
+    "t5": lambda: hf.T5Config(**T5, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1),
+}
+
 
 def tiny(name: str, seed: int = 0) -> torch.nn.Module:
     """A two-class sequence classifier in eval mode whose biases are all non-zero."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForSequenceClassification.from_config(CONFIGS[name]()).eval()
+    model = hf.AutoModelForSequenceClassification.from_config((CONFIGS | BIAS_FREE)[name]()).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -48,4 +64,9 @@ def batch(rows: int = 4, tokens: int = 9, seed: int = 0) -> dict[str, torch.Tens
 
 @pytest.fixture(params=CONFIGS)
 def family(request):
+    return request.param
+
+
+@pytest.fixture(params=BIAS_FREE)
+def bias_free_family(request):
     return request.param

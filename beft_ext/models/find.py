@@ -66,8 +66,7 @@ def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -
                 biases = _split(width, fused[ending], config, common)
             else:
                 biases = [Bias(term=str(term), start=0, stop=width, **common)]
-            linear = getattr(getattr(module, "weight", None), "ndim", 2) == 2
-            found += [Projection(b, parameter is not None, linear) for b in biases]
+            found += [Projection(b, parameter is not None, is_linear(module)) for b in biases]
     if not found:
         raise BiasError(_unknown(model))
     return found
@@ -83,6 +82,11 @@ def output_width(module: nn.Module) -> int | None:
         return None
     width = getattr(module, "out_features", None) or getattr(module, "nf", None)
     return int(width or weight.shape[0]) if width or weight.ndim == 1 else None
+
+
+def is_linear(module: nn.Module) -> bool:
+    """False for a norm: its weight is a vector ``(H,)``."""
+    return getattr(getattr(module, "weight", None), "ndim", 2) == 2
 
 
 def _layers(

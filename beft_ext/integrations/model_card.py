@@ -1,0 +1,80 @@
+"""The adapter's README.md: what it changes, how to load it, why this term was chosen."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from beft_ext.selection import Selection
+
+
+def model_card(
+    model: nn.Module,
+    what: str,
+    reason: str | None,
+    selection: Selection | str | Path | None = None,
+) -> str:
+    """Markdown with the hub's metadata. what: the summary of what was trained; reason: why PEFT
+    cannot load it, or None; selection: the run's result or its ``selection.json``.
+
+    Raises ValueError where that file is not one that ``Selection.save`` wrote.
+    """
+    kind = type(model).__name__
+    base = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    head = ["library_name: peft", "tags:", "- beft", "- bias-tuning"]
+    if base:
+        head.insert(0, f"base_model: {json.dumps(base)}")
+    place = json.dumps(base or "path/to/base")
+    lines = ["---", *head, "---", "", f"# Bias adapter for {kind}", ""]
+    lines += ["Biases trained with beft_ext (BEFT, arXiv 2509.15974):", "", _code(what)]
+    lines += ["", "## Use", ""]
+    plain = (
+        f"from transformers import {kind}\nimport beft_ext\n\n"
+        f"model = {kind}.from_pretrained({place})\n"
+        'beft_ext.load_adapter(model, "path/to/this/folder")'
+    )
+    lines += [_code(plain, "python"), ""]
+    if reason is None:
+        peft = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "...")'
+        lines += ["or with PEFT 0.21 or later:", "", _code(peft, "python")]
+    else:
+        lines += [f"It does not load in PEFT: {reason}."]
+    if selection is not None:
+        if not isinstance(selection, Selection):
+            selection = read_selection(Path(selection))
+        lines += ["", "## Selection", "", f"Ranked by '{selection.method}':", ""]
+        lines += [_code(str(selection))]
+    return "\n".join(lines) + "\n"
+
+
+def read_selection(path: Path) -> Selection:
+    """A Selection's scores and ranking from ``selection.json`` or its folder, tensors left out."""
+    path = path / "selection.json" if path.is_dir() else path
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Selection(
+            method=record["method"],
+            scores={m: _numbers(v) for m, v in record["scores"].items()},
+            per_layer={},
+            ranking=record["ranking"],
+            undefined=record["undefined"],
+            dead=record["dead"],
+            obtuse=record["above_90_degrees"],
+            losses=[],
+            initial={},
+            current={},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a selection.json: {error}") from error
+
+
+def _numbers(values: dict[str, float | None]) -> dict[str, float]:
+    return {t: math.nan if v is None else v for t, v in values.items()}
+
+
+def _code(text: str, language: str = "") -> str:
+    return f"```{language}\n{text}\n```"

@@ -1,0 +1,124 @@
+"""Biases that a model's class does not have: adding them, and a place for them in a plain model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.models.bias_map import BiasError
+from beft_ext.models.find import output_width
+from beft_ext.models.registry import FOLDS
+
+
+def add_bias(module: nn.Module) -> nn.Parameter:
+    """Give a bias-free linear layer a bias of zeros ``(H,)`` on its weight's device, in the
+    weight's dtype, or torch's default where that is no float type (quantised weights)."""
+    width, weight = output_width(module), module.weight
+    assert width is not None and isinstance(weight, Tensor)
+    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
+    module.bias = nn.Parameter(torch.zeros(width, dtype=dtype, device=weight.device))
+    return module.bias
+
+
+@dataclass
+class Plain:
+    """What ``make_plain`` changed, for ``undo_plain``: flags of the config, biases by module,
+    values ``(H,)`` of the output biases that took in a value bias."""
+
+    flags: dict[str, Any] = field(default_factory=dict)
+    biases: dict[str, nn.Parameter | None] = field(default_factory=dict)
+    values: dict[str, Tensor] = field(default_factory=dict)
+
+
+def make_plain(model: nn.Module, added: Sequence[str]) -> Plain:
+    """Change the config, and what else must change, so that the model's own class has a bias in
+    each module of ``added``; the model computes the same.
+
+    Raises BiasError, nothing changed, where the class has no such place.
+    """
+    plain = Plain()
+    if not added or not hasattr(model, "config"):
+        return plain
+    flags, names = _flags(model, added)
+    for flag in flags:
+        plain.flags[flag] = getattr(model.config, flag)
+        setattr(model.config, flag, True)
+    for path, module in model.named_modules():
+        if f"{path}.bias" in names and output_width(module) and module.bias is None:
+            plain.biases[path] = None
+            add_bias(module).requires_grad_(module.weight.requires_grad)
+    for path in added:
+        if f"{path}.bias" not in names:
+            _fold(model, path, plain)
+    return plain
+
+
+def undo_plain(model: nn.Module, plain: Plain) -> None:
+    """Put back what ``make_plain`` changed, parameters as the objects that they were."""
+    for flag, value in plain.flags.items():
+        setattr(model.config, flag, value)
+    for path, parameter in plain.biases.items():
+        model.get_submodule(path).bias = parameter
+    with torch.no_grad():
+        for path, value in plain.values.items():
+            model.get_parameter(f"{path}.bias").copy_(value)
+
+
+def _flags(model: nn.Module, added: Sequence[str]) -> tuple[tuple[str, ...], set[str]]:
+    """The fewest flags with which the model's class has the added biases, and its parameters."""
+    known = [k for k, v in vars(model.config).items() if v is False and k.endswith("bias")]
+    for count in range(len(known) + 1):
+        for flags in combinations(known, count):
+            names = _names(model, flags)
+            left = [m for m in added if f"{m}.bias" not in names]
+            if _lacks_only_biases(model, names) and all(_output(model, m) for m in left):
+                return flags, names
+    raise BiasError(
+        f"{type(model).__name__} cannot be saved with a bias in '{added[0]}': its config has no "
+        "flag that gives this projection one; keep the adapter beside the model (save_adapter)"
+    )
+
+
+def _names(model: nn.Module, flags: Iterable[str]) -> set[str]:
+    """Parameters of a model of the same class with these flags set, built without memory."""
+    config = copy.deepcopy(model.config)
+    for flag in flags:
+        setattr(config, flag, True)
+    with torch.device("meta"):
+        fresh = type(model)(config)
+    return {n for n, _ in fresh.named_parameters(remove_duplicate=False)}
+
+
+def _lacks_only_biases(model: nn.Module, names: set[str]) -> bool:
+    """True where all that the model lacks of ``names`` are biases of its linear layers."""
+    modules = dict(model.named_modules())
+    own = {n for n, _ in model.named_parameters(remove_duplicate=False)}
+    lacking = (n.rpartition(".") for n in names - own)
+    return all(e == "bias" and getattr(modules.get(m), "bias", 0) is None for m, _, e in lacking)
+
+
+def _output(model: nn.Module, value: str) -> str | None:
+    """The output projection that can take in the bias of the value projection, if any."""
+    for ending, name in FOLDS.items():
+        if value.endswith("." + ending):
+            output = f"{value.rpartition('.')[0]}.{name}"
+            return output if model.get_submodule(output).bias is not None else None
+    return None
+
+
+def _fold(model: nn.Module, value: str, plain: Plain) -> None:
+    """``b_o + W_o b_v``: rows of the attention sum to one (DESIGN section 4)."""
+    path = _output(model, value)
+    assert path is not None
+    source, output = model.get_submodule(value), model.get_submodule(path)
+    plain.biases[value], plain.values[path] = source.bias, output.bias.detach().clone()
+    with torch.no_grad():
+        constant = output.weight.double() @ source.bias.double()
+        output.bias.copy_(output.bias.double() + constant)
+    source.bias = None
