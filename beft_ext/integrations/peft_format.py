@@ -141,7 +141,8 @@ def read(folder: Path, model: nn.Module) -> Contents:
             entries = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118
             kinds = {k: (e.get_dtype(), tuple(e.get_shape())) for k, e in entries.items()}
             _check_entries(model, config, kinds)
-            tensors = {k.removeprefix(PREFIX): file.get_tensor(k) for k in entries}
+            # Copies: the file is mapped, and may be overwritten while the adapter is in use.
+            tensors = {k.removeprefix(PREFIX): file.get_tensor(k).clone() for k in entries}
     except AdapterError:
         raise
     except Exception as error:  # safetensors' own, and what torch raises on a bad buffer
