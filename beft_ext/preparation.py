@@ -34,7 +34,8 @@ class Prepared:
 
     initial: each bias's value ``(H,)`` before training, by ``Bias.name``; zero for added ones.
     added: names of the parameters that were added. head: names of the head's parameters,
-    head_initial their values before training.
+    head_initial their values before training. hooks: on fused parameters; a deep copy of the
+    model has none.
     """
 
     model_type: str
