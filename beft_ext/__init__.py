@@ -16,9 +16,11 @@ if TYPE_CHECKING:
         unmerge_adapter,
     )
     from beft_ext.models import Bias, BiasError, BiasMap, find_biases
+    from beft_ext.optim import BiasAdamW, BiasScore, OptimizerError
     from beft_ext.preparation import Prepared, PrepareError, prepare, restore
     from beft_ext.selection import Selection, SelectionError, select
     from beft_ext.tap import Tap, TapError
+    from beft_ext.tuning import Recipe, TuningError, tune
 
 _HOMES = {
     "Bias": "models",
@@ -36,23 +38,34 @@ _HOMES = {
     "save_adapter": "adapters",
     "set_adapter": "adapters",
     "unmerge_adapter": "adapters",
+    "BiasAdamW": "optim",
+    "BiasScore": "optim",
+    "OptimizerError": "optim",
     "PrepareError": "preparation",
     "Prepared": "preparation",
     "prepare": "preparation",
     "restore": "preparation",
+    "Recipe": "tuning",
+    "TuningError": "tuning",
+    "tune": "tuning",
 }
 
 __all__ = [
     "AdapterError",
     "Bias",
+    "BiasAdamW",
     "BiasError",
     "BiasMap",
+    "BiasScore",
+    "OptimizerError",
     "PrepareError",
     "Prepared",
+    "Recipe",
     "Selection",
     "SelectionError",
     "Tap",
     "TapError",
+    "TuningError",
     "find_biases",
     "load_adapter",
     "merge_adapter",
@@ -61,6 +74,7 @@ __all__ = [
     "save_adapter",
     "select",
     "set_adapter",
+    "tune",
     "unmerge_adapter",
 ]
 

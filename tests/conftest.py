@@ -70,3 +70,27 @@ def family(request):
 @pytest.fixture(params=BIAS_FREE)
 def bias_free_family(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory):
+    """A tiny encoder with a tokenizer of letters, saved as transformers saves a model."""
+    import tokenizers
+
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *letters, *(f"##{c}" for c in letters)]
+    pieces = tokenizers.BertWordPieceTokenizer({t: i for i, t in enumerate(tokens)})
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    special |= {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=pieces._tokenizer, **special).save_pretrained(
+        folder
+    )
+    torch.manual_seed(0)
+    model = hf.BertModel(hf.BertConfig(**SIZES, **MLP, max_position_embeddings=160))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return str(folder)

@@ -43,6 +43,10 @@ __device__ __forceinline__ void load(const T* from, float (&to)[kVec]) {
   }
 }
 
+__device__ __forceinline__ int64_t within(int64_t row, int64_t rows) {
+  return row < 0 ? 0 : row > rows ? rows : row;
+}
+
 // Merges the kGroups threads of each column as a binary tree; the result is in threadIdx.y == 0.
 template <int kVec>
 __device__ __forceinline__ void merge_groups(Compensated (&mine)[kVec]) {
@@ -80,8 +84,9 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   const bool inside = column < width;
 
   const bool packed = example_offsets != nullptr;
-  const int64_t first = packed ? example_offsets[example] : 0;
-  const int64_t last = packed ? example_offsets[example + 1] : tokens;
+  // The host does not wait to read the offsets, so wrong ones are clamped here, not refused.
+  const int64_t first = packed ? within(example_offsets[example], tokens) : 0;
+  const int64_t last = packed ? within(example_offsets[example + 1], tokens) : tokens;
   const beft::Rows rows = beft::chunk_rows(first, last, gridDim.y, blockIdx.y);
 
   Compensated mine[kVec];
