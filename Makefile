@@ -27,13 +27,19 @@ lint: $(VENV)/.installed
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/*
 
 bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/bench_optimizer.py
+	$(BIN)/python benchmarks/bench_training.py
 	$(BIN)/python benchmarks/bench_statistics.py
+	$(BIN)/python benchmarks/render.py
 
 # On a machine with a GPU, with the torch that is there: builds, tests, writes the receipt.
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest tests
+	$(PYTHON) benchmarks/bench_optimizer.py --device cuda
+	$(PYTHON) benchmarks/bench_training.py --device cuda
 	$(PYTHON) benchmarks/bench_statistics.py --device cuda
+	$(PYTHON) benchmarks/render.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info beft_ext/*.so out

@@ -1,0 +1,77 @@
+"""The README's tables from benchmarks/results/: run after a benchmark, checked by a test.
+
+``python benchmarks/render.py`` rewrites the part of README.md between its two marks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import ROOT, digest
+
+from beft_ext.files import whole_file
+
+BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+TITLES = {
+    "statistics": {
+        "operator": "The reduction alone (gradient, sums and squares per example)",
+        "step": "One forward and backward, all bias terms: what the statistics cost",
+    },
+    "optimizer": {"step": "One optimizer step over all biases"},
+    "training": {"step": "One training step of the value bias, optimizer included"},
+}
+
+
+def tables(root: Path = ROOT) -> str:
+    """All results as Markdown, devices and benchmarks in order of their names."""
+    parts: list[str] = []
+    for path in sorted(root.glob("benchmarks/results/*/*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        parts += _record(path, record)
+    return "\n".join(parts)
+
+
+def _record(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
+    stale = "" if record["kernel_digest"] == digest() else " **Stale: the kernels have changed.**"
+    for part, title in TITLES[path.stem].items():
+        yield f"\n**{title}** ({record['device']}, {record['threads']} threads, torch "
+        yield f"{record['torch']}; median and quartiles).{stale}\n"
+        peaks = any("peak_bytes" in s for cases in record[part].values() for s in cases.values())
+        yield "| | case | time | ratio to ours |" + (" peak memory |" if peaks else "")
+        yield "| --- | --- | --- | --- |" + (" --- |" if peaks else "")
+        for name, cases in record[part].items():
+            ours = next(s for c, s in cases.items() if c in ("ours", "tapped"))
+            for case, s in cases.items():
+                low, high = (_time(s[k]) for k in ("q1_s", "q3_s"))
+                ratio = s["median_s"] / ours["median_s"]
+                row = (
+                    f"| {name} | {case} | {_time(s['median_s'])} ({low} to {high}) | {ratio:.2f} |"
+                )
+                yield row + (f" {s['peak_bytes'] / 2**20:,.0f} MiB |" if peaks else "")
+
+
+def _time(seconds: float) -> str:
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds / 1e-6:.3g} µs"
+
+
+def rendered(readme: str, content: str) -> str:
+    """``readme`` with ``content`` between its marks."""
+    before, rest = readme.split(BEGIN)
+    return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    with whole_file(readme) as temporary:
+        text = rendered(readme.read_text(encoding="utf-8"), tables())
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
