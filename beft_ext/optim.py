@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models import Bias
-from beft_ext.ops.bias_adamw_step import bias_adamw_step
+from beft_ext.ops.bias_adamw_step import bias_adamw_step, workspace_size
 
 BLOCK = 1024  # elements that one block of the kernels takes
 HALF = (torch.bfloat16, torch.float16)
@@ -266,6 +266,8 @@ class _Flat:
         self.first_blocks = torch.tensor(first, dtype=torch.int64, device=self.device)
         self.scores = torch.zeros(len(self.segments), 4, device=self.device)
         sizes = [sum(run[3] for run in s.runs) for s in self.segments]
+        size = workspace_size(len(blocks), len(self.segments))
+        self.workspace = torch.zeros(size, device=self.device)
         self.owner = torch.repeat_interleave(torch.tensor(sizes))
         where = [
             torch.arange(starts[s.tensor] + at, starts[s.tensor] + at + n)
@@ -302,6 +304,7 @@ class _Flat:
             self.first_blocks,
             self.group_of,
             groups,
+            self.workspace,
             lr=None if rates is None else torch.stack([r.to(self.device) for r in rates]).float(),
             max_norm=max_norm,
             grad_scale=None if scale is None else scale.to(self.device),

@@ -11,6 +11,7 @@
 #ifdef BEFT_WITH_CUDA
 #include <cuda_runtime.h>
 
+#include "cuda/bias_adamw_cuda.h"
 #include "cuda/bias_grad_stats_cuda.h"
 #endif
 
@@ -82,6 +83,46 @@ void stats_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("bias_grad_stats on CUDA: ") + cudaGetErrorString(status));
 }
+
+// As adamw_cpu; addresses of the device. workspace: 4 * block_count + segments + 1 zeros before
+// the first call.
+void adamw_cuda(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads,
+                const std::vector<int>& dtypes, const std::vector<int>& group_of,
+                const std::vector<double>& groups, uintptr_t blocks, int block_count,
+                uintptr_t first_blocks, int segments, uintptr_t state, int64_t elements,
+                uintptr_t steps, uintptr_t scores, uintptr_t workspace, uintptr_t norm,
+                uintptr_t lr, double max_norm, uintptr_t grad_scale, uintptr_t found_inf,
+                uintptr_t stream) {
+  std::vector<beft_cuda::AdamWTensor> tensors;
+  for (size_t i = 0; i < params.size(); ++i)
+    tensors.push_back(
+        {pointer<void>(params[i]), pointer<const void>(grads[i]), dtypes[i], group_of[i]});
+  std::vector<beft::AdamWGroup> own;
+  for (size_t i = 0; i + 6 <= groups.size(); i += 6)
+    own.push_back(
+        {groups[i], groups[i + 1], groups[i + 2], groups[i + 3], groups[i + 4], groups[i + 5]});
+  const beft_cuda::AdamWTables tables{pointer<const beft::AdamWBlock>(blocks),
+                                      pointer<const int64_t>(first_blocks),
+                                      pointer<float>(state),
+                                      pointer<float>(steps),
+                                      pointer<float4>(scores),
+                                      pointer<const float>(lr),
+                                      pointer<const float>(grad_scale),
+                                      pointer<const float>(found_inf),
+                                      pointer<float4>(workspace),
+                                      pointer<unsigned>(workspace) + 4 * int64_t{block_count},
+                                      pointer<float>(norm),
+                                      elements,
+                                      max_norm,
+                                      block_count,
+                                      segments,
+                                      static_cast<int>(tensors.size())};
+  cudaError_t status =
+      beft_cuda::bias_adamw(tensors.data(), own.data(), static_cast<int>(own.size()), tables,
+                            pointer<CUstream_st>(stream));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("bias_adamw_step on CUDA: ") + cudaGetErrorString(status));
+}
 #endif
 
 }  // namespace
@@ -92,6 +133,9 @@ PYBIND11_MODULE(_native, m) {
 #ifdef BEFT_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("bias_grad_stats_cuda", &stats_cuda);
+  m.def("bias_adamw_cuda", &adamw_cuda);
+  m.attr("bias_adamw_limits") =
+      py::make_tuple(int{beft_cuda::kMaxTensors}, int{beft_cuda::kMaxGroups});
   m.def("bias_grad_stats_workspace", &beft_bias_grad_stats_workspace);
 #else
   m.attr("has_cuda") = false;

@@ -5,12 +5,10 @@ host, compute the right numbers. The shared arithmetic keeps fp32 sums at roundi
 import re
 import shutil
 import subprocess
-from pathlib import Path
 
 import pytest
+from cuda_emulator import CSRC, emulated
 
-CSRC = Path(__file__).parents[1] / "csrc"
-KERNELS = CSRC / "cuda" / "bias_grad_stats.cu"
 HEADER = CSRC / "bias_grad_stats.h"
 
 
@@ -26,19 +24,23 @@ def output_of(*command):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-def test_kernels_compile_without_spills(nvcc, tmp_path, architecture):
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    [
+        ("bias_grad_stats.cu", 7),  # two load widths for three dtypes, and the second stage
+        ("bias_adamw.cu", 4),  # norm and step, for few tensors and for many
+    ],
+)
+def test_kernels_compile_without_spills(nvcc, tmp_path, name, kernels, architecture):
     report = output_of(
         nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch={architecture}",
-        "-c", KERNELS, "-o", tmp_path / "kernels.o",
+        "-c", CSRC / "cuda" / name, "-o", tmp_path / "kernels.o",
     )  # fmt: skip
-    print(report)
     entries = re.findall(r"Compiling entry function '(\w+)' for", report)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
     registers = [int(r) for r in re.findall(r"Used (\d+) registers", report)]
-    for row in zip(entries, registers, spills, strict=False):
-        print(architecture, *row)
-    # Two load widths for each of three dtypes, and the second stage.
-    assert len(entries) == len(registers) == len(spills) == 7
+    print(architecture, *zip(entries, registers, strict=True), sep="\n")
+    assert len(entries) == kernels
     assert set(spills) == {("0", "0")}
     assert max(registers) <= 128  # two blocks of 256 threads on an SM
 
@@ -96,49 +98,7 @@ def test_compensated_sum_of_ten_million_floats(tmp_path):
     print(output_of(program))
 
 
-# One host thread for each thread of a block, blocks one after another.
-EMULATOR = r"""
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
-#include <barrier>
-#include <cmath>
-#include <cstdio>
-#include <cstdint>
-#include <cstring>
-#include <thread>
-#include <vector>
-
-static thread_local uint3 threadIdx;
-static dim3 blockIdx, gridDim;
-static std::barrier<>* block_barrier;
-static void __syncthreads() { block_barrier->arrive_and_wait(); }
-template <typename T> T __ldg(const T* p) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) { std::puts("misaligned load"); std::exit(9); }
-  return *p;
-}
-#define cudaGetLastError() cudaSuccess
-
-template <typename Kernel> void emulate(dim3 grid, dim3 block, Kernel kernel) {
-  std::barrier<> barrier(block.x * block.y);
-  block_barrier = &barrier;
-  gridDim = grid;
-  std::vector<std::thread> threads;
-  for (unsigned t = 0; t < block.x * block.y; ++t)
-    threads.emplace_back([&, t] {
-      threadIdx = {t % block.x, t / block.x, 0};
-      for (unsigned b = 0; b < grid.x * grid.y; ++b) {
-        if (t == 0) blockIdx = dim3(b % grid.x, b / grid.x);
-        __syncthreads();
-        kernel();
-        __syncthreads();
-      }
-    });
-  for (auto& thread : threads) thread.join();
-}
-
-KERNELS
-
+CHECK = r"""
 struct Case { int64_t b, t, h, sb, st, sh; std::vector<int64_t> offsets; };
 
 template <typename T> bool right(const Case& c, int dtype) {
@@ -216,18 +176,8 @@ int main() {
 
 
 def test_kernels_emulated_on_the_host_match_double(nvcc, tmp_path):
-    text = KERNELS.read_text().replace("../bias_grad_stats.h", str(HEADER))
-    text = re.sub(r"__global__ void __launch_bounds__\(.*?\)\n", "void ", text)
-    text = text.replace("__device__ __forceinline__", "inline").replace("__shared__", "static")
-    text, launches = re.subn(
-        r"(\w+(?:<[^<>]*>)?)<<<grid, block, 0, stream>>>\((.*?)\);",
-        r"emulate(grid, block, [&] { \1(\2); });",
-        text,
-        flags=re.DOTALL,
-    )
-    assert launches == 2
     source, program = tmp_path / "emulated.cpp", tmp_path / "emulated"
-    source.write_text(EMULATOR.replace("KERNELS", text))
+    source.write_text(emulated("bias_grad_stats.cu") + CHECK)
     output_of(nvcc, "-x", "c++", "-std=c++20", "-O2", "-Xcompiler=-pthread,-w",
               source, "-o", program)  # fmt: skip
     print(output_of(program))

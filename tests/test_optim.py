@@ -254,4 +254,6 @@ def test_opcheck():
     tables = flat.blocks, flat.first_blocks, flat.group_of, optimizer._settings()[0]
     tensors = [p.detach() for p in ours]
     arguments = (tensors, grads, flat.state, flat.steps, flat.scores, *tables, None, 1.0)
-    torch.library.opcheck(torch.ops.beft_ext.bias_adamw_step.default, (*arguments, None, None))
+    torch.library.opcheck(
+        torch.ops.beft_ext.bias_adamw_step.default, (*arguments, None, None, flat.workspace)
+    )

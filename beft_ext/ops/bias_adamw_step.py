@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,18 +17,19 @@ _LIBRARY = torch.library.Library("beft_ext", "FRAGMENT")
 _LIBRARY.define(
     "bias_adamw_step(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!) state, Tensor(c!) steps, "
     "Tensor(d!) scores, Tensor blocks, Tensor first_blocks, int[] group_of, float[] groups, "
-    "Tensor? lr, float max_norm, Tensor? grad_scale, Tensor? found_inf) -> Tensor"
+    "Tensor? lr, float max_norm, Tensor? grad_scale, Tensor? found_inf, "
+    "Tensor(e!) workspace) -> Tensor"
 )
 
 
 def _step(  # type: ignore[no-untyped-def]
     params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-    max_norm, grad_scale, found_inf,
+    max_norm, grad_scale, found_inf, workspace,
 ) -> Tensor:  # fmt: skip
     run = _BACKENDS["reference" if state.dtype == torch.float64 else _backend(state)]
     return run(
         params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-        max_norm, grad_scale, found_inf,
+        max_norm, grad_scale, found_inf, workspace,
     )  # fmt: skip
 
 
@@ -42,6 +44,11 @@ def _fake(params, grads, state, *_: object) -> Tensor:  # type: ignore[no-untype
 torch.library.register_fake("beft_ext::bias_adamw_step", _fake, lib=_LIBRARY)
 
 
+def workspace_size(blocks: int, segments: int) -> int:
+    """Floats of scratch: four sums a block; and the CUDA kernel's counters."""
+    return 4 * blocks + segments + 1
+
+
 def bias_adamw_step(
     params: list[Tensor],
     grads: Sequence[Tensor | None],
@@ -52,6 +59,7 @@ def bias_adamw_step(
     first_blocks: Tensor,
     group_of: Sequence[int],
     groups: Sequence[float],
+    workspace: Tensor,
     *,
     lr: Tensor | None = None,
     max_norm: float = 0.0,
@@ -73,6 +81,7 @@ def bias_adamw_step(
     groups: six numbers a parameter group: lr, beta1, beta2, eps, weight decay, and -1 to
         maximise or 1. group_of: a tensor's group. lr: ``(groups,)`` fp32 on the device, in place
         of the groups' own (for CUDA graphs).
+    workspace: ``(workspace_size(blocks, segments),)`` fp32, zero before the first call.
     max_norm: of the global gradient norm; 0 for no clipping.
     grad_scale, found_inf: scalars of a GradScaler: gradients are divided by the first; where
         the second is not zero nothing is written.
@@ -84,7 +93,7 @@ def bias_adamw_step(
     run = torch.ops.beft_ext.bias_adamw_step if torch.compiler.is_compiling() else _step
     norm: Tensor = run(
         params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-        max_norm, grad_scale, found_inf,
+        max_norm, grad_scale, found_inf, workspace,
     )  # fmt: skip
     return norm
 
@@ -95,7 +104,7 @@ def _backend(state: Tensor) -> str:
 
 def _cpu(  # type: ignore[no-untyped-def]
     params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-    max_norm, grad_scale, found_inf,
+    max_norm, grad_scale, found_inf, workspace,
 ) -> Tensor:  # fmt: skip
     assert dispatch.native is not None
     if found_inf is not None and bool(found_inf):
@@ -124,13 +133,47 @@ def _cpu(  # type: ignore[no-untyped-def]
 
 def _cuda(  # type: ignore[no-untyped-def]
     params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-    max_norm, grad_scale, found_inf,
+    max_norm, grad_scale, found_inf, workspace,
 ) -> Tensor:  # fmt: skip
-    raise NotImplementedError
+    assert dispatch.native is not None
+    most_tensors, most_groups = dispatch.native.bias_adamw_limits
+    if len(params) > most_tensors or len(groups) > 6 * most_groups:
+        raise ValueError(
+            f"the CUDA step takes at most {most_tensors} tensors in {most_groups} groups: train "
+            "fewer terms, or set_backend('triton')"
+        )
+    norm = state.new_empty(())
+    with torch.cuda.device(state.device):
+        dispatch.native.bias_adamw_cuda(
+            [p.data_ptr() for p in params],
+            [0 if g is None else g.data_ptr() for g in grads],
+            [DTYPES[p.dtype] for p in params],
+            group_of,
+            groups,
+            blocks.data_ptr(),
+            len(blocks),
+            first_blocks.data_ptr(),
+            len(first_blocks) - 1,
+            state.data_ptr(),
+            state.shape[1],
+            steps.data_ptr(),
+            scores.data_ptr(),
+            workspace.data_ptr(),
+            norm.data_ptr(),
+            0 if lr is None else lr.data_ptr(),
+            max_norm,
+            0 if grad_scale is None else grad_scale.data_ptr(),
+            0 if found_inf is None else found_inf.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    return norm
 
 
-def _triton(*arguments: object) -> Tensor:
-    raise NotImplementedError
+def _triton(*arguments: Any) -> Tensor:
+    from beft_ext.ops.triton_bias_adamw import bias_adamw_triton
+
+    norm: Tensor = bias_adamw_triton(*arguments)
+    return norm
 
 
 _BACKENDS: dict[str, Callable[..., Tensor]] = {

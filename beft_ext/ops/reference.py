@@ -39,7 +39,7 @@ def bias_grad_stats(
 
 def bias_adamw_step(  # type: ignore[no-untyped-def]
     params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-    max_norm, grad_scale, found_inf,
+    max_norm, grad_scale, found_inf, workspace,
 ) -> Tensor:  # fmt: skip
     """Same contract as the compiled backends, one torch.optim.AdamW formula at a time."""
     work = [(row.tolist(), _run_of(row, params, grads, state)) for row in blocks]

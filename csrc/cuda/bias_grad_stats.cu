@@ -8,25 +8,21 @@
 // follow from (B, T, H) alone. Vector and scalar loads add in the same order, bit for bit.
 // Moves at least B*T*H*itemsize + 20*H bytes, plus 16*B*chunks*H for `partial`.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cstring>
 
 #include "../bias_grad_stats.h"
+#include "convert.cuh"
 
 namespace {
 
 using beft::Compensated;
+using beft_cuda::to_float;
 
 constexpr int kLanes = 32;  // threads across columns, threadIdx.x
 constexpr int kGroups = 8;  // threads across rows (stage 1) or examples (stage 2), threadIdx.y
 constexpr int kUnroll = 4;  // rows in flight per thread
-
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
 
 // kVec values from `from` as floats; one 16-byte load where kVec > 1.
 template <typename T, int kVec>
