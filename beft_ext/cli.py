@@ -47,14 +47,14 @@ def _parser() -> argparse.ArgumentParser:
     biases.set_defaults(run=_biases)
     select = verbs.add_parser("select", help="find out which bias term to train")
     _add_data(select)
-    _add_run(select, epochs=1)
+    _add_run(select, epochs=1, warmup=0.0)
     select.add_argument("--terms", metavar="T,T", help="candidates (default: all)")
     select.add_argument("--method", choices=METHODS, default="beft")
     select.add_argument("--steps", type=int, help="length of the run, in place of --epochs")
     select.set_defaults(run=_select)
     tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")
     _add_data(tune)
-    _add_run(tune, epochs=10)
+    _add_run(tune, epochs=10, warmup=0.06)
     tune.add_argument("--terms", default="auto", metavar="auto|all|T,T")
     tune.add_argument("--resume", action="store_true", help="go on after a kill")
     tune.add_argument("--save-every", type=int, default=50, metavar="STEPS")
@@ -90,13 +90,13 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def _add_run(parser: argparse.ArgumentParser, epochs: int) -> None:
+def _add_run(parser: argparse.ArgumentParser, epochs: int, warmup: float) -> None:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--train-size", type=int, metavar="N")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--warmup", type=float, default=0.06)
+    parser.add_argument("--warmup", type=float, default=warmup)
     parser.add_argument("--clip", type=float, default=1.0)
 
 

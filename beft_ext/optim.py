@@ -337,11 +337,12 @@ class _Flat:
             yield segment.name, BiasScore(float(beft[i]), magnitude, float(rows[i, 3]) ** 0.5)
 
 
-def linear_schedule(step: int, steps: int, warmup: float) -> float:
+def rate_factor(step: int, steps: int, warmup: float, decay: bool) -> float:
     """Factor of the rate at ``step`` (from 0) of ``steps``: rises over the share ``warmup`` of
-    them, then falls linearly to zero behind the last."""
+    them, then stays at 1, or with ``decay`` falls linearly to zero behind the last."""
     rising = max(1, round(warmup * steps))
-    return min((step + 1) / rising, (steps - step) / max(1, steps - rising + 1))
+    falling = (steps - step) / max(1, steps - rising + 1) if decay else 1.0
+    return min((step + 1) / rising, falling)
 
 
 def _segments(index: int, name: str, p: Tensor, biases: list[Bias] | None) -> list[_Segment]:

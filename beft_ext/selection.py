@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from beft_ext import scores
 from beft_ext.files import save_tensors, whole_file
 from beft_ext.models import Bias, BiasMap, find_biases, head_parameters
-from beft_ext.optim import BiasAdamW, linear_schedule
+from beft_ext.optim import BiasAdamW, rate_factor
 from beft_ext.tap import Tap, require_untapped
 
 # In the probe a living term's gradient stands at least six digits above float64's rounding.
@@ -109,7 +109,7 @@ def select(
     epochs: int = 1,
     steps: int | None = None,
     lr: float = 1e-3,
-    warmup: float = 0.06,
+    warmup: float = 0.0,
     weight_decay: float = 0.0,
     clip: float = 1.0,
     seed: int = 0,
@@ -121,8 +121,9 @@ def select(
     loader: batches as keyword arguments of the model, first axis examples.
     method: 'beft', 'magnitude', 'fisher', 'example_fisher' or 'snr'; all are computed.
     terms, biases: candidates; by default every term that ``find_biases`` finds.
-    epochs, steps: length of the run; ``steps`` wins. warmup: share of it with rising rate,
-        which then falls linearly to zero. clip: global gradient norm.
+    epochs, steps: length of the run; ``steps`` wins. lr: constant after the share ``warmup`` of
+        the run. clip: global gradient norm. The authors train with a constant rate of 1e-4 to
+        1e-3 by task, without warm-up, clipped to 1, in batches of 16, for 16 to 60 epochs.
     The task head (whatever is outside ``model.base_model``) trains beside the biases.
     The model comes back as it was: weights, ``requires_grad``, training mode, hooks, also after
     Ctrl-C. The same seed gives the same selection to the bit on one machine.
@@ -200,7 +201,7 @@ class Run:
         *,
         steps: int,
         lr: float = 1e-3,
-        warmup: float = 0.06,
+        warmup: float = 0.0,
         weight_decay: float = 0.0,
         clip: float = 1.0,
     ) -> None:
@@ -215,7 +216,7 @@ class Run:
         named += [(f"head.{i}", p) for i, p in enumerate(head)]
         self.optimizer = BiasAdamW(named, lr=lr, weight_decay=weight_decay, max_norm=clip)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda i: linear_schedule(i, steps, warmup)
+            self.optimizer, lambda i: rate_factor(i, steps, warmup, decay=False)
         )
         self.initial = {b: leaf.detach().clone().flatten() for b, leaf in self.pairs}
         self.batch_sq = {b: 0.0 for b, _ in self.pairs}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.files import save_tensors, sweep, whole_file
-from beft_ext.optim import BiasAdamW, linear_schedule
+from beft_ext.optim import BiasAdamW, rate_factor
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -134,7 +134,7 @@ class _Run:
                 self.save(folder / CHECKPOINT)
 
     def _step(self, batch: Mapping[str, Tensor]) -> None:
-        rate = self.recipe.lr * linear_schedule(self.state.step, self.steps, self.recipe.warmup)
+        rate = self.recipe.lr * rate_factor(self.state.step, self.steps, self.recipe.warmup, True)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()

@@ -109,7 +109,7 @@ class Settings:
     batch_size: int = 16
     epochs: int = 1
     lr: float = 1e-3
-    warmup: float = 0.06
+    warmup: float = 0.0
     clip: float = 1.0
     max_length: int = 128
     seed: int = 0
@@ -183,7 +183,7 @@ def run_tune(
     if terms == "auto":
         selected = out / "selection" / "selection.json"
         if not (resume and selected.is_file()):
-            found = _select(model, loader, replace(settings, epochs=1))
+            found = _select(model, loader, replace(settings, epochs=1, warmup=0.0))
             print(found, "\n")
             found.save(selected.parent)
         chosen = [json.loads(selected.read_text(encoding="utf-8"))["best"]]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import batch, tiny
 
-from beft_ext.optim import BiasAdamW, linear_schedule
+from beft_ext.optim import BiasAdamW, rate_factor
 from beft_ext.tuning import Recipe, tune
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
@@ -35,7 +35,7 @@ def batches():
 
 
 def schedule(optimizer):
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: linear_schedule(i, STEPS, 0.06))
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: rate_factor(i, STEPS, 0.06, True))
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 from conftest import batch, tiny
 from safetensors.torch import load_file
 
-from beft_ext.optim import linear_schedule
+from beft_ext.optim import rate_factor
 from beft_ext.tuning import CHECKPOINT, Recipe, TuningError, tune
 
 RECIPE = Recipe(epochs=3, lr=1e-2)
@@ -133,7 +133,7 @@ def test_nothing_to_train(tmp_path):
 
 
 def test_the_schedule_rises_then_falls_to_zero_behind_the_last_step():
-    factors = [linear_schedule(i, 10, 0.3) for i in range(10)]
+    factors = [rate_factor(i, 10, 0.3, True) for i in range(10)]
     assert factors[:3] == [1 / 3, 2 / 3, 1.0]
     assert factors[3:] == sorted(factors[3:], reverse=True) and factors[-1] > 0
-    assert linear_schedule(0, 1, 0.06) == 1.0
+    assert rate_factor(0, 1, 0.06, True) == rate_factor(9, 10, 0.0, False) == 1.0
