@@ -58,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--terms", default="auto", metavar="auto|all|T,T")
     tune.add_argument("--resume", action="store_true", help="go on after a kill")
     tune.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+    tune.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    tune.add_argument("--compile", action="store_true", help="torch.compile of the model")
     tune.set_defaults(run=_tune)
     evaluate = verbs.add_parser("evaluate", help="measure a model, with an adapter or without")
     _add_data(evaluate)
@@ -134,7 +136,9 @@ def _tune(arguments: argparse.Namespace) -> None:
     a = arguments
     require_writable(a.out)
     settings = workflow.Settings.of(a)
-    workflow.run_tune(_source(a), settings, a.terms, a.out, a.resume, a.save_every)
+    options = {"resume": a.resume, "save_every": a.save_every}
+    options |= {"bf16": a.bf16, "compile": a.compile}
+    workflow.run_tune(_source(a), settings, a.terms, a.out, **options)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:

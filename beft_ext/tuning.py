@@ -27,7 +27,9 @@ class TuningError(RuntimeError):
 @dataclass(frozen=True)
 class Recipe:
     """What a run depends on beside model and data. warmup: share of the steps with rising rate,
-    which then falls linearly to zero. clip: global gradient norm, 0 for none."""
+    which then falls linearly to zero. clip: global gradient norm, 0 for none. bf16: autocast of
+    the forward; biases, gradients and state stay fp32. compile: the forward by torch.compile,
+    dropout as in eager mode."""
 
     epochs: int = 10
     lr: float = 1e-3
@@ -35,6 +37,8 @@ class Recipe:
     weight_decay: float = 0.0
     clip: float = 1.0
     seed: int = 0
+    bf16: bool = False
+    compile: bool = False
 
 
 @dataclass
@@ -101,6 +105,10 @@ class _Run:
             model, lr=recipe.lr, weight_decay=recipe.weight_decay, max_norm=recipe.clip
         )
         self.state = Progress()
+        self.forward = model
+        if recipe.compile:
+            options: dict[str, Any] = {"fallback_random": True}
+            self.forward = torch.compile(model, dynamic=True, options=options)
 
     def train(
         self,
@@ -138,7 +146,9 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
-        loss = self.model(**{k: v.to(self.device) for k, v in batch.items()}).loss
+        inputs = {k: v.to(self.device) for k, v in batch.items()}
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+            loss = self.forward(**inputs).loss
         number = float(loss.detach())
         loss.backward()
         self.optimizer.step()

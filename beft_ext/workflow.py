@@ -166,7 +166,15 @@ def _select(model: nn.Module, loader: Batches, settings: Settings, **options: An
 
 
 def run_tune(
-    source: Source, settings: Settings, terms: str, out: Path, resume: bool, save_every: int
+    source: Source,
+    settings: Settings,
+    terms: str,
+    out: Path,
+    *,
+    resume: bool = False,
+    save_every: int = 50,
+    bf16: bool = False,
+    compile: bool = False,
 ) -> None:
     """``beft-ext tune``: ``out`` gets adapter/, log.jsonl, learning_curve.png and, for terms
     'auto', selection/. Prints what trains and each evaluation."""
@@ -196,6 +204,8 @@ def run_tune(
         warmup=settings.warmup,
         clip=settings.clip,
         seed=settings.seed,
+        bf16=bf16,
+        compile=compile,
     )
     progress = tune(
         model,

@@ -74,7 +74,30 @@ def peft(model: nn.Module, inputs: dict[str, Tensor]) -> Case:
     return stepping(wrapped, torch.optim.AdamW(trained, lr=1e-3), inputs)
 
 
-CASES = {"authors' way": authors, "ours": ours, "ours, with statistics": tapped, "PEFT BEFT": peft}
+def compiled(model: nn.Module, inputs: dict[str, Tensor]) -> Case:
+    prepare(model, "value")
+    return stepping(torch.compile(model), BiasAdamW(model, lr=1e-3), inputs)
+
+
+def in_bf16(model: nn.Module, inputs: dict[str, Tensor]) -> Case:
+    prepare(model, "value")
+    step = stepping(model, BiasAdamW(model, lr=1e-3), inputs)
+
+    def autocast() -> None:
+        with torch.autocast(inputs["labels"].device.type, torch.bfloat16):
+            step()
+
+    return autocast
+
+
+CASES = {
+    "authors' way": authors,
+    "ours": ours,
+    "ours, with statistics": tapped,
+    "PEFT BEFT": peft,
+    "ours, compiled": compiled,
+    "ours, bf16": in_bf16,
+}
 
 
 def case(name: str, which: str, device: str) -> Case:

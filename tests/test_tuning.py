@@ -111,6 +111,17 @@ def test_killed_by_the_system_it_goes_on(tmp_path):
     assert not list(folder.glob(".partial*"))
 
 
+def test_compiled_and_bf16_runs_have_the_losses_of_the_plain_one(tmp_path):
+    histories = []
+    for options in ({}, {"compile": True}, {"bf16": True}):
+        recipe = Recipe(epochs=2, lr=1e-2, **options)
+        folder = tmp_path / str(len(histories))
+        histories.append(tune(prepared(), loader(), falling_loss, folder, recipe).history)
+    plain, compiled, bf16 = ([h["loss"] for h in history] for history in histories)
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert bf16 == pytest.approx(plain, rel=2**-6)  # bf16 has 8 bits, activations are a few deep
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
     tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=1))
     with pytest.raises(TuningError, match="epochs is 1, here it is 2"):
