@@ -30,6 +30,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_optimizer.py
 	$(BIN)/python benchmarks/bench_training.py
 	$(BIN)/python benchmarks/bench_statistics.py
+	$(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/render.py
 
 # On a machine with a GPU, with the torch that is there: builds, tests, writes the receipt.
@@ -39,6 +40,7 @@ gpu:
 	$(PYTHON) benchmarks/bench_optimizer.py --device cuda
 	$(PYTHON) benchmarks/bench_training.py --device cuda
 	$(PYTHON) benchmarks/bench_statistics.py --device cuda
+	$(PYTHON) benchmarks/bench_memory.py --device cuda
 	$(PYTHON) benchmarks/render.py
 
 clean:

@@ -11,7 +11,7 @@ import itertools
 import peers
 import torch
 import transformers
-from harness import Case, interleaved, peak_bytes, peak_bytes_alone, show, write
+from harness import Case, interleaved, show, write
 
 from beft_ext.models import find_biases
 from beft_ext.ops import bias_grad_stats
@@ -97,11 +97,6 @@ def steps(device: str, rounds: int) -> dict[str, object]:
     for name in CONFIGS:
         cases = {case: step_case(name, case, device) for case in CASES}
         found = interleaved(cases, rounds, device)
-        for case in CASES:
-            if device == "cuda":
-                found[case]["peak_bytes"] = peak_bytes(cases[case], device)
-            else:
-                found[case]["peak_bytes"] = peak_bytes_alone(__file__, "--peak", name, case)
         results[name] = found
         show(f"step of {name}", found, "plain")
     return results
@@ -111,11 +106,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=9, help="of whole steps; operators x 5")
-    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "CASE"), help="peak memory, alone")
     arguments = parser.parse_args()
-    if arguments.peak:
-        print(peak_bytes(step_case(*arguments.peak, arguments.device), arguments.device))
-        return
     torch.manual_seed(0)
     results = {
         "operator": operator(arguments.device, 5 * arguments.rounds),

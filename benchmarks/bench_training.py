@@ -1,7 +1,7 @@
 """What does a whole training step of the value bias cost, beside PEFT and the authors' way?
 
-Forward, backward and optimizer step at 16 x 128 tokens. Prints medians with quartiles and peak
-memory, and writes benchmarks/results/<device>/training.json.
+Forward, backward and optimizer step at 16 x 128 tokens. Prints medians with quartiles, and
+writes benchmarks/results/<device>/training.json.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import argparse
 import torch
 import transformers
 from bench_statistics import BATCH, CONFIGS, TOKENS
-from harness import Case, interleaved, peak_bytes, peak_bytes_alone, show, write
+from harness import Case, interleaved, show, write
 from torch import Tensor, nn
 
 from beft_ext.models import find_biases
@@ -113,20 +113,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--peak", nargs=2, metavar=("MODEL", "CASE"), help="peak memory, alone")
     arguments = parser.parse_args()
-    if arguments.peak:
-        print(peak_bytes(case(*arguments.peak, arguments.device), arguments.device))
-        return
     results: dict[str, object] = {}
     for name in CONFIGS:
         cases = {which: case(name, which, arguments.device) for which in CASES}
         found = interleaved(cases, arguments.rounds, arguments.device)
-        for which in CASES:
-            if arguments.device == "cuda":
-                found[which]["peak_bytes"] = peak_bytes(cases[which], "cuda")
-            else:
-                found[which]["peak_bytes"] = peak_bytes_alone(__file__, "--peak", name, which)
         results[name] = found
         show(f"step of {name}", found, "authors' way")
     write("training", arguments.device, {"step": results})

@@ -15,6 +15,7 @@ from harness import ROOT, digest
 from beft_ext.files import whole_file
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
+OURS = ("ours", "tapped")
 TITLES = {
     "statistics": {
         "operator": "The reduction alone (gradient, sums and squares per example)",
@@ -22,6 +23,10 @@ TITLES = {
     },
     "optimizer": {"step": "One optimizer step over all biases"},
     "training": {"step": "One training step of the value bias, optimizer included"},
+    "memory": {
+        "statistics": "Peak memory of one forward and backward, beyond the model",
+        "training": "Peak memory of one training step of the value bias, beyond the model",
+    },
 }
 
 
@@ -35,22 +40,33 @@ def tables(root: Path = ROOT) -> str:
 
 
 def _record(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
-    stale = "" if record["kernel_digest"] == digest() else " **Stale: the kernels have changed.**"
+    stale = (
+        "" if record["kernel_digest"] == digest() else " **Stale: the kernels have changed since.**"
+    )
     for part, title in TITLES[path.stem].items():
         yield f"\n**{title}** ({record['device']}, {record['threads']} threads, torch "
-        yield f"{record['torch']}; median and quartiles).{stale}\n"
-        peaks = any("peak_bytes" in s for cases in record[part].values() for s in cases.values())
-        yield "| | case | time | ratio to ours |" + (" peak memory |" if peaks else "")
-        yield "| --- | --- | --- | --- |" + (" --- |" if peaks else "")
-        for name, cases in record[part].items():
-            ours = next(s for c, s in cases.items() if c in ("ours", "tapped"))
-            for case, s in cases.items():
-                low, high = (_time(s[k]) for k in ("q1_s", "q3_s"))
-                ratio = s["median_s"] / ours["median_s"]
-                row = (
-                    f"| {name} | {case} | {_time(s['median_s'])} ({low} to {high}) | {ratio:.2f} |"
-                )
-                yield row + (f" {s['peak_bytes'] / 2**20:,.0f} MiB |" if peaks else "")
+        yield f"{record['torch']}).{stale}\n"
+        yield from _memory(record[part]) if path.stem == "memory" else _times(record[part])
+
+
+def _times(part: Mapping[str, Any]) -> Iterator[str]:
+    yield "| | case | time | ratio to ours |"
+    yield "| --- | --- | --- | --- |"
+    for name, cases in part.items():
+        ours = next(s for c, s in cases.items() if c in OURS)
+        for case, s in cases.items():
+            low, high = (_time(s[k]) for k in ("q1_s", "q3_s"))
+            ratio = s["median_s"] / ours["median_s"]
+            yield f"| {name} | {case} | {_time(s['median_s'])} ({low} to {high}) | {ratio:.2f} |"
+
+
+def _memory(part: Mapping[str, Any]) -> Iterator[str]:
+    yield "| | case | peak | ratio to ours |"
+    yield "| --- | --- | --- | --- |"
+    for name, cases in part.items():
+        ours = next(peak for case, peak in cases.items() if case in OURS)
+        for case, peak in cases.items():
+            yield f"| {name} | {case} | {peak / 2**20:,.1f} MiB | {peak / ours:.3f} |"
 
 
 def _time(seconds: float) -> str:

@@ -54,11 +54,11 @@ def tiny(name: str, seed: int = 0) -> torch.nn.Module:
 
 def batch(rows: int = 4, tokens: int = 9, seed: int = 0) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(3, 64, (rows, tokens), generator=generator)
+    ids = torch.randint(3, 64, (rows, tokens), generator=generator, device="cpu")
     mask = torch.ones_like(ids)
     mask[0, tokens // 2 :] = 0
     ids[0, tokens // 2 :] = 0
-    labels = torch.randint(0, 2, (rows,), generator=generator)
+    labels = torch.randint(0, 2, (rows,), generator=generator, device="cpu")
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 

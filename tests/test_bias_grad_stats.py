@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from beft_ext.ops import backends, bias_grad_stats, set_backend
 
-USABLE = [name for name in ("reference", "cpu") if not backends()[name]]
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+USABLE = [name for name in DEVICES if not backends()[name]]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
@@ -22,7 +23,7 @@ def _any_backend_again():
 
 def oracle(dy: torch.Tensor, bounds: list[tuple[int, int]], scale: float):
     """float64 statistics and the sums of absolute values their errors are measured by."""
-    rows = dy.double().numpy().reshape(-1, dy.shape[-1])
+    rows = dy.double().cpu().numpy().reshape(-1, dy.shape[-1])
     g = np.array([rows[a:b].sum(0) for a, b in bounds]).reshape(len(bounds), rows.shape[1])
     size = np.array([np.abs(rows[a:b]).sum(0) for a, b in bounds]).reshape(g.shape)
     return g.sum(0), scale * g.sum(0), ((scale * g) ** 2).sum(0), size
@@ -30,8 +31,9 @@ def oracle(dy: torch.Tensor, bounds: list[tuple[int, int]], scale: float):
 
 def check(dy, offsets, bounds, scale, longest):
     width = dy.shape[-1]
-    total, squares = torch.zeros(width), torch.zeros(width)
+    total, squares = (torch.zeros(width, device=dy.device) for _ in range(2))
     grad = bias_grad_stats(dy, total, squares, example_offsets=offsets, scale=scale)
+    grad, total, squares = grad.cpu(), total.cpu(), squares.cpu()
     want_grad, want_sum, want_sq, size = oracle(dy, bounds, scale)
     # A plain fp32 sum of n terms errs by at most n * eps * sum |x|; ours stays below.
     bound = (longest + len(bounds) + 4) * np.finfo(np.float32).eps
@@ -59,7 +61,8 @@ def test_dense(backend, batch, tokens, width, dtype, order, step, scale, seed):
     set_backend(backend)
     shape = [batch, tokens, width * step]
     generator = torch.Generator().manual_seed(seed)
-    stored = torch.randn([shape[i] for i in order], generator=generator).to(dtype)
+    stored = torch.randn([shape[i] for i in order], generator=generator)
+    stored = stored.to(DEVICES[backend], dtype)
     dy = stored.permute([order.index(i) for i in range(3)])[..., ::step]
     check(dy, None, [(i * tokens, (i + 1) * tokens) for i in range(batch)], scale, tokens)
 
@@ -74,20 +77,31 @@ def test_dense(backend, batch, tokens, width, dtype, order, step, scale, seed):
 def test_packed(backend, lengths, margin, dtype):
     set_backend(backend)
     edges = np.cumsum([margin, *lengths])
-    dy = torch.randn(int(edges[-1]) + margin, 33).to(dtype)
+    dy = torch.randn(int(edges[-1]) + margin, 33).to(DEVICES[backend], dtype)
     bounds = [(int(a), int(b)) for a, b in itertools.pairwise(edges)]
-    check(dy, torch.tensor(edges), bounds, 1.5, max(lengths, default=0))
+    check(dy, torch.tensor(edges, device=dy.device), bounds, 1.5, max(lengths, default=0))
 
 
-@pytest.mark.parametrize("backend", [b for b in USABLE if b == "cpu"])
+@pytest.mark.parametrize("backend", [b for b in USABLE if b != "reference"])
 def test_millions_of_rows_err_by_rounding_alone(backend):
     set_backend(backend)
-    dy = torch.rand(1, 4_000_000, 3)
-    total, squares = torch.zeros(3), torch.zeros(3)
+    dy = torch.rand(1, 4_000_000, 3).to(DEVICES[backend])
+    total, squares = (torch.zeros(3, device=dy.device) for _ in range(2))
     grad = bias_grad_stats(dy, total, squares)
     want = dy.double().sum((0, 1))
     # Each chunk of 128 rows is at most 3 + 16 additions deep; the chunks are compensated.
     assert ((grad - want).abs() / want).max() <= 20 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_same_bits_on_every_run(backend):
+    set_backend(backend)
+    dy, runs = torch.randn(7, 301, 130).to(DEVICES[backend]), []
+    for _ in range(3):
+        buffers = [torch.zeros(130, device=dy.device) for _ in range(2)]
+        runs.append([bias_grad_stats(dy, *buffers), *buffers])
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
 def test_same_bits_for_any_number_of_threads():

@@ -10,26 +10,30 @@ from beft_ext.ops import backends, set_backend
 from beft_ext.optim import BiasAdamW, OptimizerError
 from beft_ext.scores import beft_score, magnitude
 
-USABLE = [name for name in ("reference", "cpu") if not backends()[name]]
+DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
+USABLE = [name for name in DEVICES if not backends()[name]]
 EPS = torch.finfo(torch.float32).eps
 
 
 @pytest.fixture(autouse=True, params=USABLE)
 def backend(request):
     set_backend(request.param)
-    yield request.param
+    with torch.device(DEVICES[request.param]):
+        yield request.param
     set_backend(None)
 
 
 def params(seed=0, sizes=((7,), (1500,), (3, 33), (1,)), dtype=torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in sizes]
+    made = [torch.randn(s, generator=generator, device="cpu") for s in sizes]
+    return [t.to(torch.get_default_device(), dtype).requires_grad_() for t in made]
 
 
 def give_grads(tensors, step):
     generator = torch.Generator().manual_seed(1000 + step)
     for t in tensors:
-        t.grad = (torch.randn(t.shape, generator=generator) * (1 + step % 7)).to(t.dtype)
+        grad = torch.randn(t.shape, generator=generator, device="cpu") * (1 + step % 7)
+        t.grad = grad.to(t.device, t.dtype)
 
 
 def doubles(tensors):
@@ -130,7 +134,7 @@ def test_grad_scaler_unscales_and_skips():
     ours, theirs = params(), params()
     optimizer = BiasAdamW(ours, lr=1e-2)
     other = torch.optim.AdamW(theirs, lr=1e-2, weight_decay=0)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = torch.amp.GradScaler(torch.get_default_device().type, init_scale=1024.0)
     for step in range(6):
         scale = scaler.scale(torch.ones(()))
         give_grads(ours, step)
@@ -190,7 +194,8 @@ def test_resumed_run_is_the_same_to_the_bit():
 
 
 def test_trains_a_model_with_a_closure():
-    model, inputs = tiny("bert"), batch()
+    device = torch.get_default_device()
+    model, inputs = tiny("bert").to(device), {k: v.to(device) for k, v in batch().items()}
     optimizer = BiasAdamW([p for n, p in model.named_parameters() if "bias" in n], lr=1e-2)
 
     def closure():
