@@ -44,8 +44,8 @@ def _record(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
         "" if record["kernel_digest"] == digest() else " **Stale: the kernels have changed since.**"
     )
     for part, title in TITLES[path.stem].items():
-        yield f"\n**{title}** ({record['device']}, {record['threads']} threads, torch "
-        yield f"{record['torch']}).{stale}\n"
+        where = f"{record['device']}, {record['threads']} threads, torch {record['torch']}"
+        yield f"\n**{title}** ({where}).{stale}\n"
         yield from _memory(record[part]) if path.stem == "memory" else _times(record[part])
 
 
