@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from beft_ext.integrations import peft_format
 from beft_ext.integrations.model_card import model_card
-from beft_ext.integrations.peft_format import AdapterError, Contents, head_classes
+from beft_ext.integrations.peft_format import AdapterError, Contents, head_classes, model_class
 from beft_ext.models import BiasError, Plain, add_bias, make_plain, undo_plain
 from beft_ext.preparation import Prepared, mark, prepared_of, unmark
 from beft_ext.selection import Selection
@@ -27,6 +27,7 @@ __all__ = [
     "head_classes",
     "load_adapter",
     "merge_adapter",
+    "model_class",
     "push_adapter",
     "save_adapter",
     "set_adapter",

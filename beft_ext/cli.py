@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from beft_ext.files import require_writable
+from beft_ext.loading import ASKED
 from beft_ext.scores import METHODS
+from beft_ext.tasks import TASKS
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verbs.add_parser("evaluate", help="measure a model, with an adapter or without")
     _add_data(evaluate)
     evaluate.add_argument("--adapter", type=Path, metavar="DIR")
+    evaluate.add_argument("--split", default="validation", help="of a named task")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="for evaluation.json")
     evaluate.set_defaults(run=_evaluate)
     merge = verbs.add_parser("merge", help="a plain model folder with the adapter inside")
@@ -81,14 +84,18 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
-    parser.add_argument("--task", metavar="NAME", help="sst2 or rte")
+    parser.add_argument("--task", metavar="NAME", help=", ".join(TASKS))
     parser.add_argument("--data", type=Path, metavar="DIR", help="holds NAME/train.jsonl")
     parser.add_argument("--train-file", type=Path, metavar="F", help="csv, tsv, jsonl, parquet")
     parser.add_argument("--validation-file", type=Path, metavar="F")
     parser.add_argument("--text-column", default="sentence")
     parser.add_argument("--text-pair-column")
     parser.add_argument("--label-column", default="label")
-    parser.add_argument("--max-length", type=int, default=128)
+    parser.add_argument("--task-config", type=Path, metavar="F", help="JSON: what the files mean")
+    parser.add_argument("--objective", choices=ASKED, default="auto", help="how the task is put")
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="(head: 128, prompt: 2048)"
+    )
     parser.add_argument("--seed", type=int, default=0)
 
 
@@ -100,20 +107,29 @@ def _add_run(parser: argparse.ArgumentParser, epochs: int, warmup: float) -> Non
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=float, default=warmup)
     parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--group-by-length", action="store_true", help="batches of like lengths")
 
 
 def _source(arguments: argparse.Namespace) -> Any:
-    from beft_ext.tasks import Columns
-    from beft_ext.workflow import Source
+    from beft_ext.loading import Source
 
     a = arguments
-    columns = Columns(a.text_column, a.text_pair_column, a.label_column)
-    return Source(a.task, a.data, a.train_file, a.validation_file, columns)
+    columns = (a.text_column, a.text_pair_column, a.label_column)
+    return Source(a.task, a.data, a.train_file, a.validation_file, a.task_config, *columns)
+
+
+def _asking(arguments: argparse.Namespace) -> Any:
+    from beft_ext.loading import Asking, WorkflowError
+
+    a = arguments
+    if a.max_length is not None and a.max_length < 1:
+        raise WorkflowError("--max-length must be at least 1")
+    return Asking(a.model, a.objective, a.max_length, a.seed)
 
 
 def _biases(arguments: argparse.Namespace) -> None:
+    from beft_ext.loading import pretrained
     from beft_ext.models import find_biases
-    from beft_ext.workflow import pretrained
 
     print(find_biases(pretrained(arguments.model, "AutoModel")))
 
@@ -124,7 +140,9 @@ def _select(arguments: argparse.Namespace) -> None:
     a = arguments
     require_writable(a.out)
     terms = a.terms.split(",") if a.terms else None
-    selection = workflow.run_select(_source(a), workflow.Settings.of(a), terms, a.method, a.steps)
+    selection = workflow.run_select(
+        _source(a), _asking(a), workflow.Settings.of(a), terms, a.method, a.steps
+    )
     print(selection)
     selection.save(a.out)
     print(f"\ntrain '{selection.best}'; written to {a.out}")
@@ -138,7 +156,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     settings = workflow.Settings.of(a)
     options = {"resume": a.resume, "save_every": a.save_every}
     options |= {"bf16": a.bf16, "compile": a.compile}
-    workflow.run_tune(_source(a), settings, a.terms, a.out, **options)
+    workflow.run_tune(_source(a), _asking(a), settings, a.terms, a.out, **options)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -147,8 +165,9 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     a = arguments
     if a.out:
         require_writable(a.out)
-    record = workflow.run_evaluate(_source(a), a.model, a.adapter, a.seed, a.max_length)
-    print(f"accuracy {record['accuracy']:.4f} ({record['right']} of {record['examples']})")
+    record = workflow.run_evaluate(_source(a), _asking(a), a.adapter, a.split)
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+    print(f"{metrics}  ({record['examples']} examples)")
     if a.out:
         workflow.write_json(a.out / "evaluation.json", record)
 

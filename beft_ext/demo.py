@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from beft_ext.models import BiasMap, find_biases
 from beft_ext.selection import Run, Selection, Unchanged, select
 from beft_ext.tap import Tap
-from beft_ext.tasks import Batches, Columns, accuracy, read_file
+from beft_ext.tasks import Example, HeadObjective, Task, read_rows
 
 DATA = Path(__file__).parent / "tasks" / "sentiment"
+TASK = Task(text="{sentence}")
 BATCH, EPOCHS, LR, SEED = 16, 4, 1e-2, 0
 
 
@@ -46,19 +48,24 @@ def load() -> tuple[nn.Module, Any]:
     return model, transformers.AutoTokenizer.from_pretrained(folder)
 
 
+def examples(split: str) -> list[Example]:
+    """The shipped sentences of 'train' or 'validation'."""
+    path = DATA / f"{split}.jsonl"
+    return TASK.examples(read_rows(path), str(path))
+
+
 def run(out: Path) -> Selection:
     """Select, save into ``out``, then train query, key and value alone; print all of it."""
     model, tokenizer = load()
-    train, held_out = (
-        read_file(DATA / f"{split}.jsonl", Columns("sentence")) for split in ("train", "validation")
-    )
-    validation = Batches(held_out, tokenizer, 64, seed=None)
+    objective = HeadObjective(TASK, tokenizer)
+    train, held_out = examples("train"), examples("validation")
+    validation = objective.held_out(held_out, 64)
     print(f"MiniLM, {len(train)} sentences to train on, {len(held_out)} to validate\n")
     biases = find_biases(model)
     print(biases, "\n")
     selection = select(
         model,
-        Batches(train, tokenizer, BATCH, SEED),
+        objective.training(train, BATCH, SEED),
         lr=LR,
         seed=SEED,
         progress=sys.stderr.isatty(),
@@ -68,25 +75,23 @@ def run(out: Path) -> Selection:
     print(f"\nselection.json, biases.safetensors and heatmap.png are in {out}\n")
     print(f"{'trained alone':<18}{'beft score':>12}{'accuracy':>10}")
     for term in ("query", "key", "value"):
-        loader = Batches(train, tokenizer, BATCH, SEED)
-        reached = train_alone(model, biases, term, loader, validation)
+        loader = objective.training(train, BATCH, SEED)
+        with trained_alone(model, biases, term, loader):
+            reached = objective.evaluate(model, validation, held_out)["accuracy"]
         dead = "  (dead: its gradient is zero)" if term in selection.dead else ""
         print(f"{term:<18}{selection.scores['beft'][term]:>12.2e}{reached:>10.3f}{dead}")
     print(f"\nThe BEFT score says: train '{selection.best}'.")
     return selection
 
 
-def train_alone(
-    model: nn.Module,
-    biases: BiasMap,
-    term: str,
-    loader: Iterable[Mapping[str, Tensor]],
-    validation: Batches,
-) -> float:
-    """Validation accuracy after training one term and the head; the model comes back as it was."""
+@contextmanager
+def trained_alone(
+    model: nn.Module, biases: BiasMap, term: str, loader: Iterable[Mapping[str, Tensor]]
+) -> Iterator[None]:
+    """The model with one term and the head trained; afterwards it is as it was."""
     with Unchanged(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         with Tap(model, [b for b in biases if b.term == term]) as tap:
             steps = EPOCHS * len(loader)  # type: ignore[arg-type]
             Run(model, tap, steps=steps, lr=LR).train(loader, progress=False)
-            return accuracy(model, validation)
+            yield

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from beft_ext import scores
 from beft_ext.files import save_tensors, whole_file
+from beft_ext.loss import Loss, model_loss
 from beft_ext.models import Bias, BiasMap, find_biases, head_parameters
 from beft_ext.optim import BiasAdamW, rate_factor
 from beft_ext.tap import Tap, require_untapped
@@ -104,6 +105,7 @@ def select(
     loader: Iterable[Mapping[str, Tensor]],
     method: str = "beft",
     *,
+    loss: Loss = model_loss,
     terms: Sequence[str] | None = None,
     biases: BiasMap | None = None,
     epochs: int = 1,
@@ -120,6 +122,7 @@ def select(
     model: a transformers model whose output has ``loss``, a mean over the batch's examples.
     loader: batches as keyword arguments of the model, first axis examples.
     method: 'beft', 'magnitude', 'fisher', 'example_fisher' or 'snr'; all are computed.
+    loss: of the model and a batch, in place of the output's own.
     terms, biases: candidates; by default every term that ``find_biases`` finds.
     epochs, steps: length of the run; ``steps`` wins. lr: constant after the share ``warmup`` of
         the run. clip: global gradient norm. The authors train with a constant rate of 1e-4 to
@@ -151,11 +154,12 @@ def select(
         first = next(iter(loader), None)
         if first is None:
             raise SelectionError("the loader is empty: select needs at least one batch")
-        dead = _dead_terms(model, candidates, first)
+        dead = _dead_terms(model, loss, candidates, first)
         with Tap(model, candidates) as tap:
             run = Run(
                 model,
                 tap,
+                loss=loss,
                 steps=schedule,
                 lr=lr,
                 warmup=warmup,
@@ -199,6 +203,7 @@ class Run:
         model: nn.Module,
         tap: Tap,
         *,
+        loss: Loss = model_loss,
         steps: int,
         lr: float = 1e-3,
         warmup: float = 0.0,
@@ -206,6 +211,7 @@ class Run:
         clip: float = 1.0,
     ) -> None:
         self.model, self.tap, self.clip, self.steps = model, tap, clip, steps
+        self.loss = loss
         self.pairs = tap.leaves()
         head = head_parameters(model)
         model.requires_grad_(False)
@@ -247,7 +253,7 @@ class Run:
         size = len(next(iter(inputs.values())))
         self.tap.step(size, scale=float(size))
         self.optimizer.zero_grad()
-        loss = self.model(**inputs).loss
+        loss = self.loss(self.model, inputs)
         number = float(loss.detach())
         self._stop_unless(math.isfinite(number), "loss")
         loss.backward()
@@ -330,14 +336,17 @@ def _rank(values: dict[str, float], dead: list[str]) -> list[str]:
     return sorted(alive, key=lambda t: -values[t])
 
 
-def _dead_terms(model: nn.Module, biases: list[Bias], batch: Mapping[str, Tensor]) -> list[str]:
+def _dead_terms(
+    model: nn.Module, loss: Loss, biases: list[Bias], batch: Mapping[str, Tensor]
+) -> list[str]:
     """Terms whose gradient is zero but for rounding, found in float64 on four examples."""
     probe = copy.deepcopy(model).double().eval().requires_grad_(False)
     names = dict.fromkeys(b.parameter for b in biases)
     parameters = {name: probe.get_parameter(name).requires_grad_(True) for name in names}
     device = next(iter(parameters.values())).device
     few = {k: v[:4].to(device) for k, v in batch.items()}
-    probe(**{k: v.double() if v.is_floating_point() else v for k, v in few.items()}).loss.backward()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in few.items()}
+    loss(probe, inputs).backward()
     largest: dict[str, float] = {}
     for bias in biases:
         grad = parameters[bias.parameter].grad

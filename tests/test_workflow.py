@@ -38,7 +38,7 @@ def test_evaluate_and_merge_agree_to_the_last_example(tiny_folder, tuned, tmp_pa
     adapter, merged = ["--adapter", str(tuned / "adapter")], str(tmp_path / "merged")
     best = max(json.loads(x)["accuracy"] for x in (tuned / "log.jsonl").read_text().splitlines())
     with_adapter = evaluate(tiny_folder, *adapter)
-    assert with_adapter["accuracy"] == best
+    assert with_adapter["metrics"]["accuracy"] == best
     assert main(["merge", "--model", tiny_folder, *adapter, "--out", merged]) == 0
     assert evaluate(merged)["predictions"] == with_adapter["predictions"]
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(merged)

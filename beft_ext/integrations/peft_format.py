@@ -175,6 +175,17 @@ def head_classes(folder: str | Path) -> int | None:
     return min((int(s[0]) for s in shapes if len(s) == 2), default=None)
 
 
+def model_class(folder: str | Path) -> str | None:
+    """Name of the transformers model class that the adapter was made for, where it says so."""
+    import transformers
+
+    mapping = _config(Path(folder)).get("auto_mapping")
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return name if known else None
+
+
 def _weights(folder: Path) -> Path:
     if not folder.is_dir():
         raise AdapterError(f"no adapter folder at {folder}")

@@ -1,17 +1,25 @@
-"""Labelled examples: where they come from, and the batches made of them."""
+"""Labelled examples: where they come from, how a model is asked, and how its answers count."""
 
-from beft_ext.tasks.batches import Batches, accuracy, predictions
-from beft_ext.tasks.data import TASKS, Columns, DataError, Examples, load_task, read_file, subset
+from beft_ext.tasks.batches import Batches
+from beft_ext.tasks.catalog import TASKS, load_task, named_task
+from beft_ext.tasks.heads import HeadObjective
+from beft_ext.tasks.objective import Objective
+from beft_ext.tasks.prompts import PromptObjective
+from beft_ext.tasks.rows import DataError, read_rows
+from beft_ext.tasks.task import Example, Task, read_task, subset
 
 __all__ = [
     "TASKS",
     "Batches",
-    "Columns",
     "DataError",
-    "Examples",
-    "accuracy",
+    "Example",
+    "HeadObjective",
+    "Objective",
+    "PromptObjective",
+    "Task",
     "load_task",
-    "predictions",
-    "read_file",
+    "named_task",
+    "read_rows",
+    "read_task",
     "subset",
 ]

@@ -1,78 +1,94 @@
-"""Batches of a tokenizer's making, each padded to its own longest text, seeded order."""
+"""Batches of tokenized examples, each as long as its own longest row, in seeded order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from beft_ext.tasks.data import DataError, Examples
+WINDOW = 16  # batches within which rows are sorted by length: enough order is left to chance
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One example as tokens. length: of its longest row; parts: rows that it has in a batch, the
+    same for all examples of a batch."""
+
+    fields: Any
+    label: float
+    length: int
+    parts: int = 1
 
 
 class Batches:
-    """A loader of ``{input_ids, attention_mask, ..., labels}``; every pass draws a new order.
+    """A loader of keyword arguments of a model; every pass draws a new order.
 
     The orders follow from ``seed`` and the number of the pass alone (``set_epoch`` sets it);
-    ``seed=None`` keeps the order of the rows.
+    ``seed=None`` goes from long to short, the same each time. ``by_length`` makes batches of
+    rows of like length: fewer padding tokens, batches a little less random.
     """
 
     def __init__(
-        self, examples: Examples, tokenizer: Any, size: int, seed: int | None, longest: int = 128
+        self,
+        rows: Sequence[Encoded],
+        collate: Callable[[Sequence[Encoded]], dict[str, Tensor]],
+        size: int,
+        seed: int | None = None,
+        by_length: bool = False,
     ) -> None:
-        texts = [examples.texts] if examples.pairs is None else [examples.texts, examples.pairs]
-        self._rows = tokenizer(*texts, truncation=True, max_length=longest)
-        self._labels, self._tokenizer = torch.tensor(examples.labels), tokenizer
-        self._size, self._seed, self._passes = size, seed, 0
-
-    @property
-    def labels(self) -> list[int]:
-        """Labels in the order of the rows."""
-        return self._labels.tolist()
+        self.rows, self.collate = rows, collate
+        self._size, self._seed, self._by_length, self._passes = size, seed, by_length, 0
 
     def __len__(self) -> int:
-        return -(-len(self._labels) // self._size)
+        counts: dict[int, int] = {}
+        for row in self.rows:
+            counts[row.parts] = counts.get(row.parts, 0) + 1
+        return sum(-(-n // self._size) for n in counts.values())
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is number ``epoch``, as with torch's DistributedSampler."""
         self._passes = epoch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        order = torch.arange(len(self._labels))
+        for indices in self.plan():
+            yield self.collate([self.rows[i] for i in indices])
+
+    def plan(self) -> list[list[int]]:
+        """Numbers of the rows of each batch of the next pass."""
+        generator = torch.Generator()
+        order = list(range(len(self.rows)))
         if self._seed is not None:
-            generator = torch.Generator().manual_seed(self._seed * 1_000_003 + self._passes)
-            order = torch.randperm(len(order), generator=generator)
+            generator.manual_seed(self._seed * 1_000_003 + self._passes)
+            order = torch.randperm(len(order), generator=generator).tolist()
             self._passes += 1
-        for rows in order.split(self._size):
-            fields = {k: [v[i] for i in rows.tolist()] for k, v in self._rows.items()}
-            batch = dict(self._tokenizer.pad(fields, return_tensors="pt"))
-            yield batch | {"labels": self._labels[rows]}
+        window = len(order) if self._seed is None else WINDOW * self._size
+        groups: dict[int, list[int]] = {}
+        for i in order:
+            groups.setdefault(self.rows[i].parts, []).append(i)
+        batches: list[list[int]] = []
+        for group in groups.values():
+            if self._by_length or self._seed is None:
+                group = [i for part in _split(group, window) for i in self._longest_first(part)]
+            batches += _split(group, self._size)
+        if self._seed is not None and (self._by_length or len(groups) > 1):
+            shuffled = torch.randperm(len(batches), generator=generator).tolist()
+            batches = [batches[i] for i in shuffled]
+        return batches
+
+    def _longest_first(self, indices: list[int]) -> list[int]:
+        return sorted(indices, key=lambda i: -self.rows[i].length)
 
 
-def check_labels(examples: Examples, classes: int) -> None:
-    """Raise DataError where a label has no output in a head of ``classes``."""
-    largest = max(examples.labels)
-    if largest >= classes:
-        raise DataError(
-            f"label {largest} does not fit a head of {classes} classes (0..{classes - 1})"
-        )
+def padded(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
+    """``(N, longest)`` of rows filled up with ``value``."""
+    longest = max(map(len, rows))
+    fill = [[value] * (longest - len(row)) for row in rows]
+    pairs = zip(rows, fill, strict=True)
+    return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in pairs])
 
 
-@torch.no_grad()
-def predictions(model: nn.Module, batches: Batches) -> list[int]:
-    """The class of the largest logit of each example; the model's mode is put back."""
-    mode, found = model.training, []
-    model.eval()
-    device = next(model.parameters()).device
-    for batch in batches:
-        inputs = {k: v.to(device) for k, v in batch.items() if k != "labels"}
-        found += model(**inputs).logits.argmax(-1).tolist()
-    model.train(mode)
-    return found
-
-
-def accuracy(model: nn.Module, batches: Batches) -> float:
-    """Share of examples that are predicted right; ``batches`` in the order of the rows."""
-    found, labels = predictions(model, batches), batches.labels
-    return sum(a == b for a, b in zip(found, labels, strict=True)) / len(labels)
+def _split(items: list[int], size: int) -> list[list[int]]:
+    return [items[i : i + size] for i in range(0, len(items), size)]

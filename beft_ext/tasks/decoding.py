@@ -1,0 +1,104 @@
+"""Evaluation of a language model in batches: each prompt is read once for all its options."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.tasks.batches import padded
+from beft_ext.tasks.objective import device_of, log_probabilities
+
+ROWS = 128  # options that continue from copies of the cache at a time
+
+
+def shared_prompt_scores(
+    model: nn.Module, pairs: Sequence[tuple[list[int], list[list[int]]]], pad: int
+) -> list[list[float]]:
+    """Mean log-probability of each option's tokens after its prompt.
+
+    pairs: tokens of a prompt and of its options. Prompts are padded on the left, as for
+    generation, and run once; options go on from copies of their cache.
+    """
+    device = device_of(model)
+    prompts = padded([p for p, _ in pairs], pad, left=True).to(device)
+    mask = padded([[1] * len(p) for p, _ in pairs], 0, left=True).to(device)
+    output = model(
+        input_ids=prompts,
+        attention_mask=mask,
+        use_cache=True,
+        **_positions(model, mask),
+        **_last(model),
+    )
+    first = log_probabilities(output.logits[:, -1])  # (B, V)
+    flat = [(i, option) for i, (_, options) in enumerate(pairs) for option in options]
+    scores: list[list[float]] = [[] for _ in pairs]
+    for begin in range(0, len(flat), ROWS):
+        part = flat[begin : begin + ROWS]
+        owners = torch.tensor([i for i, _ in part], device=device)
+        options = padded([o for _, o in part], pad).to(device)
+        sums = first[owners, options[:, 0]]
+        kept = padded([[1] * len(o) for _, o in part], 0).to(device)
+        if options.shape[1] > 1:
+            sums = sums + _rest(model, output.past_key_values, mask[owners], owners, options, kept)
+        means = (sums / kept.sum(-1)).tolist()
+        for (i, _), mean in zip(part, means, strict=True):
+            scores[i].append(mean)
+    return scores
+
+
+def _rest(
+    model: nn.Module, cache: Any, mask: Tensor, owners: Tensor, options: Tensor, kept: Tensor
+) -> Tensor:
+    """Log-probabilities of the second token of each option and on, summed, ``(N,)``."""
+    copied = copy.deepcopy(cache)
+    copied.batch_select_indices(owners)
+    whole = torch.cat([mask, kept[:, :-1]], dim=1)
+    positions = _positions(model, whole)
+    if positions:
+        positions = {"position_ids": positions["position_ids"][:, mask.shape[1] :]}
+    logits = model(
+        input_ids=options[:, :-1],
+        attention_mask=whole,
+        past_key_values=copied,
+        use_cache=True,
+        **positions,
+    ).logits
+    found = log_probabilities(logits).gather(-1, options[:, 1:, None]).squeeze(-1)
+    return (found * kept[:, 1:]).sum(-1)
+
+
+def greedy(
+    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int
+) -> list[str]:
+    """The most likely continuation of each prompt, up to the end of its line."""
+    device, pad = device_of(model), tokenizer.pad_token_id or 0
+    line = tokenizer("\n", add_special_tokens=False)["input_ids"][-1:]
+    stops = [t for t in (*line, tokenizer.eos_token_id) if t is not None]
+    ids = padded(prompts, pad, left=True).to(device)
+    found = model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=padded([[1] * len(p) for p in prompts], 0, left=True).to(device),
+        do_sample=False,
+        max_new_tokens=new_tokens,
+        eos_token_id=stops or None,
+        pad_token_id=pad,
+    )
+    texts = tokenizer.batch_decode(found[:, ids.shape[1] :], skip_special_tokens=True)
+    return [text.strip().partition("\n")[0].strip() for text in texts]
+
+
+def _positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
+    """Positions that count from each row's first real token, for models that take them."""
+    if "position_ids" not in inspect.signature(model.forward).parameters:
+        return {}
+    return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+
+
+def _last(model: nn.Module) -> dict[str, int]:
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
+    return {"logits_to_keep": 1} if takes else {}

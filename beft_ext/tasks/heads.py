@@ -1,0 +1,86 @@
+"""Tasks put to a model with a task head: classification, regression, multiple choice."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.tasks.batches import Batches, Encoded
+from beft_ext.tasks.objective import Objective, device_of
+from beft_ext.tasks.rows import DataError
+from beft_ext.tasks.task import Example, Task
+
+LONGEST = 128  # as the authors' code; batches are as long as their own longest text
+
+
+class HeadObjective(Objective):
+    """``AutoModelForSequenceClassification``, or ``AutoModelForMultipleChoice`` for choices.
+
+    classes: outputs of the head; the task's own number where that is known.
+    Raises DataError for a task that generates text.
+    """
+
+    def __init__(
+        self, task: Task, tokenizer: Any, classes: int = 2, max_length: int | None = None
+    ) -> None:
+        super().__init__(task)
+        if task.kind == "generation":
+            raise DataError("a task that generates text needs a language model: use a decoder")
+        self.tokenizer, self.longest = tokenizer, max_length or LONGEST
+        self.auto = "AutoModelForSequenceClassification"
+        self.model_options = {"num_labels": max(2, len(task.classes) or classes)}
+        if task.kind == "regression":
+            self.model_options = {"num_labels": 1, "problem_type": "regression"}
+        elif task.kind == "choice":
+            self.auto, self.model_options = "AutoModelForMultipleChoice", {}
+
+    def training(
+        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = False
+    ) -> Batches:
+        return Batches(self._encode(examples), self._collate, size, seed, by_length)
+
+    def held_out(self, examples: Sequence[Example], size: int) -> Batches:
+        return Batches(self._encode(examples), self._collate, size)
+
+    def answers(self, model: nn.Module, rows: list[Encoded]) -> list[Any]:
+        device = device_of(model)
+        batch = {k: v.to(device) for k, v in self._collate(rows).items() if k != "labels"}
+        logits = model(**batch).logits.float()
+        if self.task.kind == "regression":
+            return list(logits.view(-1).tolist())
+        return list(logits.argmax(-1).tolist())
+
+    def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
+        outputs = self.model_options.get("num_labels", 1)
+        rows = []
+        for example in examples:
+            if self.task.kind == "classification" and example.label >= outputs:
+                raise DataError(
+                    f"label {example.label:.0f} does not fit a head of {outputs} classes "
+                    f"(0..{outputs - 1})"
+                )
+            pairs = example.options if self.task.kind == "choice" else (example.pair,)
+            parts = [self._tokens(example.text, pair) for pair in pairs]
+            length = max(len(p["input_ids"]) for p in parts)
+            rows.append(Encoded(parts, example.label, length, len(parts)))
+        return rows
+
+    def _tokens(self, text: str, pair: str | None) -> dict[str, list[int]]:
+        texts = [text] if pair is None else [text, pair]
+        found = dict(self.tokenizer(*texts, truncation=True, max_length=self.longest))
+        if len(found["input_ids"]) == self.longest:
+            self._note(f"texts as long as --max-length {self.longest} or cut there")
+        return found
+
+    def _collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """``(B, T)``, or ``(B, C, T)`` for choices; labels ``(B,)``."""
+        parts = [p for row in rows for p in row.fields]
+        fields = {k: [p[k] for p in parts] for k in parts[0]}
+        batch = dict(self.tokenizer.pad(fields, return_tensors="pt"))
+        if self.task.kind == "choice":
+            batch = {k: v.view(len(rows), -1, v.shape[-1]) for k, v in batch.items()}
+        number = torch.float32 if self.task.kind == "regression" else torch.long
+        return batch | {"labels": torch.tensor([row.label for row in rows], dtype=number)}

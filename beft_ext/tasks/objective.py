@@ -1,0 +1,81 @@
+"""How a task is put to a model: by a task head or by prompts. What the two have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.loss import model_loss
+from beft_ext.tasks.batches import Batches, Encoded
+from beft_ext.tasks.metrics import measure
+from beft_ext.tasks.task import Example, Task
+
+
+class Objective(ABC):
+    """Makes batches of examples, losses of batches, and predictions of a model.
+
+    auto: name of the transformers class that the model is loaded by, with ``model_options``.
+    notes: how many examples were left out or shortened, by reason.
+    """
+
+    auto: str
+    model_options: dict[str, Any]
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.notes: dict[str, int] = {}
+
+    @abstractmethod
+    def training(
+        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = False
+    ) -> Batches:
+        """Batches to train on. Raises DataError for what cannot be trained on."""
+
+    @abstractmethod
+    def held_out(self, examples: Sequence[Example], size: int) -> Batches:
+        """Batches to evaluate on, one row an example."""
+
+    @abstractmethod
+    def answers(self, model: nn.Module, rows: list[Encoded]) -> list[Any]:
+        """What the model in eval mode says to each row."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """A mean over examples or, where labels are tokens, over these."""
+        return model_loss(model, batch)
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, batches: Batches) -> list[Any]:
+        """A class, choice, number or text for each row, in the rows' order."""
+        mode, found = model.training, [None] * len(batches.rows)
+        model.eval()
+        try:
+            for indices in batches.plan():
+                answers = self.answers(model, [batches.rows[i] for i in indices])
+                for i, answer in zip(indices, answers, strict=True):
+                    found[i] = answer
+        finally:
+            model.train(mode)
+        return found
+
+    def evaluate(
+        self, model: nn.Module, batches: Batches, examples: Sequence[Example]
+    ) -> dict[str, float]:
+        """The task's metrics; ``batches`` as ``held_out(examples)`` made them."""
+        return measure(self.task.metrics, self.predict(model, batches), examples)
+
+    def _note(self, what: str) -> None:
+        self.notes[what] = self.notes.get(what, 0) + 1
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's inputs go."""
+    return next(model.parameters()).device
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Over the last axis, in fp32 at least."""
+    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

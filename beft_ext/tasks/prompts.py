@@ -1,0 +1,208 @@
+"""Tasks put to a language model by prompts: options ranked by log-likelihood, or text generated.
+
+What the model says next is compared with each option by the mean log-probability of the
+option's tokens, as the paper does for OPT. A row holds a prompt and an option but for its last
+token; where all options are one token long, one row serves them all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.tasks.batches import Batches, Encoded, padded
+from beft_ext.tasks.decoding import greedy, shared_prompt_scores
+from beft_ext.tasks.objective import Objective, device_of, log_probabilities
+from beft_ext.tasks.rows import DataError
+from beft_ext.tasks.task import Example, Task
+
+LONGEST = 2048  # tokens of prompt and answer, where the model's own limit is not lower
+SEPARATOR = "\n\n"  # between the examples of a prompt
+ROOM = 50  # new tokens at most, as in the authors' code
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Tokens of a prompt, and of each option (for generation: of the answer to be learnt)."""
+
+    prompt: list[int]
+    options: list[list[int]]
+
+    @property
+    def single(self) -> bool:
+        """True where each option is one token."""
+        return all(len(option) == 1 for option in self.options)
+
+
+class PromptObjective(Objective):
+    """``AutoModelForCausalLM`` with the task's prompt.
+
+    config: of the model, for its longest input. shots: examples to stand before each prompt.
+    Prompts that are too long lose their beginning; an option or answer that would not fit with
+    one token of prompt is an error, or in training left out and counted in ``notes``.
+    Raises DataError for a task without a prompt.
+    """
+
+    auto = "AutoModelForCausalLM"
+
+    def __init__(
+        self,
+        task: Task,
+        tokenizer: Any,
+        config: Any,
+        max_length: int | None = None,
+        shots: Sequence[Example] = (),
+        new_tokens: int = ROOM,
+    ) -> None:
+        super().__init__(task)
+        if not task.prompt or task.kind == "regression":
+            raise DataError("this task has no prompt: use a model with a task head")
+        limit = getattr(config, "max_position_embeddings", None) or LONGEST
+        self.longest = min(max_length or LONGEST, limit)
+        self.tokenizer, self.model_options = tokenizer, {}
+        self.new_tokens = min(new_tokens, self.longest // 2)
+        ids = tokenizer("")["input_ids"]
+        self.bos = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+        self.pad = tokenizer.pad_token_id or 0
+        self.shots = "".join(s.prompt + self._spoken(s) + SEPARATOR for s in shots)
+
+    def training(
+        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = False
+    ) -> Batches:
+        ranked = self.task.kind != "generation" and self.task.learn == "options"
+        rows = []
+        for example in examples:
+            try:
+                rows.append(self._encode(example, ranked, self._said(example, ranked)))
+            except _TooLong:
+                self._note("examples left out: the answer is longer than the model's input")
+        if not rows:
+            raise DataError("no example is left: every answer is longer than the model's input")
+        return Batches(rows, self.options if ranked else self._spelled, size, seed, by_length)
+
+    def held_out(self, examples: Sequence[Example], size: int) -> Batches:
+        options = self.task.kind != "generation"
+        try:
+            rows = [self._encode(e, options, e.options if options else ()) for e in examples]
+        except _TooLong as error:
+            raise DataError(f"option '{error}' is longer than the model's input") from error
+        return Batches(rows, self.options if options else self._spelled, size)
+
+    def answers(self, model: nn.Module, rows: list[Encoded]) -> list[Any]:
+        if self.task.kind == "generation":
+            prompts = [row.fields.prompt for row in rows]
+            return greedy(model, self.tokenizer, prompts, self.new_tokens)
+        learned_prefix = hasattr(model, "peft_config")  # its cache is not ours to copy
+        if all(row.fields.single for row in rows) or learned_prefix:
+            batch = {k: v.to(device_of(model)) for k, v in self.options(rows).items()}
+            scores = option_scores(model, batch).tolist()
+        else:
+            pairs = [(row.fields.prompt, row.fields.options) for row in rows]
+            scores = shared_prompt_scores(model, pairs, self.pad)
+        return [max(range(len(s)), key=s.__getitem__) for s in scores]
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+        """Cross-entropy over the options' scores; the model's own for teacher forcing."""
+        if "options" not in batch:
+            return super().loss(model, batch)
+        return nn.functional.cross_entropy(option_scores(model, batch), batch["labels"])
+
+    def options(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """``input_ids``, ``attention_mask`` ``(B, R, T)``, R the options or 1 where these are
+        single tokens; ``options``, ``option_mask`` ``(B, C, O)``; ``start`` ``(B,)``, where the
+        first of an option's tokens is predicted; ``labels`` ``(B,)``."""
+        prompts = [row.fields for row in rows]
+        single = all(p.single for p in prompts)
+        texts = [
+            p.prompt + o[:-1] for p in prompts for o in (p.options[:1] if single else p.options)
+        ]
+        options = [o for p in prompts for o in p.options]
+        count = len(rows)
+        masks = [[1] * len(t) for t in texts], [[1] * len(o) for o in options]
+        return {
+            "input_ids": padded(texts, self.pad).view(count, len(texts) // count, -1),
+            "attention_mask": padded(masks[0], 0).view(count, len(texts) // count, -1),
+            "options": padded(options, 0).view(count, len(options) // count, -1),
+            "option_mask": padded(masks[1], 0).view(count, len(options) // count, -1),
+            "start": torch.tensor([len(p.prompt) - 1 for p in prompts]),
+            "labels": torch.tensor([int(row.label) for row in rows]),
+        }
+
+    def _spelled(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
+        """``(B, T)`` prompt and answer; only the answer's tokens are labels."""
+        pairs = [(row.fields.prompt, row.fields.options[0]) for row in rows]
+        return {
+            "input_ids": padded([p + a for p, a in pairs], self.pad),
+            "attention_mask": padded([[1] * len(p + a) for p, a in pairs], 0),
+            "labels": padded([[-100] * len(p) + a for p, a in pairs], -100),
+        }
+
+    def _said(self, example: Example, ranked: bool) -> tuple[str, ...]:
+        return example.options if ranked else (self._spoken(example),)
+
+    def _spoken(self, example: Example) -> str:
+        """The right continuation of the prompt."""
+        if self.task.kind == "generation":
+            return f" {example.answers[0]}\n"
+        return example.options[int(example.label)]
+
+    def _encode(self, example: Example, ranked: bool, said: Sequence[str]) -> Encoded:
+        text = self.shots + example.prompt
+        prompt = self._ids(text.rstrip(" "))
+        options = [self._ids(text + option)[len(prompt) :] for option in said]
+        if any(not option for option in options):
+            raise DataError(f"an option of '{example.prompt[-40:]}' has no token of its own")
+        after = max((len(option) for option in options), default=self.new_tokens)
+        room = self.longest - len(self.bos) - after
+        if room < 1:
+            raise _TooLong(max(said, key=len)[:40])
+        if len(prompt) > room:
+            self._note(f"prompts shortened to the last {room} tokens or fewer")
+            prompt = prompt[-room:]
+        encoded = Prompt(self.bos + prompt, options)
+        parts = len(options) if ranked else 1
+        return Encoded(encoded, example.label, len(prompt) + after, parts)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+
+class _TooLong(Exception):
+    """An option or answer that leaves no room for a prompt."""
+
+
+def option_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Mean log-probability of each option's tokens after the prompt, ``(B, C)``, in fp32 at least.
+
+    batch: as ``PromptObjective.options`` makes it. Only the logits of the positions that
+    predict a token of an option are computed, where the model lets one say so.
+    """
+    ids, options = batch["input_ids"], batch["options"]
+    count, choices, longest = options.shape
+    at = batch["start"][:, None] + torch.arange(longest, device=ids.device)  # (B, O)
+    at = at.clamp(max=ids.shape[-1] - 1)  # beyond the row only where the mask is zero
+    inputs = {
+        "input_ids": ids.flatten(0, 1),
+        "attention_mask": batch["attention_mask"].flatten(0, 1),
+    }
+    if _takes(model, "logits_to_keep"):
+        keep, at = at.unique(return_inverse=True)
+        inputs["logits_to_keep"] = keep
+    logits = model(**inputs, use_cache=False).logits
+    logits = logits.view(count, ids.shape[1], *logits.shape[1:])  # (B, R, T, V)
+    where = at[:, None, :, None].expand(-1, ids.shape[1], -1, logits.shape[-1])
+    logs = log_probabilities(logits.gather(2, where)).expand(-1, choices, -1, -1)
+    found = logs.gather(-1, options.unsqueeze(-1)).squeeze(-1)  # (B, C, O)
+    mask = batch["option_mask"]
+    return (found * mask).sum(-1) / mask.sum(-1)
+
+
+def _takes(model: nn.Module, argument: str) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return argument in inspect.signature(inner.forward).parameters
