@@ -94,3 +94,36 @@ def tiny_folder(tmp_path_factory):
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     model.save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory):
+    """A tiny OPT with a tokenizer of bytes, saved as transformers saves a model."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    folder = tmp_path_factory.mktemp("decoder")
+    words = ["</s>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    words += ["Yes", "No", "Maybe", "\u0120great", "\u0120terrible"]
+    splits = {word: number for number, word in enumerate(words)}
+    tokens = Tokenizer(models.WordLevel(splits, unk_token="?"))
+    pieces = "|".join(["Yes", "No", "Maybe", "\u0120great", "\u0120terrible", "."])
+    import tokenizers
+
+    tokens.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            pre_tokenizers.Split(tokenizers.Regex(pieces), "isolated"),
+        ]
+    )
+    tokens.decoder = decoders.ByteLevel()
+    special = {"eos_token": "</s>", "pad_token": "<pad>"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokens, **special).save_pretrained(folder)
+    torch.manual_seed(0)
+    sizes = SIZES | {"vocab_size": len(words), "max_position_embeddings": 512}
+    model = hf.OPTForCausalLM(hf.OPTConfig(**sizes, ffn_dim=48, word_embed_proj_dim=32))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    model.save_pretrained(folder)
+    return str(folder)
