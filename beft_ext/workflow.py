@@ -65,6 +65,10 @@ class Settings:
             raise WorkflowError("--warmup must be within 0 and 1, --clip 0 (none) or more")
         return made
 
+    def recipe(self, **options: bool) -> Recipe:
+        """What tune is told."""
+        return Recipe(self.epochs, self.lr, self.warmup, 0.0, self.clip, self.seed, **options)
+
     def batches(self, objective: Objective, examples: Sequence[Any]) -> Batches:
         """Training batches: a seeded subset in seeded order."""
         train = subset(examples, self.train_size, self.seed)
@@ -146,21 +150,12 @@ def run_tune(
     else:
         chosen = list(find_biases(model).terms) if terms == "all" else terms.split(",")
     print(prepare(model, chosen), "\n")
-    recipe = Recipe(
-        epochs=settings.epochs,
-        lr=settings.lr,
-        warmup=settings.warmup,
-        clip=settings.clip,
-        seed=settings.seed,
-        bf16=bf16,
-        compile=compile,
-    )
     progress = tune(
         model,
         loader,
         lambda m: objective.evaluate(m, held_out, validation)[task.metric],
         out,
-        recipe,
+        settings.recipe(bf16=bf16, compile=compile),
         loss=objective.loss,
         metric=task.metric,
         resume=resume,
