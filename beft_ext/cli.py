@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--save-every", type=int, default=50, metavar="STEPS")
     tune.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     tune.add_argument("--compile", action="store_true", help="torch.compile of the model")
+    tune.add_argument("--graphs", action="store_true", help="whole steps as CUDA graphs")
     tune.set_defaults(run=_tune)
     evaluate = verbs.add_parser("evaluate", help="measure a model, with an adapter or without")
     _add_data(evaluate)
@@ -167,7 +168,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     require_writable(a.out)
     settings = workflow.Settings.of(a)
     options = {"resume": a.resume, "save_every": a.save_every}
-    options |= {"bf16": a.bf16, "compile": a.compile}
+    options |= {"bf16": a.bf16, "compile": a.compile, "graphs": a.graphs}
     workflow.run_tune(_source(a), _asking(a), settings, a.terms, a.out, **options)
 
 

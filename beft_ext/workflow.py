@@ -125,11 +125,10 @@ def run_tune(
     *,
     resume: bool = False,
     save_every: int = 50,
-    bf16: bool = False,
-    compile: bool = False,
+    **options: bool,
 ) -> None:
     """``beft-ext tune``: ``out`` gets adapter/, log.jsonl, learning_curve.png and, for terms
-    'auto', selection/. Prints what trains and each evaluation."""
+    'auto', selection/. Prints what trains and each evaluation. options: of Recipe."""
     from beft_ext.adapters import save_adapter
     from beft_ext.plots import learning_curve
     from beft_ext.preparation import prepare
@@ -155,7 +154,7 @@ def run_tune(
         loader,
         lambda m: objective.evaluate(m, held_out, validation)[task.metric],
         out,
-        settings.recipe(bf16=bf16, compile=compile),
+        settings.recipe(**options),
         loss=objective.loss,
         metric=task.metric,
         resume=resume,

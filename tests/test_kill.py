@@ -58,7 +58,7 @@ def step_of(out):
     path = out / CHECKPOINT
     if not path.is_file():
         return -1
-    with safe_open(path, "pt") as file:
+    with safe_open(path, "np") as file:
         return json.loads(file.metadata()["progress"])["step"]
 
 
