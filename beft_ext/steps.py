@@ -41,6 +41,8 @@ class EagerStep:
         self.model, self.optimizer, self.loss, self.bf16 = model, optimizer, loss, bf16
 
     def __call__(self, batch: Mapping[str, Tensor], rate: float) -> tuple[Tensor, Tensor]:
+        # In single precision, as a graph's kernels read it: with and without graphs the same.
+        rate = float(torch.tensor(rate, dtype=torch.float32))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad()
