@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint bench gpu docs clean
 help:
-	@echo "make demo | test | lint | bench | gpu | clean"
+	@echo "make demo | test | lint | bench | gpu | docs | clean"
 
 $(VENV)/.installed: pyproject.toml setup.py csrc/bindings.cpp $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -42,6 +42,9 @@ gpu:
 	$(PYTHON) benchmarks/bench_statistics.py --device cuda
 	$(PYTHON) benchmarks/bench_memory.py --device cuda
 	$(PYTHON) benchmarks/render.py
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/model_table.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info beft_ext/*.so out
