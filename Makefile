@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint guard bench gpu clean
 help:
-	@echo "make demo | test | lint | bench | gpu | clean"
+	@echo "make demo | test | lint | guard | bench | gpu | clean"
 
 $(VENV)/.installed: pyproject.toml setup.py csrc/bindings.cpp $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,7 +24,11 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* benchmarks/guard/*.cpp
+
+# Instruction, register and spill counts against the record.
+guard: $(VENV)/.installed
+	$(BIN)/python benchmarks/guard/guard.py
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench_optimizer.py
