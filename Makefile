@@ -30,22 +30,21 @@ lint: $(VENV)/.installed
 guard: $(VENV)/.installed
 	$(BIN)/python benchmarks/guard/guard.py
 
+# Each part alone: make bench PARTS=fisher. ARGS=--quick tries them without writing results.
+PARTS ?= operators optimizer training selection fisher growth
+ARGS ?=
+RUN_PARTS = set -e; for part in $(PARTS); do $(1) benchmarks/bench_$$part.py $(ARGS) $(2); done; \
+	$(1) benchmarks/render.py
+
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/bench_optimizer.py
-	$(BIN)/python benchmarks/bench_training.py
-	$(BIN)/python benchmarks/bench_statistics.py
-	$(BIN)/python benchmarks/bench_memory.py
-	$(BIN)/python benchmarks/render.py
+	$(BIN)/pip install -q -e ".[bench]" "$(TORCH)" || echo "some peers do not install: shown as missing"
+	@$(call RUN_PARTS,$(BIN)/python)
 
 # On a machine with a GPU, with the torch that is there: builds, tests, writes the receipt.
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest tests
-	$(PYTHON) benchmarks/bench_optimizer.py --device cuda
-	$(PYTHON) benchmarks/bench_training.py --device cuda
-	$(PYTHON) benchmarks/bench_statistics.py --device cuda
-	$(PYTHON) benchmarks/bench_memory.py --device cuda
-	$(PYTHON) benchmarks/render.py
+	@$(call RUN_PARTS,$(PYTHON),--device cuda)
 
 clean:
 	rm -rf $(VENV) build *.egg-info beft_ext/*.so out
