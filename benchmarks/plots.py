@@ -40,7 +40,7 @@ def operators(figure: Any, record: Mapping[str, Any]) -> None:
         axes.axhline(limit, color="black", linestyle="--", label="a plain read from memory")
         axes.set(xscale="log", xlabel="MiB of fp32 input", ylabel="GB/s", ylim=(0, None))
         axes.set_title(f"bias_grad_stats, threads: {threads}")
-        axes.legend()
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=5)
 
 
 def _size(key: str) -> float:
