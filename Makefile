@@ -30,7 +30,8 @@ lint: $(VENV)/.installed
 guard: $(VENV)/.installed
 	$(BIN)/python benchmarks/guard/guard.py
 
-# Each part alone: make bench PARTS=fisher. ARGS=--quick tries them without writing results.
+# Each part alone: make bench PARTS=fisher. ARGS=--quick tries them without writing results;
+# PARTS=selection ARGS="--data DIR" takes real SST-2.
 PARTS ?= operators optimizer training selection fisher growth
 ARGS ?=
 RUN_PARTS = set -e; for part in $(PARTS); do $(1) benchmarks/bench_$$part.py $(ARGS) $(2); done; \

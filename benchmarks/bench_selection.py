@@ -2,8 +2,8 @@
 
 The trained MiniLM, the same sentences, order, rate and number of steps; model, tokens and
 batches are made before the clock starts. ``--data DIR`` takes 1,000 rows of DIR/sst2 in place of
-the shipped sentences. Rankings are of the terms that are not dead. Writes
-benchmarks/results/<device>/selection.json.
+the shipped sentences. Rankings are of the terms that are not dead. Writes selection.json or
+selection_sst2.json in benchmarks/results/<device>/.
 """
 
 from __future__ import annotations
@@ -90,10 +90,10 @@ def main() -> None:
     for name, s in found.items():
         s["ranking"] = alive[name]
         print(name, *alive[name])
-    data = "shipped sentences" if arguments.data is None else "SST-2"
-    key = f"MiniLM, {len(rows):,} rows of {data}"
+    shipped = arguments.data is None
+    key = f"MiniLM, {len(rows):,} {'shipped sentences' if shipped else 'rows of SST-2'}"
     show(key, found)
-    write("selection", arguments, {"whole": {key: found}})
+    write("selection" if shipped else "selection_sst2", arguments, {"whole": {key: found}})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ PARTS: dict[str, dict[str, str]] = {
         "pass": "What does a pass over sentences cost, padded as each way pads?",
     },
     "selection": {"whole": "How long until we know which term to train?"},
+    "selection_sst2": {"whole": "How long until we know which term to train, on real data?"},
     "fisher": {"step": "What does the per-example Fisher information of all biases cost?"},
     "growth": {"axes": "How do time and memory of a training step grow?"},
 }
