@@ -8,7 +8,9 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -162,9 +164,12 @@ def _processor() -> str:
 
 
 def _clock(device: str) -> float | None:
-    """Of the processor's first core, or the GPU's multiprocessors."""
+    """MHz of the processor's first core, or of the GPU's multiprocessors; None where unknown."""
     if device == "cuda":
-        return float(torch.cuda.clock_rate())
+        query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+        if shutil.which(query[0]) is None:
+            return None
+        return float(subprocess.run(query, capture_output=True, text=True).stdout.split()[0])
     return next((float(x.split(":")[1]) for x in _cpuinfo() if x.startswith("cpu MHz")), None)
 
 
