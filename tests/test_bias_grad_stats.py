@@ -130,6 +130,23 @@ def test_opcheck():
     torch.library.opcheck(torch.ops.beft_ext.bias_grad_stats.default, (dy, None, 2.0, *buffers))
 
 
+def test_autograd_learns_of_the_buffers_and_refuses_to_go_back_through():
+    dy, buffers = torch.randn(2, 3, 5), (torch.zeros(5), torch.zeros(5))
+    before = [b._version for b in buffers]
+    bias_grad_stats(dy, *buffers)
+    assert all(b._version > v for b, v in zip(buffers, before, strict=True))
+    with pytest.raises(RuntimeError, match="bias_grad_stats"):
+        bias_grad_stats(dy.requires_grad_(), *buffers).sum().backward()
+
+
+def test_a_tracer_sees_the_operator():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    arguments = torch.randn(2, 3, 5), torch.zeros(5), torch.zeros(5)
+    traced = make_fx(lambda *a: bias_grad_stats(*a))(*arguments)
+    assert "beft_ext.bias_grad_stats" in traced.code
+
+
 @pytest.mark.parametrize(
     ("dy", "offsets", "message"),
     [
