@@ -32,13 +32,15 @@ guard: $(VENV)/.installed
 
 # Each part alone: make bench PARTS=fisher. ARGS=--quick tries them without writing results;
 # PARTS=selection ARGS="--data DIR" takes real SST-2.
-PARTS ?= operators optimizer training selection fisher growth
+PARTS ?= operators optimizer training selection fisher choices growth
 ARGS ?=
 RUN_PARTS = set -e; for part in $(PARTS); do $(1) benchmarks/bench_$$part.py $(ARGS) $(2); done; \
 	$(1) benchmarks/render.py
 
 bench: $(VENV)/.installed
-	$(BIN)/pip install -q -e ".[bench]" "$(TORCH)" || echo "some peers do not install: shown as missing"
+	$(BIN)/pip install -q -e ".[bench]" "$(TORCH)" && \
+	$(BIN)/pip install -q --no-deps backpack-for-pytorch==1.7.1 unfoldNd==0.2.3 || \
+	echo "some peers do not install: shown as missing"
 	@$(call RUN_PARTS,$(BIN)/python)
 
 # On a machine with a GPU, with the torch that is there: builds, tests, writes the receipt.

@@ -4,7 +4,7 @@ ours does: none is a strawman. A peer's package is imported when it is built.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -161,3 +161,22 @@ def _trained(model: nn.Module) -> dict[str, Tensor]:
     biases = find_biases(model)
     model.requires_grad_(False)
     return {b.parameter: model.get_parameter(b.parameter).requires_grad_(True) for b in biases}
+
+
+@torch.no_grad()
+def one_by_one(
+    model: nn.Module, pairs: Sequence[tuple[list[int], list[list[int]]]]
+) -> list[list[float]]:
+    """Options scored as the authors' loop does: the whole text of each alone, every position's
+    logits, mean log-probability of the option's tokens."""
+    device = next(model.parameters()).device
+    scores = []
+    for prompt, options in pairs:
+        means = []
+        for option in options:
+            ids = torch.tensor([prompt + option], device=device)
+            logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            taken = logs.gather(-1, ids[0, 1:, None]).squeeze(-1)
+            means.append(float(taken[-len(option) :].mean()))
+        scores.append(means)
+    return scores

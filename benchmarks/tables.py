@@ -21,6 +21,7 @@ PARTS: dict[str, dict[str, str]] = {
     "selection": {"whole": "How long until we know which term to train?"},
     "selection_sst2": {"whole": "How long until we know which term to train, on real data?"},
     "fisher": {"step": "What does the per-example Fisher information of all biases cost?"},
+    "choices": {"ranking": "How long does it take to rank options by a decoder?"},
     "growth": {"axes": "How do time and memory of a training step grow?"},
 }
 

@@ -282,3 +282,19 @@ def test_the_guard_skips_where_the_compiler_is_another(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["guard.py"])
     assert guard.main() == 0
     assert "guard: instructions: skipped, recorded with" in capsys.readouterr().out
+
+
+def test_options_one_by_one_are_scored_as_in_batches():
+    import transformers
+    from peers import one_by_one
+
+    from beft_ext.tasks.decoding import shared_prompt_scores
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "vocab_size": 64}
+    config = transformers.OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.OPTForCausalLM(config).eval()
+    pairs = [([5, 6, 7], [[8, 9], [10]]), ([11], [[12], [13, 14, 15]])]
+    with torch.no_grad():
+        found = shared_prompt_scores(model, pairs, pad=1)
+    assert found == [pytest.approx(row, abs=1e-5) for row in one_by_one(model, pairs)]
