@@ -39,6 +39,7 @@ RUN_PARTS = set -e; for part in $(PARTS); do $(1) benchmarks/bench_$$part.py $(A
 
 bench: $(VENV)/.installed
 	$(BIN)/pip install -q -e ".[bench]" "$(TORCH)" || echo "some peers do not install: shown as missing"
+	$(BIN)/pip install -q --no-deps backpack-for-pytorch==1.7.1 unfoldNd==0.2.3 || true
 	@$(call RUN_PARTS,$(BIN)/python)
 
 # On a machine with a GPU, with the torch that is there: builds, tests, writes the receipt.
