@@ -125,6 +125,13 @@ def test_every_half_converts_exactly():
     assert torch.equal(grad.nan_to_num(7.0), dy.float().nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_is_read_exactly(dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    grad = bias_grad_stats(every.view(1, 1, -1), torch.zeros(2**16), torch.zeros(2**16))
+    torch.testing.assert_close(grad, every.float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_opcheck():
     dy, buffers = torch.randn(2, 3, 5), (torch.zeros(5), torch.zeros(5))
     torch.library.opcheck(torch.ops.beft_ext.bias_grad_stats.default, (dy, None, 2.0, *buffers))
