@@ -143,7 +143,8 @@ def run_tune(
         selected = out / "selection" / "selection.json"
         if not (resume and selected.is_file()):
             found = _select(model, objective, loader, replace(settings, epochs=1, warmup=0.0))
-            print(found, "\n")
+            print(found)
+            print(f"\nauto: '{found.best}', the first by the BEFT score\n")
             found.save(selected.parent)
         chosen = [json.loads(selected.read_text(encoding="utf-8"))["best"]]
     else:

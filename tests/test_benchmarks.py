@@ -298,3 +298,10 @@ def test_options_one_by_one_are_scored_as_in_batches():
     with torch.no_grad():
         found = shared_prompt_scores(model, pairs, pad=1)
     assert found == [pytest.approx(row, abs=1e-5) for row in one_by_one(model, pairs)]
+
+
+def test_the_study_says_what_was_measured():
+    from study import results
+    from study_page import OUT, page
+
+    assert OUT.read_text() == page(results())

@@ -1,12 +1,12 @@
-"""Does the selection pick the term that then trains best? Measures; render.py tells.
+"""Does the selection pick the term that then trains best? Measures; study_page.py tells.
 
 For each task, size and seed: every living term of MiniLM is trained alone, with the head, for
 the same number of steps from the same start, and evaluated on the whole validation split; and
 ``select`` is run for several numbers of steps, its choice by each method noted. One JSON line for
 each in benchmarks/results/study.jsonl; what is there is not run again.
 
-    python benchmarks/study/run.py sst2:100 sst2:300 rte:300 --data DIR --seeds 5
-    python benchmarks/study/run.py sentences:100 --seeds 5       # the shipped sentences
+    python benchmarks/study.py sst2:100 sst2:300 rte:300 --data DIR --seeds 5
+    python benchmarks/study.py sentences:100 --seeds 5       # the shipped sentences
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from beft_ext.selection import Run, Unchanged
 from beft_ext.tap import Tap
 from beft_ext.tasks import subset
 
-RESULTS = Path(__file__).resolve().parent.parent / "results" / "study.jsonl"
+RESULTS = Path(__file__).resolve().parent / "results" / "study.jsonl"
 BATCH, STEPS, LR = 16, 80, 1e-2
 SELECTING = (5, 10, 20, 40)
 
