@@ -128,6 +128,7 @@ class Comparison:
         adapted = way.setup(model, seed)
         lr = self.rates.get(name, way.lr or settings.lr)
         begun = time.perf_counter()
+        loader.set_epoch(0)  # the same batch for every method
         peak = _step_peak(adapted, objective, next(iter(loader)), lr)
         aside = time.perf_counter() - begun
         metric = self.source.task.metric
