@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext import scores
-from beft_ext.files import save_tensors, whole_file
+from beft_ext.files import save_tensors, sweep, whole_file
 from beft_ext.loss import Loss, model_loss
 from beft_ext.models import Bias, BiasMap, find_biases, head_parameters
 from beft_ext.optim import BiasAdamW, rate_factor
@@ -80,6 +80,7 @@ class Selection:
     def save(self, folder: str | Path) -> None:
         """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` into ``folder``."""
         folder = Path(folder)
+        sweep(folder)
         tensors = {f"initial/{name}": t for name, t in self.initial.items()}
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
         record = {
