@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from beft_ext import scores
 from beft_ext.files import save_tensors, sweep, whole_file
-from beft_ext.loss import Loss, model_loss
+from beft_ext.loss import Loss, examples_and_divisor, model_loss
 from beft_ext.models import Bias, BiasMap, find_biases, head_parameters
 from beft_ext.optim import BiasAdamW, rate_factor
 from beft_ext.tap import Tap, require_untapped
@@ -120,7 +120,8 @@ def select(
 ) -> Selection:
     """Train all candidate terms together for a short run and score each one.
 
-    model: a transformers model whose output has ``loss``, a mean over the batch's examples.
+    model: a transformers model whose output has ``loss``, a mean over the batch's examples or
+        over its tokens (``beft_ext.loss.examples_and_divisor``).
     loader: batches as keyword arguments of the model, first axis examples.
     method: 'beft', 'magnitude', 'fisher', 'example_fisher' or 'snr'; all are computed.
     loss: of the model and a batch, in place of the output's own.
@@ -251,8 +252,8 @@ class Run:
     def _step(self, batch: Mapping[str, Tensor]) -> float:
         device = self.pairs[0][1].device
         inputs = {k: v.to(device) for k, v in batch.items()}
-        size = len(next(iter(inputs.values())))
-        self.tap.step(size, scale=float(size))
+        size, divisor = examples_and_divisor(self.model, batch)
+        self.tap.step(size, scale=float(divisor))
         self.optimizer.zero_grad()
         loss = self.loss(self.model, inputs)
         number = float(loss.detach())
