@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint bench gpu clean
+.PHONY: help demo test lint guard bench gpu docs clean
 help:
-	@echo "make demo | test | lint | bench | gpu | clean"
+	@echo "make demo | test | lint | guard | bench | gpu | docs | clean"
 
 $(VENV)/.installed: pyproject.toml setup.py csrc/bindings.cpp $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,24 +24,33 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/*
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* benchmarks/guard/*.cpp
+
+# Instruction, register and spill counts against the record.
+guard: $(VENV)/.installed
+	$(BIN)/python benchmarks/guard/guard.py
+
+# Each part alone: make bench PARTS=fisher. ARGS=--quick tries them without writing results;
+# PARTS=selection ARGS="--data DIR" takes real SST-2.
+PARTS ?= operators optimizer training selection fisher choices growth
+ARGS ?=
+RUN_PARTS = set -e; for part in $(PARTS); do $(1) benchmarks/bench_$$part.py $(ARGS) $(2); done; \
+	$(1) benchmarks/render.py
 
 bench: $(VENV)/.installed
-	$(BIN)/python benchmarks/bench_optimizer.py
-	$(BIN)/python benchmarks/bench_training.py
-	$(BIN)/python benchmarks/bench_statistics.py
-	$(BIN)/python benchmarks/bench_memory.py
-	$(BIN)/python benchmarks/render.py
+	$(BIN)/pip install -q -e ".[bench]" "$(TORCH)" && \
+	$(BIN)/pip install -q --no-deps backpack-for-pytorch==1.7.1 unfoldNd==0.2.3 || \
+	echo "some peers do not install: shown as missing"
+	@$(call RUN_PARTS,$(BIN)/python)
 
 # On a machine with a GPU, with the torch that is there: builds, tests, writes the receipt.
 gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest tests
-	$(PYTHON) benchmarks/bench_optimizer.py --device cuda
-	$(PYTHON) benchmarks/bench_training.py --device cuda
-	$(PYTHON) benchmarks/bench_statistics.py --device cuda
-	$(PYTHON) benchmarks/bench_memory.py --device cuda
-	$(PYTHON) benchmarks/render.py
+	@$(call RUN_PARTS,$(PYTHON),--device cuda)
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/model_table.py
 
 clean:
 	rm -rf $(VENV) build *.egg-info beft_ext/*.so out

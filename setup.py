@@ -77,6 +77,7 @@ setup(
                 "-fvisibility=hidden",
                 "-ffp-contract=off",
                 "-fno-math-errno",
+                "-fno-trapping-math",  # else AVX2 converts halves one by one; no value changes
                 "-fopenmp-simd",  # the pragma alone; threads come from cpu/parallel.h
                 "-pthread",
             ],

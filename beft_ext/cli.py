@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from beft_ext import methods, scores
 from beft_ext.files import require_writable
 from beft_ext.loading import ASKED
-from beft_ext.scores import METHODS
 from beft_ext.tasks import TASKS
 
 
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(select)
     _add_run(select, epochs=1, warmup=0.0)
     select.add_argument("--terms", metavar="T,T", help="candidates (default: all)")
-    select.add_argument("--method", choices=METHODS, default="beft")
+    select.add_argument("--method", choices=scores.METHODS, default="beft")
     select.add_argument("--steps", type=int, help="length of the run, in place of --epochs")
     select.set_defaults(run=_select)
     tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--save-every", type=int, default=50, metavar="STEPS")
     tune.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     tune.add_argument("--compile", action="store_true", help="torch.compile of the model")
+    tune.add_argument("--graphs", action="store_true", help="whole steps as CUDA graphs")
     tune.set_defaults(run=_tune)
     evaluate = verbs.add_parser("evaluate", help="measure a model, with an adapter or without")
     _add_data(evaluate)
@@ -69,6 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--split", default="validation", help="of a named task")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="for evaluation.json")
     evaluate.set_defaults(run=_evaluate)
+    compare = verbs.add_parser("compare", help="methods side by side on one task")
+    _add_data(compare)
+    _add_run(compare, epochs=10, warmup=0.06)
+    compare.add_argument(
+        "--methods",
+        default="head,auto,value,all-biases,random-mask,lora,full",
+        metavar="M,M",
+        help=f"{', '.join(methods.METHODS)}, or bias terms such as value or query+value",
+    )
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
+    compare.add_argument("--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones")
+    compare.set_defaults(run=_compare)
     merge = verbs.add_parser("merge", help="a plain model folder with the adapter inside")
     merge.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
     merge.add_argument("--adapter", required=True, type=Path, metavar="DIR")
@@ -155,7 +168,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     require_writable(a.out)
     settings = workflow.Settings.of(a)
     options = {"resume": a.resume, "save_every": a.save_every}
-    options |= {"bf16": a.bf16, "compile": a.compile}
+    options |= {"bf16": a.bf16, "compile": a.compile, "graphs": a.graphs}
     workflow.run_tune(_source(a), _asking(a), settings, a.terms, a.out, **options)
 
 
@@ -170,6 +183,23 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     print(f"{metrics}  ({record['examples']} examples)")
     if a.out:
         workflow.write_json(a.out / "evaluation.json", record)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from beft_ext import comparison, workflow
+
+    a = arguments
+    require_writable(a.out)
+    planned = comparison.Comparison(
+        _source(a),
+        _asking(a),
+        workflow.Settings.of(a),
+        methods=a.methods.split(","),
+        seeds=range(a.seed, a.seed + a.seeds),
+        rates=comparison.rates_of(a.rates),
+    )
+    found = comparison.write(planned, planned.run(a.out), a.out)
+    print(f"\n{found}\n\ntable and plot are in {a.out}")
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""What a training step minimises."""
+"""What a training step minimises, and what it is a mean of."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor, nn
 
-IGNORED = -100  # torch's label of a token that the loss leaves out
-
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+
+UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -17,27 +17,24 @@ def model_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     return loss
 
 
-def examples_and_divisor(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[int, int]:
-    """How many examples a batch holds, and the number that the mean in its loss divides by.
+def examples_of(batch: Mapping[str, Tensor]) -> int:
+    """B: rows of the labels or, without any, of the first tensor."""
+    return len(batch["labels"] if "labels" in batch else next(iter(batch.values())))
 
-    ``labels (B,)``, floating-point ones, or none: a mean over the B examples; ``l_i`` is the
-    loss that the model gives example i alone. Integer ``labels (B, T)``: a mean over the
-    tokens whose label is not -100; ``l_i`` is the sum over the tokens of example i. A causal
-    model predicts each token from those before it, so its first label does not count.
-    Multiple choice, ``(B, C, T)`` with ``labels (B,)``, has B examples of C rows each.
-    In every case ``loss = sum_i l_i / divisor``.
+
+def divisor(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
+    """What the sum of the examples' losses was divided by to give the batch's loss.
+
+    Labels ``(B,)``: B, and an example's loss is its own. Token labels ``(B, T)``: the tokens
+    that count, those that are not -100, without the first of each row where a causal model
+    predicts the next token; an example's loss is the sum over its tokens. Several targets an
+    example ``(B, C)``, as floats: all B C of them. Source: DESIGN section 3.
     """
     labels = batch.get("labels")
-    if labels is None:
-        count = len(next(iter(batch.values())))
-        return count, count
-    if labels.ndim < 2 or labels.is_floating_point():
-        return len(labels), len(labels)
-    counted = labels[:, 1:] if _is_causal(model) else labels
-    return len(labels), int((counted != IGNORED).sum())
-
-
-def _is_causal(model: nn.Module) -> bool:
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as NAMES
-
-    return type(model).__name__ in NAMES.values()
+    if labels is None or labels.ndim == 1:
+        return examples_of(batch)
+    if labels.is_floating_point():
+        return labels.numel()
+    both_ways = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    shifted = not both_ways and getattr(model, "loss_type", None) not in UNSHIFTED
+    return int((labels[:, 1:] if shifted else labels).ne(-100).sum())

@@ -46,6 +46,26 @@ def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Pa
         figure.savefig(temporary, dpi=150, format="png")
 
 
+def methods(outcomes: Sequence[Any], metric: str, path: Path) -> None:
+    """The metric of each method over what it trains: every seed a dot, the mean a line. A whole
+    file. outcomes: of ``compare``."""
+    names = list(dict.fromkeys(o.method for o in outcomes if o.failure is None))
+    figure = _figure(7, 1.5 + 0.35 * len(names))
+    axes = figure.add_subplot()
+    for place, name in enumerate(names):
+        own = [o for o in outcomes if o.method == name and o.failure is None]
+        values = [o.metrics[metric] for o in own]
+        axes.plot(values, [place] * len(own), "o", color="C0", alpha=0.5)
+        mean = sum(values) / len(values)
+        axes.plot([mean, mean], [place - 0.3, place + 0.3], color="C1")
+    sizes = {o.method: o.parameters for o in outcomes if o.failure is None}
+    axes.set_yticks(range(len(names)), [f"{n}\n{sizes[n]:,} trained" for n in names], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(metric)
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=150, format="png")
+
+
 def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

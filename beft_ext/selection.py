@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from beft_ext import scores
 from beft_ext.files import save_tensors, sweep, whole_file
-from beft_ext.loss import Loss, examples_and_divisor, model_loss
+from beft_ext.loss import Loss, divisor, examples_of, model_loss
 from beft_ext.models import Bias, BiasMap, find_biases, head_parameters
 from beft_ext.optim import BiasAdamW, rate_factor
 from beft_ext.tap import Tap, require_untapped
@@ -80,7 +80,6 @@ class Selection:
     def save(self, folder: str | Path) -> None:
         """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` into ``folder``."""
         folder = Path(folder)
-        sweep(folder)
         tensors = {f"initial/{name}": t for name, t in self.initial.items()}
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
         record = {
@@ -94,6 +93,7 @@ class Selection:
             "above_90_degrees": self.obtuse,
             "losses": self.losses,
         }
+        sweep(folder)
         save_tensors(folder / "biases.safetensors", tensors)
         self.plot(folder / "heatmap.png")
         with whole_file(folder / "selection.json") as temporary:
@@ -120,8 +120,8 @@ def select(
 ) -> Selection:
     """Train all candidate terms together for a short run and score each one.
 
-    model: a transformers model whose output has ``loss``, a mean over the batch's examples or
-        over its tokens (``beft_ext.loss.examples_and_divisor``).
+    model: a transformers model whose output has ``loss``, a mean over the batch's examples or,
+        with labels ``(B, T)``, over the tokens that count (see ``beft_ext.loss.divisor``).
     loader: batches as keyword arguments of the model, first axis examples.
     method: 'beft', 'magnitude', 'fisher', 'example_fisher' or 'snr'; all are computed.
     loss: of the model and a batch, in place of the output's own.
@@ -252,8 +252,8 @@ class Run:
     def _step(self, batch: Mapping[str, Tensor]) -> float:
         device = self.pairs[0][1].device
         inputs = {k: v.to(device) for k, v in batch.items()}
-        size, divisor = examples_and_divisor(self.model, batch)
-        self.tap.step(size, scale=float(divisor))
+        size = examples_of(inputs)
+        self.tap.step(size, scale=float(divisor(self.model, inputs)))
         self.optimizer.zero_grad()
         loss = self.loss(self.model, inputs)
         number = float(loss.detach())

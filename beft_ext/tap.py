@@ -52,7 +52,8 @@ class _Step:
 class _Identity(torch.autograd.Function):
     @staticmethod
     def forward(output: Tensor, site: Site, step: _Step, *leaves: Tensor) -> Tensor:
-        return output.view_as(output)
+        # The same memory, but no view to autograd: Longformer scales its query in place.
+        return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -136,7 +137,10 @@ class Tap(AbstractContextManager["Tap"]):
         owned = {id(p) for p in module.parameters(recurse=False)}
         site, step = next(s for s in self.sites if id(s.parameter) in owned), self._step
 
-        def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Tensor:
+            if not isinstance(output, Tensor):
+                kind = type(module).__name__
+                raise TapError(f"a {kind} gives out a {type(output).__name__}, not a tensor")
             tapped: Tensor = _Identity.apply(output, site, step, *site.leaves)
             return tapped
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from beft_ext.files import save_tensors, sweep, whole_file
 from beft_ext.loss import Loss, model_loss
 from beft_ext.optim import BiasAdamW, rate_factor
+from beft_ext.steps import EagerStep, GraphedStep
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -30,7 +31,7 @@ class Recipe:
     """What a run depends on beside model and data. warmup: share of the steps with rising rate,
     which then falls linearly to zero. clip: global gradient norm, 0 for none. bf16: autocast of
     the forward; biases, gradients and state stay fp32. compile: the forward by torch.compile,
-    dropout as in eager mode."""
+    dropout as in eager mode. graphs: whole steps as CUDA graphs, see ``beft_ext.steps``."""
 
     epochs: int = 10
     lr: float = 1e-3
@@ -40,6 +41,7 @@ class Recipe:
     seed: int = 0
     bf16: bool = False
     compile: bool = False
+    graphs: bool = False
 
 
 @dataclass
@@ -74,7 +76,8 @@ def tune(
         written every ``save_every`` steps. resume: go on from it; the result is the same to the
         bit as that of a run that was not stopped.
     The model ends with the parameters of the best epoch. Raises TuningError for a loss or
-    gradient that is not finite, nothing to train, or a checkpoint of another run.
+    gradient that is not finite, nothing to train, or a checkpoint of another run; StepError
+    where graphs are asked for and cannot be had.
     """
     recipe, folder = recipe or Recipe(), Path(folder)
     run = _Run(model, loader, recipe, loss, metric)
@@ -96,7 +99,6 @@ class _Run:
         self, model: nn.Module, loader: Iterable[Any], recipe: Recipe, loss: Loss, metric: str
     ) -> None:
         self.model, self.loader, self.recipe, self.metric = model, loader, recipe, metric
-        self.loss = loss
         self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TuningError("no parameter requires grad: call prepare first")
@@ -109,10 +111,19 @@ class _Run:
             model, lr=recipe.lr, weight_decay=recipe.weight_decay, max_norm=recipe.clip
         )
         self.state = Progress()
-        self.forward = model
+        self.step = self._make_step(loss)
+
+    def _make_step(self, loss: Loss) -> EagerStep:
+        recipe, model = self.recipe, self.model
+        if recipe.graphs and recipe.compile:
+            raise TuningError("compile and graphs do not go together: choose one")
+        if recipe.graphs:
+            pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
+            return GraphedStep(model, self.optimizer, loss, recipe.bf16, pad)
         if recipe.compile:
             options: dict[str, Any] = {"fallback_random": True}
-            self.forward = torch.compile(model, dynamic=True, options=options)
+            model = torch.compile(model, dynamic=True, options=options)
+        return EagerStep(model, self.optimizer, loss, recipe.bf16)
 
     def train(
         self,
@@ -147,17 +158,11 @@ class _Run:
 
     def _step(self, batch: Mapping[str, Tensor]) -> None:
         rate = self.recipe.lr * rate_factor(self.state.step, self.steps, self.recipe.warmup, True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad()
         inputs = {k: v.to(self.device) for k, v in batch.items()}
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.bf16):
-            loss = self.loss(self.forward, inputs)
-        number = float(loss.detach())
-        loss.backward()
-        self.optimizer.step()
+        loss, norm = self.step(inputs, rate)
+        number = float(loss)
         self.state.step += 1
-        for what, value in (("loss", number), ("gradient", float(self.optimizer.grad_norm))):
+        for what, value in (("loss", number), ("gradient", float(norm))):
             if not math.isfinite(value):
                 raise TuningError(
                     f"the {what} is not finite at step {self.state.step}: lower the learning "

@@ -65,6 +65,10 @@ class Settings:
             raise WorkflowError("--warmup must be within 0 and 1, --clip 0 (none) or more")
         return made
 
+    def recipe(self, **options: bool) -> Recipe:
+        """What tune is told."""
+        return Recipe(self.epochs, self.lr, self.warmup, 0.0, self.clip, self.seed, **options)
+
     def batches(self, objective: Objective, examples: Sequence[Any]) -> Batches:
         """Training batches: a seeded subset in seeded order."""
         train = subset(examples, self.train_size, self.seed)
@@ -121,11 +125,10 @@ def run_tune(
     *,
     resume: bool = False,
     save_every: int = 50,
-    bf16: bool = False,
-    compile: bool = False,
+    **options: bool,
 ) -> None:
     """``beft-ext tune``: ``out`` gets adapter/, log.jsonl, learning_curve.png and, for terms
-    'auto', selection/. Prints what trains and each evaluation."""
+    'auto', selection/. Prints what trains and each evaluation. options: of Recipe."""
     from beft_ext.adapters import save_adapter
     from beft_ext.plots import learning_curve
     from beft_ext.preparation import prepare
@@ -140,27 +143,19 @@ def run_tune(
         selected = out / "selection" / "selection.json"
         if not (resume and selected.is_file()):
             found = _select(model, objective, loader, replace(settings, epochs=1, warmup=0.0))
-            print(found, "\n")
+            print(found)
+            print(f"\nauto: '{found.best}', the first by the BEFT score\n")
             found.save(selected.parent)
         chosen = [json.loads(selected.read_text(encoding="utf-8"))["best"]]
     else:
         chosen = list(find_biases(model).terms) if terms == "all" else terms.split(",")
     print(prepare(model, chosen), "\n")
-    recipe = Recipe(
-        epochs=settings.epochs,
-        lr=settings.lr,
-        warmup=settings.warmup,
-        clip=settings.clip,
-        seed=settings.seed,
-        bf16=bf16,
-        compile=compile,
-    )
     progress = tune(
         model,
         loader,
         lambda m: objective.evaluate(m, held_out, validation)[task.metric],
         out,
-        recipe,
+        settings.recipe(**options),
         loss=objective.loss,
         metric=task.metric,
         resume=resume,

@@ -1,126 +1,107 @@
-"""What does a whole training step of the value bias cost, beside PEFT and the authors' way?
+"""What does a training step of the value bias cost, beside PEFT, the authors' way, BitFit, LoRA?
 
-Forward, backward and optimizer step at 16 x 128 tokens. Prints medians with quartiles, and
-writes benchmarks/results/<device>/training.json.
+Two loads: steps of 16 x 128 tokens without padding, and a pass over sentences of the shipped
+set, padded as each way pads. Tokens that are not padding a second, peak memory, and the loss
+after the same number of steps. Writes benchmarks/results/<device>/training.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import transformers
-from bench_statistics import BATCH, CONFIGS, TOKENS
-from harness import Case, interleaved, show, write
-from torch import Tensor, nn
+from harness import measure, settings, show, write
+from torch import Tensor
+from ways import WAYS, Training, Way
+from workloads import BATCH, batch, chosen, classifier, padded_to
 
-from beft_ext.models import find_biases
-from beft_ext.optim import BiasAdamW
-from beft_ext.preparation import prepare
-from beft_ext.tap import Tap
+from beft_ext import demo
+from beft_ext.tasks import HeadObjective
+from beft_ext.tasks.heads import LONGEST
 
-
-def model_of(name: str, device: str) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.BertConfig(**CONFIGS[name])
-    make = transformers.AutoModelForSequenceClassification.from_config
-    return make(config).to(device).train()
-
-
-def stepping(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict[str, Tensor]) -> Case:
-    def step() -> None:
-        optimizer.zero_grad()
-        model(**inputs).loss.backward()
-        optimizer.step()
-
-    return step
-
-
-def ours(model: nn.Module, inputs: dict[str, Tensor]) -> Case:
-    prepare(model, "value")
-    return stepping(model, BiasAdamW(model, lr=1e-3), inputs)
-
-
-def tapped(model: nn.Module, inputs: dict[str, Tensor]) -> Case:
-    head = list(model.classifier.parameters())
-    model.requires_grad_(False)
-    for parameter in head:
-        parameter.requires_grad_(True)
-    tap = Tap(model, [b for b in find_biases(model) if b.term == "value"])
-    optimizer = BiasAdamW([leaf for _, leaf in tap.leaves()] + head, lr=1e-3)
-    step = stepping(model, optimizer, inputs)
-
-    def with_statistics() -> None:
-        tap.step(BATCH, scale=float(BATCH))
-        step()
-
-    return with_statistics
-
-
-def authors(model: nn.Module, inputs: dict[str, Tensor]) -> Case:
-    """requires_grad on the biases and the head, torch's AdamW as it comes."""
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("value.bias" in name or name.startswith("classifier"))
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return stepping(model, torch.optim.AdamW(trained, lr=1e-3), inputs)
-
-
-def peft(model: nn.Module, inputs: dict[str, Tensor]) -> Case:
-    from peft import BeftConfig, get_peft_model
-
-    config = BeftConfig(target_modules=["value"], modules_to_save=["classifier"])
-    wrapped = get_peft_model(model, config)
-    trained = [p for p in wrapped.parameters() if p.requires_grad]
-    return stepping(wrapped, torch.optim.AdamW(trained, lr=1e-3), inputs)
-
-
-def compiled(model: nn.Module, inputs: dict[str, Tensor]) -> Case:
-    prepare(model, "value")
-    return stepping(torch.compile(model), BiasAdamW(model, lr=1e-3), inputs)
-
-
-def in_bf16(model: nn.Module, inputs: dict[str, Tensor]) -> Case:
-    prepare(model, "value")
-    step = stepping(model, BiasAdamW(model, lr=1e-3), inputs)
-
-    def autocast() -> None:
-        with torch.autocast(inputs["labels"].device.type, torch.bfloat16):
-            step()
-
-    return autocast
-
-
-CASES = {
-    "authors' way": authors,
-    "ours": ours,
-    "ours, with statistics": tapped,
-    "PEFT BEFT": peft,
-    "ours, compiled": compiled,
-    "ours, bf16": in_bf16,
+Batches = Sequence[Mapping[str, Tensor]]
+SENTENCES = 4 * BATCH
+# How a pass over the sentences is padded: (way, padding).
+PASSES = {
+    "ours": ("ours", "longest"),
+    "ours, by length": ("ours", "by length"),
+    "ours, by length, bf16": ("ours, bf16", "by length"),
+    "ours, by length, compiled, bf16": ("ours, compiled, bf16", "by length"),
+    "authors' way, padded to 128": ("authors' way", "128"),
+    "authors' way": ("authors' way", "longest"),
+    "PEFT BEFT, padded to 128": ("PEFT BEFT", "128"),
+    "PEFT BEFT": ("PEFT BEFT", "longest"),
 }
 
 
-def case(name: str, which: str, device: str) -> Case:
-    model = model_of(name, device)
-    inputs = {
-        "input_ids": torch.randint(5, 30000, (BATCH, TOKENS), device=device),
-        "labels": torch.randint(0, 2, (BATCH,), device=device),
-    }
-    return CASES[which](model, inputs)
+@functools.cache
+def sentences(padding: str, count: int, device: str) -> Batches:
+    """``count`` shipped sentences in batches: padded to 128, to each batch's longest, or to the
+    longest of batches of like length."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(demo.minilm())
+    objective = HeadObjective(demo.TASK, tokenizer)
+    rows = demo.examples("train")[:count]
+    made = objective.training(rows, BATCH, seed=0, by_length=padding == "by length")
+    batches = [{k: v.to(device) for k, v in b.items()} for b in made]
+    return [padded_to(LONGEST, b) for b in batches] if padding == "128" else batches
+
+
+def training(which: Way, config: dict[str, int], batches: Batches, device: str) -> Training:
+    return Training(which, classifier(config, device), batches)
+
+
+def compared(
+    makers: Mapping[str, Any], tokens: int, steps: int, arguments: argparse.Namespace, rounds: int
+) -> dict[str, dict[str, Any]]:
+    """``measure`` with the tokens a second and the loss of the last call's ``steps`` steps."""
+    made: dict[str, Training] = {}
+
+    def keep(name: str, make: Any) -> Training:
+        made[name] = make()
+        return made[name]
+
+    kept = {name: functools.partial(keep, name, make) for name, make in makers.items()}
+    found = measure(kept, arguments, rounds=rounds, memory=True)
+    for name, s in found.items():
+        if "missing" not in s:
+            s["tokens_per_s"] = tokens / s["median_s"]
+            s["loss"] = float(torch.stack(made[name].losses[-steps:]).mean())
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=9)
-    arguments = parser.parse_args()
-    results: dict[str, object] = {}
-    for name in CONFIGS:
-        cases = {which: case(name, which, arguments.device) for which in CASES}
-        found = interleaved(cases, arguments.rounds, arguments.device)
-        results[name] = found
-        show(f"step of {name}", found, "authors' way")
-    write("training", arguments.device, {"step": results})
+    arguments = settings(__doc__, rounds=5)
+    device, models = arguments.device, chosen(arguments.quick)
+    results: dict[str, Any] = {"step": {}, "pass": {}}
+    for name, config in models.items():
+        batches = [batch(device)]
+        makers = {
+            which: functools.partial(training, way, config, batches, device)
+            for which, way in WAYS.items()
+        }
+        rounds = arguments.rounds if name == next(iter(models)) else max(2, arguments.rounds // 2)
+        tokens = batches[0]["input_ids"].numel()
+        torch.compiler.reset()
+        results["step"][name] = compared(makers, tokens, 1, arguments, rounds)
+        show(f"step of {name}", results["step"][name])
+    name, config = next(iter(models.items()))
+    count = 2 * BATCH if arguments.quick else SENTENCES
+    makers = {
+        which: functools.partial(
+            training, WAYS[way], config, sentences(padding, count, device), device
+        )
+        for which, (way, padding) in PASSES.items()
+    }
+    real = sum(int(b["attention_mask"].sum()) for b in sentences("longest", count, device))
+    torch.compiler.reset()
+    found = compared(makers, real, count // BATCH, arguments, arguments.rounds)
+    results["pass"][f"{name}, {count} sentences"] = found
+    show(f"pass of {name}", found)
+    write("training", arguments, results)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
-import itertools
 import json
+import os
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 
 from beft_ext.files import whole_file
+from beft_ext.memory import peak_bytes
 from beft_ext.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,11 +44,10 @@ def interleaved(
     ``repeat`` calls make one measurement, for cases near the clock's resolution.
     """
     seconds: dict[str, list[float]] = {name: [] for name in cases}
-    for i in range(rounds + 2):
-        for name in list(cases)[:: 1 if i % 2 else -1]:
+    for i in range(rounds):
+        for name in list(cases)[:: -1 if i % 2 else 1]:
             elapsed = (_on_gpu if device == "cuda" else _on_cpu)(cases[name], repeat)
-            if i >= 2:  # two rounds of warm-up
-                seconds[name].append(elapsed / repeat)
+            seconds[name].append(elapsed / repeat)
     return {name: _summary(values) for name, values in seconds.items()}
 
 
@@ -66,44 +70,103 @@ def _on_gpu(case: Case, repeat: int) -> float:
 
 
 def _summary(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4)
+    if len(values) == 1:
+        return dict.fromkeys(("median_s", "q1_s", "q3_s"), values[0])
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median_s": middle, "q1_s": low, "q3_s": high}
 
 
-def show(title: str, found: Mapping[str, Mapping[str, float]], base: str) -> None:
-    """One line a case: median, quartiles, and the ratio to the case ``base``."""
+def measure(
+    makers: Mapping[str, Callable[[], Case]],
+    settings: argparse.Namespace,
+    *,
+    rounds: int | None = None,
+    repeat: int = 1,
+    memory: bool = False,
+    warm: bool = True,
+) -> dict[str, dict[str, Any]]:
+    """Times and, with ``memory``, peaks of each case, by name.
+
+    A case is made and, with ``warm``, called first; one that fails then is kept as
+    ``{"missing": reason}``.
+    """
+    cases: dict[str, Case] = {}
+    found: dict[str, dict[str, Any]] = {}
+    for name, make in makers.items():
+        try:
+            cases[name] = make()
+            peak = _second_peak(cases[name], settings.device) if memory else None
+            if warm and not memory:
+                cases[name]()
+            found[name] = {} if peak is None else {"peak_bytes": peak}
+        except Exception as error:  # whatever a peer raises is its result
+            cases.pop(name, None)
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            found[name] = {"missing": f"{type(error).__name__}: {lines[0]}"[:160]}
+    times = interleaved(cases, rounds or settings.rounds, settings.device, repeat)
+    return {name: values | times.get(name, {}) for name, values in found.items()}
+
+
+def show(title: str, found: Mapping[str, Mapping[str, Any]]) -> None:
+    """One line a case: median, quartiles, ratio to the case ``ours``, peak memory."""
+    ours = found.get("ours", {}).get("median_s")
     for case, s in found.items():
+        if "missing" in s:
+            print(f"{title:<30} {case:<32} missing: {s['missing']}", flush=True)
+            continue
         milliseconds = "  ".join(f"{s[k] * 1e3:10.3f}" for k in ("median_s", "q1_s", "q3_s"))
-        ratio = s["median_s"] / found[base]["median_s"]
-        print(f"{title:<26} {case:<22} {milliseconds} ms  x{ratio:7.3f}", flush=True)
+        ratio = f"  x{s['median_s'] / ours:7.3f}" if ours else ""
+        peak = f"{s['peak_bytes'] / 2**20:9.1f} MiB" if "peak_bytes" in s else ""
+        print(f"{title:<30} {case:<32} {milliseconds} ms{ratio} {peak}", flush=True)
 
 
-def peak_bytes(case: Case, device: str) -> int:
-    """Most memory that torch's allocator had handed out at once during one call, beyond what was
-    in use before it. Exact and repeatable: not the size of a process, which varies by 2 %."""
+def settings(doc: str | None, rounds: int, **options: Mapping[str, Any]) -> argparse.Namespace:
+    """The arguments of every benchmark, and its own ``options``: --name -> of add_argument."""
+    parser = argparse.ArgumentParser(description=doc)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=rounds, help="measurements of each case")
+    parser.add_argument("--quick", action="store_true", help="smallest sizes; writes no results")
+    for name, option in options.items():
+        parser.add_argument(f"--{name}", **option)
+    found = parser.parse_args()
+    if found.quick:
+        found.rounds = 2
+    torch.manual_seed(0)
+    return found
+
+
+def _second_peak(case: Case, device: str) -> int:
+    """What is allocated once and for all does not count."""
     case()
-    if device == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        case()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-    ) as profile:
-        case()
-    events = profile.profiler.kineto_results.events()
-    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
-    return max(itertools.accumulate(nbytes for _, nbytes in sorted(changes)))
+    return peak_bytes(case, device)
+
+
+def _cpuinfo() -> list[str]:
+    info = Path("/proc/cpuinfo")
+    return info.read_text().splitlines() if info.is_file() else []
 
 
 def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [x for x in info.read_text().splitlines() if x.startswith("model name")]
+    names = [x for x in _cpuinfo() if x.startswith("model name")]
     return names[0].split(":")[1].strip() if names else platform.processor()
 
 
-def write(name: str, device: str, results: Mapping[str, object]) -> None:
-    """Keep ``results`` as benchmarks/results/<device>/<name>.json, with all that they depend on."""
+def _clock(device: str) -> float | None:
+    """MHz of the processor's first core, or of the GPU's multiprocessors; None where unknown."""
+    if device == "cuda":
+        query = ["nvidia-smi", "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+        if shutil.which(query[0]) is None:
+            return None
+        return float(subprocess.run(query, capture_output=True, text=True).stdout.split()[0])
+    return next((float(x.split(":")[1]) for x in _cpuinfo() if x.startswith("cpu MHz")), None)
+
+
+def write(name: str, settings: argparse.Namespace, results: Mapping[str, object]) -> None:
+    """Keep ``results`` as benchmarks/results/<device>/<name>.json, with all that they depend on;
+    not of a quick run."""
+    if settings.quick:
+        return
+    device = settings.device
     record = {
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
@@ -111,6 +174,8 @@ def write(name: str, device: str, results: Mapping[str, object]) -> None:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "backends": backends(),
+        "load": os.getloadavg()[0],
+        "clock_mhz": _clock(device),
         "kernel_digest": digest(),
         **results,
     }

@@ -1,13 +1,20 @@
-"""What ours is held against, in plain PyTorch. Tests check these too: none is a strawman."""
+"""Peers of the operator and of the per-example statistics. Tests check that each computes what
+ours does: none is a strawman. A peer's package is imported when it is built.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from beft_ext.models import find_biases
+from beft_ext.tap import Tap
+
 Inputs = Mapping[str, Tensor]
+Squares = Callable[[], dict[str, Tensor]]
 
 
 def eager_stats(dy: Tensor, total: Tensor, squares: Tensor) -> Tensor:
@@ -19,38 +26,157 @@ def eager_stats(dy: Tensor, total: Tensor, squares: Tensor) -> Tensor:
     return grad
 
 
-def plain_step(model: nn.Module, parameters: Mapping[str, Tensor], inputs: Inputs) -> None:
-    """Gradients of ``parameters`` by autograd alone, left in ``.grad``."""
-    for parameter in parameters.values():
-        parameter.grad = None
-    model(**inputs).loss.backward()
+# Each of the following makes, for a model and a batch, a function that gives sum_i g_i^2 of every
+# bias by its parameter's name; g_i is the gradient of example i's own loss.
 
 
-def batch_of_one(
-    model: nn.Module, parameters: Mapping[str, Tensor], inputs: Inputs
-) -> dict[str, Tensor]:
-    """``sum_i g_i^2`` by a forward and a backward for each example."""
-    squares = {n: torch.zeros_like(p) for n, p in parameters.items()}
-    for i in range(len(inputs["labels"])):
-        loss = model(**{k: v[i : i + 1] for k, v in inputs.items()}).loss
-        grads = torch.autograd.grad(loss, list(parameters.values()))
-        for square, grad in zip(squares.values(), grads, strict=True):
-            square += grad.square()
-    return squares
+def tapped(model: nn.Module, inputs: Inputs) -> Squares:
+    """Ours: the statistics ride on the one backward of the whole batch."""
+    rows = len(inputs["labels"])
+    model.requires_grad_(False)
+    tap = Tap(model, find_biases(model))
+
+    def call() -> dict[str, Tensor]:
+        for site in tap.sites:
+            site.grad_sum_sq.zero_()
+            for leaf in site.leaves:
+                leaf.grad = None
+        tap.step(rows, scale=float(rows))
+        model(**inputs).loss.backward()
+        return {bias.parameter: squares for bias, (_, squares) in tap.statistics().items()}
+
+    return call
 
 
-def vmap_grad(
-    model: nn.Module, parameters: Mapping[str, Tensor], inputs: Inputs
-) -> dict[str, Tensor]:
-    """``sum_i g_i^2`` by ``torch.func.vmap(grad)``."""
+def plain(model: nn.Module, inputs: Inputs) -> Callable[[], None]:
+    """No statistics: gradients of the batch by autograd alone."""
+    own = _trained(model)
+
+    def call() -> None:
+        for parameter in own.values():
+            parameter.grad = None
+        model(**inputs).loss.backward()
+
+    return call
+
+
+def batch_of_one(model: nn.Module, inputs: Inputs) -> Squares:
+    """A forward and a backward for each example."""
+    own = _trained(model)
+
+    def call() -> dict[str, Tensor]:
+        squares = {n: torch.zeros_like(p) for n, p in own.items()}
+        for i in range(len(inputs["labels"])):
+            loss = model(**{k: v[i : i + 1] for k, v in inputs.items()}).loss
+            grads = torch.autograd.grad(loss, list(own.values()))
+            for square, grad in zip(squares.values(), grads, strict=True):
+                square += grad.square()
+        return squares
+
+    return call
+
+
+def vmap(model: nn.Module, inputs: Inputs) -> Squares:
+    """``torch.func.vmap(grad)``."""
+    values = {n: p.detach() for n, p in _trained(model).items()}
 
     def loss(values: dict[str, Tensor], one: dict[str, Tensor]) -> Tensor:
         single = {k: v.unsqueeze(0) for k, v in one.items()}
         found: Tensor = torch.func.functional_call(model, values, (), single).loss
         return found
 
-    values = {n: p.detach() for n, p in parameters.items()}
-    grads = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")(
-        values, dict(inputs)
-    )
-    return {n: g.square().sum(0) for n, g in grads.items()}
+    per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
+    return lambda: {n: g.square().sum(0) for n, g in per_example(values, dict(inputs)).items()}
+
+
+def opacus(model: nn.Module, inputs: Inputs) -> Squares:
+    """Opacus: hooks that keep each example's gradient in ``grad_sample``."""
+    from opacus import GradSampleModule
+
+    own = _trained(model)
+    sampled = GradSampleModule(model, loss_reduction="mean")
+
+    def call() -> dict[str, Tensor]:
+        sampled.zero_grad()
+        sampled(**inputs).loss.backward()
+        return {n: p.grad_sample.square().sum(0) for n, p in own.items()}
+
+    return call
+
+
+def backpack(model: nn.Module, inputs: Inputs) -> Squares:
+    """BackPACK's ``SumGradSquared``, undone of the mean over the batch."""
+    from backpack import backpack as extended
+    from backpack import extend
+    from backpack.extensions import SumGradSquared
+
+    own, rows = _trained(model), len(inputs["labels"])
+    extend(model)
+    lossy = extend(nn.CrossEntropyLoss())
+
+    def call() -> dict[str, Tensor]:
+        model.zero_grad()
+        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+        with extended(SumGradSquared()):
+            lossy(logits, inputs["labels"]).backward()
+        return {n: p.sum_grad_squared * rows**2 for n, p in own.items()}
+
+    return call
+
+
+def fastdp(model: nn.Module, inputs: Inputs) -> Squares:
+    """FastDP's bias-only mode. It keeps no square of an element, only each example's norm."""
+    from fastDP import PrivacyEngine
+
+    _trained(model)
+    rows = len(inputs["labels"])
+    engine: Any = PrivacyEngine(
+        model, batch_size=rows, sample_size=rows, epochs=1, noise_multiplier=0.0,
+        clipping_style="all-layer", origin_params=None,
+    )  # fmt: skip
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+    engine.attach(optimizer)
+
+    def call() -> dict[str, Tensor]:
+        optimizer.zero_grad()
+        model(**inputs).loss.backward()
+        return {}
+
+    return call
+
+
+FISHER: dict[str, Callable[[nn.Module, Inputs], Callable[[], Any]]] = {
+    "ours": tapped,
+    "no statistics": plain,
+    "torch.func vmap": vmap,
+    "batch of one": batch_of_one,
+    "Opacus": opacus,
+    "BackPACK": backpack,
+    "FastDP, biases only": fastdp,
+}
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor]:
+    """The biases by name; they alone require grad."""
+    biases = find_biases(model)
+    model.requires_grad_(False)
+    return {b.parameter: model.get_parameter(b.parameter).requires_grad_(True) for b in biases}
+
+
+@torch.no_grad()
+def one_by_one(
+    model: nn.Module, pairs: Sequence[tuple[list[int], list[list[int]]]]
+) -> list[list[float]]:
+    """Options scored as the authors' loop does: the whole text of each alone, every position's
+    logits, mean log-probability of the option's tokens."""
+    device = next(model.parameters()).device
+    scores = []
+    for prompt, options in pairs:
+        means = []
+        for option in options:
+            ids = torch.tensor([prompt + option], device=device)
+            logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+            taken = logs.gather(-1, ids[0, 1:, None]).squeeze(-1)
+            means.append(float(taken[-len(option) :].mean()))
+        scores.append(means)
+    return scores

@@ -1,79 +1,36 @@
-"""The README's tables from benchmarks/results/: run after a benchmark, checked by a test.
+"""README.md, docs/benchmarks.md and the plots from benchmarks/results/; a test checks them.
 
-``python benchmarks/render.py`` rewrites the part of README.md between its two marks.
+``python benchmarks/render.py`` after a benchmark rewrites all of them.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
-from harness import ROOT, digest
+import plots
+import tables
+from harness import ROOT
 
 from beft_ext.files import whole_file
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
-OURS = ("ours", "tapped")
-TITLES = {
-    "statistics": {
-        "operator": "The reduction alone (gradient, sums and squares per example)",
-        "step": "One forward and backward, all bias terms: what the statistics cost",
-    },
-    "optimizer": {"step": "One optimizer step over all biases"},
-    "training": {"step": "One training step of the value bias, optimizer included"},
-    "memory": {
-        "statistics": "Peak memory of one forward and backward, beyond the model",
-        "training": "Peak memory of one training step of the value bias, beyond the model",
-    },
-}
+HEAD = """# Benchmarks
+
+Every row of every result in `benchmarks/results/`, written by `benchmarks/render.py`. Medians,
+with quartiles in brackets, of cases that ran in turn; peak memory is beyond the model. A peer
+that is not installed or fails is shown as missing, with the reason.
+"""
 
 
-def tables(root: Path = ROOT) -> str:
-    """All results as Markdown, devices and benchmarks in order of their names."""
-    parts: list[str] = []
-    for path in sorted(root.glob("benchmarks/results/*/*.json")):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        parts += _record(path, record)
-    return "\n".join(parts)
+def summary(root: Path = ROOT) -> str:
+    """The README's part: plots and key rows."""
+    drawn = [path for path, _ in tables.records(root) if path.stem in plots.PLOTS]
+    images = [f"![{path.stem}, {path.parent.name}](docs/{plots.name(path)})" for path in drawn]
+    return "\n\n".join([*images, tables.key_rows(root)])
 
 
-def _record(path: Path, record: Mapping[str, Any]) -> Iterator[str]:
-    stale = (
-        "" if record["kernel_digest"] == digest() else " **Stale: the kernels have changed since.**"
-    )
-    for part, title in TITLES[path.stem].items():
-        where = f"{record['device']}, {record['threads']} threads, torch {record['torch']}"
-        yield f"\n**{title}** ({where}).{stale}\n"
-        yield from _memory(record[part]) if path.stem == "memory" else _times(record[part])
-
-
-def _times(part: Mapping[str, Any]) -> Iterator[str]:
-    yield "| | case | time | ratio to ours |"
-    yield "| --- | --- | --- | --- |"
-    for name, cases in part.items():
-        ours = next(s for c, s in cases.items() if c in OURS)
-        for case, s in cases.items():
-            low, high = (_time(s[k]) for k in ("q1_s", "q3_s"))
-            ratio = s["median_s"] / ours["median_s"]
-            yield f"| {name} | {case} | {_time(s['median_s'])} ({low} to {high}) | {ratio:.2f} |"
-
-
-def _memory(part: Mapping[str, Any]) -> Iterator[str]:
-    yield "| | case | peak | ratio to ours |"
-    yield "| --- | --- | --- | --- |"
-    for name, cases in part.items():
-        ours = next(peak for case, peak in cases.items() if case in OURS)
-        for case, peak in cases.items():
-            yield f"| {name} | {case} | {peak / 2**20:,.1f} MiB | {peak / ours:.3f} |"
-
-
-def _time(seconds: float) -> str:
-    for unit, size in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds / 1e-6:.3g} µs"
+def document(root: Path = ROOT) -> str:
+    return HEAD + tables.whole(root) + "\n"
 
 
 def rendered(readme: str, content: str) -> str:
@@ -82,12 +39,16 @@ def rendered(readme: str, content: str) -> str:
     return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
 
 
-def main() -> None:
-    readme = ROOT / "README.md"
-    with whole_file(readme) as temporary:
-        text = rendered(readme.read_text(encoding="utf-8"), tables())
-        temporary.write_text(text, encoding="utf-8")
+def write(root: Path = ROOT) -> None:
+    for path, record in tables.records(root):
+        if path.stem in plots.PLOTS:
+            plots.draw(path, record, root / "docs")
+    readme = root / "README.md"
+    text = rendered(readme.read_text(encoding="utf-8"), summary(root))
+    for path, content in ((readme, text), (root / "docs" / "benchmarks.md", document(root))):
+        with whole_file(path) as temporary:
+            temporary.write_text(content, encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    write()

@@ -125,9 +125,33 @@ def test_every_half_converts_exactly():
     assert torch.equal(grad.nan_to_num(7.0), dy.float().nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_16_bit_number_is_read_exactly(dtype):
+    every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+    grad = bias_grad_stats(every.view(1, 1, -1), torch.zeros(2**16), torch.zeros(2**16))
+    torch.testing.assert_close(grad, every.float(), rtol=0, atol=0, equal_nan=True)
+
+
 def test_opcheck():
     dy, buffers = torch.randn(2, 3, 5), (torch.zeros(5), torch.zeros(5))
     torch.library.opcheck(torch.ops.beft_ext.bias_grad_stats.default, (dy, None, 2.0, *buffers))
+
+
+def test_autograd_learns_of_the_buffers_and_refuses_to_go_back_through():
+    dy, buffers = torch.randn(2, 3, 5), (torch.zeros(5), torch.zeros(5))
+    before = [b._version for b in buffers]
+    bias_grad_stats(dy, *buffers)
+    assert all(b._version > v for b, v in zip(buffers, before, strict=True))
+    with pytest.raises(RuntimeError, match="bias_grad_stats"):
+        bias_grad_stats(dy.requires_grad_(), *buffers).sum().backward()
+
+
+def test_a_tracer_sees_the_operator():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    arguments = torch.randn(2, 3, 5), torch.zeros(5), torch.zeros(5)
+    traced = make_fx(lambda *a: bias_grad_stats(*a))(*arguments)
+    assert "beft_ext.bias_grad_stats" in traced.code
 
 
 @pytest.mark.parametrize(

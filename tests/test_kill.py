@@ -1,105 +1,104 @@
-"""Kill -9 at random moments of `beft-ext tune`, resumed each time: the same files, to the byte.
+"""kill -9 at random moments of ``tune``, resumed each time: the same files, to the byte.
 
-BEFT_KILLS=20 kills more often than the default; -s shows where each kill hit.
+BEFT_KILLS sets how often a run is killed.
 """
 
 import json
 import multiprocessing
 import os
 import random
-import signal
-import sys
 import time
 from pathlib import Path
 
 import pytest
+from safetensors import safe_open
 
+from beft_ext.demo import DATA
+from beft_ext.files import PARTIAL
 from beft_ext.tuning import CHECKPOINT
 
 KILLS = int(os.environ.get("BEFT_KILLS", "3"))
-DATA = Path(__file__).parent.parent / "beft_ext" / "tasks" / "sentiment"
-# Children start in milliseconds, from a server in which nothing has run but these imports.
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(
-    [
-        "pytest",
-        "matplotlib.figure",
-        "transformers.models.auto.tokenization_auto",
-        "transformers.models.bert.modeling_bert",
-        "beft_ext.adapters",
-        "beft_ext.cli",
-        "beft_ext.plots",
-        "beft_ext.workflow",
-    ]
-)
+STEPS = 10  # an epoch
 
 
-def run(arguments):
+def tune(model, rows, out, terms, epochs, resume):
+    """In a process of its own, which comes from a server that has imported everything."""
+    import contextlib
+
+    import torch
+
     from beft_ext.cli import main
 
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    sys.exit(main(arguments))
+    torch.set_num_threads(1)
+    args = ["tune", "--model", model, "--epochs", str(epochs)]
+    args += ["--train-file", rows, "--validation-file", rows, "--batch-size", "4"]
+    args += ["--save-every", "1", "--terms", terms, "--out", out, "--lr", "1e-2"]
+    with contextlib.redirect_stdout(None):
+        raise SystemExit(main([*args, *(["--resume"] if resume else [])]))
 
 
-def start(arguments):
-    process = SERVER.Process(target=run, args=(arguments,))
-    process.start()
-    return process
-
-
-def finish(arguments):
-    """Seconds of a run that nobody kills."""
-    began = time.monotonic()
-    process = start(arguments)
-    process.join()
-    assert process.exitcode == 0
-    return time.monotonic() - began
-
-
-def kill(process, seconds):
-    """True where the run was still going after ``seconds``, and was killed."""
-    process.join(seconds)
-    process.kill()
-    process.join()
-    assert process.exitcode in (0, -signal.SIGKILL)
-    return process.exitcode != 0
+@pytest.fixture(scope="module")
+def server():
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["beft_ext.cli", "beft_ext.workflow", "beft_ext.adapters"])
+    return context
 
 
 def files(folder):
-    """All but the checkpoint, whose header safetensors writes in any order."""
-    paths = [p for p in folder.rglob("*") if p.is_file() and p.name != CHECKPOINT]
-    return {str(p.relative_to(folder)): p.read_bytes() for p in paths}
+    """What a run leaves, but for its pictures and its checkpoint."""
+    kept = ("adapter", "selection")
+    paths = [p for d in kept for p in sorted((Path(folder) / d).glob("*")) if p.suffix != ".png"]
+    return {
+        str(p.relative_to(folder)): p.read_bytes() for p in [*paths, Path(folder) / "log.jsonl"]
+    }
 
 
-def where(folder):
-    """What a kill left behind, in words."""
-    from safetensors import safe_open
-
-    path, step = folder / CHECKPOINT, 0
-    if path.is_file():
-        with safe_open(path, "pt") as file:
-            step = json.loads(file.metadata()["progress"])["step"]
-    kept = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    return f"step {step}, {', '.join(kept)}"
+def step_of(out):
+    """The step that the checkpoint in ``out`` stands at; -1 without one."""
+    path = out / CHECKPOINT
+    if not path.is_file():
+        return -1
+    with safe_open(path, "np") as file:
+        return json.loads(file.metadata()["progress"])["step"]
 
 
 @pytest.mark.parametrize("terms", ["value", "auto"])
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(tiny_folder, tmp_path, terms):
-    arguments = ["tune", "--model", tiny_folder, "--terms", terms, "--save-every", "1"]
-    arguments += ["--train-file", str(DATA / "train.jsonl"), "--train-size", "64"]
-    arguments += ["--validation-file", str(DATA / "validation.jsonl")]
-    arguments += ["--batch-size", "4", "--lr", "1e-2", "--epochs", "4", "--out"]
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    finish(["doctor"])  # pays for the server's imports
-    work = finish([*arguments, str(whole)])
-    overhead = finish([*arguments, str(whole), "--resume"])  # nothing is left to train
-    lifetime = overhead / 2 + (work - overhead) / KILLS
-    chance, kills = random.Random(0), 0
-    while kills < KILLS:
-        resume = ["--resume"] if kills else []
-        process = start([*arguments, str(parts), *resume])
-        killed = kill(process, chance.expovariate(1 / lifetime))
-        kills += killed
-        print(f"{terms}: killed {kills} times, {where(parts)}" if killed else "ran to its end")
-    finish([*arguments, str(parts), "--resume"])
-    assert files(parts) == files(whole)
+def test_a_run_that_is_killed_ends_as_one_that_is_not(server, tiny_folder, tmp_path, terms):
+    epochs, chance = max(2, KILLS // 2), random.Random(KILLS)
+
+    rows = tmp_path / "rows.jsonl"
+    lines = (DATA / "train.jsonl").read_text().splitlines(keepends=True)
+    rows.write_text("".join(lines[: 4 * STEPS]))
+
+    def start(out, resume):
+        arguments = (tiny_folder, str(rows), str(tmp_path / out), terms, epochs, resume)
+        process = server.Process(target=tune, args=arguments)
+        process.start()
+        return process, time.monotonic()
+
+    whole, begun = start("whole", False)
+    while step_of(tmp_path / "whole") < 0 and whole.exitcode is None:
+        time.sleep(0.01)
+    first = time.monotonic() - begun
+    whole.join()
+    assert whole.exitcode == 0
+    struck, total = [], epochs * STEPS
+    while len(struck) < KILLS:
+        process, _ = start("killed", bool(struck))
+        if chance.random() < 0.25:  # while it loads, or selects
+            process.join(chance.uniform(0.0, 1.0) * first)
+        else:  # in a step, an evaluation, or a write
+            ahead = step_of(tmp_path / "killed") + chance.randint(1, 3 * total // (2 * KILLS))
+            while step_of(tmp_path / "killed") < ahead and process.exitcode is None:
+                time.sleep(0.001)
+            time.sleep(chance.uniform(0.0, 0.03))
+        assert process.exitcode is None, f"over before kill {len(struck) + 1}: {struck}"
+        process.kill()
+        process.join()
+        struck.append(step_of(tmp_path / "killed"))
+    print(f"killed after steps {struck} of {total}")
+    process, _ = start("killed", True)
+    process.join()
+    assert process.exitcode == 0
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+    assert not list((tmp_path / "killed").rglob(PARTIAL + "*"))

@@ -16,6 +16,12 @@ TERMS = (
     "mlp_down",
     "attention_norm",
     "mlp_norm",
+    # Of a decoder that looks at an encoder:
+    "cross_query",
+    "cross_key",
+    "cross_value",
+    "cross_attention_output",
+    "cross_attention_norm",
 )
 
 
@@ -29,6 +35,7 @@ class Bias:
 
     A whole parameter or a contiguous slice (GPT-2) has one group; per-head interleaved fused
     projections (GPT-NeoX) have one group a head. ``shared``: used more than once a forward.
+    ``layer`` counts from 0, the encoder's layers first, then the decoder's.
     """
 
     term: str

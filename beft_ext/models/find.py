@@ -9,15 +9,24 @@ from typing import Any
 from torch import Tensor, nn
 
 from beft_ext.models.bias_map import TERMS, Bias, BiasError, BiasMap, Projection
-from beft_ext.models.registry import ENDINGS, FUSED
+from beft_ext.models.registry import (
+    ALONE,
+    ATTENTIONS,
+    CROSS,
+    ENDINGS,
+    EXPERTS,
+    FUSED,
+    NO_ATTENTION,
+)
 
 QKV = ("query", "key", "value")
+Found = list[tuple[str, int, int, int]]  # term, groups, start, stop
 
 
 def find_biases(model: nn.Module, names: Mapping[str, str] | None = None) -> BiasMap:
-    """Every bias vector of the eight terms, by layer.
+    """Every bias vector of the terms, by layer; encoder before decoder.
 
-    model: a transformers encoder or decoder, with or without a task head.
+    model: a transformers encoder, decoder or both, with or without a task head.
     names: for an architecture that is not known, term -> ending of the projection's module
         name within a layer, such as ``{"query": "att.wq", "value": "att.wv"}``.
     Raises BiasError where no layer, no attention projection or no bias is found, with what was
@@ -35,38 +44,34 @@ def find_biases(model: nn.Module, names: Mapping[str, str] | None = None) -> Bia
 
 
 def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -> list[Projection]:
-    """Every projection and norm of the eight terms by layer, with or without a bias.
+    """Every projection and norm of the terms by layer, with or without a bias.
 
     model, names: as in ``find_biases``. Raises BiasError where there is none.
     """
     if names is not None and (wrong := [t for t in names if t not in TERMS]):
         raise BiasError(f"unknown term '{wrong[0]}' in names: use {', '.join(TERMS)}")
-    endings = ENDINGS if names is None else {t: (n,) for t, n in names.items()}
-    fused = FUSED if names is None else {}
+    parts = _attention_parts(model) if names is None else _named_parts(model, names)
+    layers, listed = _layers(model, parts)
     owner = {id(p): n for n, p in model.named_parameters()}
-    layers = _layers(model, endings, fused)
+    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
     config = getattr(model, "config", None)
-    repeated = len(layers) < (getattr(config, "num_hidden_layers", None) or 0)
+    repeated = listed < (getattr(config, "num_hidden_layers", None) or 0)
     found: list[Projection] = []
     for index, prefix in enumerate(layers):
         for path, module in model.get_submodule(prefix).named_modules():
-            ending, term = _match(path, fused), _term(path, endings)
-            width = output_width(module)
-            if width is None or (ending is None and term is None):
-                continue
-            parameter = getattr(module, "bias", None)
             where = f"{prefix}.{path}"
-            common: dict[str, Any] = {
-                "layer": index,
-                "module": where,
-                "parameter": f"{where}.bias" if parameter is None else owner[id(parameter)],
-                "shared": repeated,
-            }
-            if ending is not None:
-                biases = _split(width, fused[ending], config, common)
-            else:
-                biases = [Bias(term=str(term), start=0, stop=width, **common)]
-            found += [Projection(b, parameter is not None, is_linear(module)) for b in biases]
+            width = output_width(module)
+            if width is None or not path:
+                continue
+            slices = parts.get(where)
+            if slices is None and names is None:
+                slices = _by_ending(path, width)
+            parameter = getattr(module, "bias", None)
+            name = f"{where}.bias" if parameter is None else owner[id(parameter)]
+            shared = repeated or uses[id(module)] > 1
+            for term, groups, start, stop in slices or ():
+                bias = Bias(term, index, where, name, start, stop, groups, shared)
+                found.append(Projection(bias, parameter is not None, is_linear(module)))
     if not found:
         raise BiasError(_unknown(model))
     return found
@@ -76,6 +81,8 @@ def output_width(module: nn.Module) -> int | None:
     """H of a linear layer (GPT-2's Conv1D and quantised ones too) or norm that has a place for a
     bias ``(H,)``, filled or not; None for any other module."""
     bias, weight = getattr(module, "bias", None), getattr(module, "weight", None)
+    if getattr(weight, "ndim", 0) > 2:
+        return None  # a convolution's outputs do not lie along the last axis
     if isinstance(bias, nn.Parameter):
         return bias.numel() if bias.ndim == 1 else None
     if bias is not None or not isinstance(weight, Tensor):
@@ -89,36 +96,94 @@ def is_linear(module: nn.Module) -> bool:
     return getattr(getattr(module, "weight", None), "ndim", 2) == 2
 
 
-def _layers(
-    model: nn.Module, endings: Mapping[str, tuple[str, ...]], fused: Mapping[str, bool]
-) -> list[str]:
-    """Paths of the layers: entries of the innermost module lists that hold an attention."""
-    wanted = [e for t in QKV for e in endings.get(t, ())] or [
-        e for v in endings.values() for e in v
-    ]
-    wanted += fused
+def _attention_parts(model: nn.Module) -> dict[str, Found]:
+    """Path of each query, key and value projection, with the terms that it holds."""
+    parts: dict[str, Found] = {}
+    config = getattr(model, "config", None)
+    configs: dict[str, Any] = {"": config}
+    for path, module in model.named_modules():
+        above = path.rpartition(".")[0]
+        configs[path] = getattr(module, "config", None) or configs.get(above, config)
+        steps = path.split(".")
+        if any(step in NO_ATTENTION for step in steps):
+            continue
+        inside = dict(module.named_children())
+        cross = "cross_" if any(step in CROSS for step in steps) else ""
+        for names in ATTENTIONS:
+            if all(_linear(inside.get(name)) for name in names):
+                for term, name in zip(QKV, names, strict=True):
+                    child = f"{path}.{name}" + _inner(inside[name])
+                    width = output_width(model.get_submodule(child))
+                    parts[child] = [(cross + term, 1, 0, width or 0)]
+                break
+        for name, child_module in inside.items():
+            width = output_width(child_module)
+            if name in ALONE and width:
+                parts[f"{path}.{name}"] = [(cross + ALONE[name], 1, 0, width)]
+            elif width and (ending := _fused(f"{path}.{name}")):
+                groups, slices = FUSED[ending](configs[path], width)
+                parts[f"{path}.{name}"] = [(cross + t, groups, a, b) for t, a, b in slices]
+            elif name == "q_proj" and "kv_b_proj" in inside and width:
+                parts[f"{path}.{name}"] = [(cross + "query", 1, 0, width)]
+    return parts
+
+
+def _named_parts(model: nn.Module, names: Mapping[str, str]) -> dict[str, Found]:
+    parts: dict[str, Found] = {}
+    for path, module in model.named_modules():
+        width = output_width(module)
+        for term, ending in names.items():
+            if width and _ends(path, ending):
+                parts[path] = [(term, 1, 0, width)]
+    return parts
+
+
+def _by_ending(path: str, width: int) -> Found | None:
+    """The term of an output projection, MLP projection or norm."""
+    steps = path.split(".")
+    if any(step in EXPERTS for step in steps) or any(step in NO_ATTENTION for step in steps):
+        return None
+    matches = [(len(e), t) for t, endings in ENDINGS.items() for e in endings if _ends(path, e)]
+    if not matches:
+        return None
+    term = max(matches)[1]
+    crossing = any(path.startswith(c) or f".{c}" in path for c in CROSS)
+    if crossing and term.startswith("attention"):
+        term = f"cross_{term}"
+    return [(term, 1, 0, width)]
+
+
+def _fused(path: str) -> str | None:
+    return max((e for e in FUSED if _ends(path, e)), key=len, default=None)
+
+
+def _linear(module: nn.Module | None) -> bool:
+    return module is not None and bool(output_width(module) or _inner(module))
+
+
+def _inner(module: nn.Module) -> str:
+    """Moshi wraps its linear layers."""
+    return ".linear" if isinstance(getattr(module, "linear", None), nn.Linear) else ""
+
+
+def _layers(model: nn.Module, parts: Mapping[str, Found]) -> tuple[list[str], int]:
+    """Paths of the layers: entries of the innermost module lists that hold an attention; and
+    how many entries these lists have in all."""
     layers: list[str] = []
+    sizes: dict[str, int] = {}
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
             continue
-        holding = [
-            f"{name}.{i}" if name else str(i)
-            for i, child in enumerate(module)
-            if any(_ends(path, e) for path, _ in child.named_modules() for e in wanted)
-        ]
+        paths = [f"{name}.{i}" if name else str(i) for i in range(len(module))]
+        holding = [p for p in paths if any(part.startswith(p + ".") for part in parts)]
         # T5 keeps the parts of one layer in a list: its attention is one entry, its MLP another.
-        parts = len(holding) < len(module) and any(name.startswith(f"{a}.") for a in layers)
-        layers += [] if parts else holding
-    return [a for a in layers if not any(b != a and b.startswith(a + ".") for b in layers)]
-
-
-def _split(size: int, interleaved: bool, config: Any, common: dict[str, Any]) -> list[Bias]:
-    groups = config.num_attention_heads if interleaved else 1
-    width = size // (3 * groups)
-    return [
-        Bias(term=term, start=i * width, stop=(i + 1) * width, groups=groups, **common)
-        for i, term in enumerate(QKV)
-    ]
+        pieces = len(holding) < len(module) and any(name.startswith(f"{a}.") for a in layers)
+        if not pieces and holding:
+            layers += holding
+            sizes[name] = len(module)
+    innermost = [a for a in layers if not any(b != a and b.startswith(a + ".") for b in layers)]
+    lists = {a.rpartition(".")[0] for a in innermost}
+    return innermost, sum(size for name, size in sizes.items() if name in lists)
 
 
 def _mark_tied(biases: list[Bias]) -> list[Bias]:
@@ -131,15 +196,6 @@ def _mark_tied(biases: list[Bias]) -> list[Bias]:
 
 def _ends(path: str, ending: str) -> bool:
     return path == ending or path.endswith("." + ending)
-
-
-def _match(path: str, table: Mapping[str, Any]) -> str | None:
-    return max((e for e in table if _ends(path, e)), key=len, default=None)
-
-
-def _term(path: str, endings: Mapping[str, tuple[str, ...]]) -> str | None:
-    matches = [(len(e), t) for t, es in endings.items() for e in es if _ends(path, e)]
-    return max(matches)[1] if matches else None
 
 
 def _unknown(model: nn.Module) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from beft_ext.ops import dispatch, reference
 
@@ -18,9 +19,19 @@ def _op(
     grad_sum: Tensor,
     grad_sum_sq: Tensor,
 ) -> Tensor:
+    return _run(grad_output, example_offsets, scale, grad_sum, grad_sum_sq)
+
+
+def _run(
+    grad_output: Tensor,
+    example_offsets: Tensor | None,
+    scale: float,
+    grad_sum: Tensor,
+    grad_sum_sq: Tensor,
+) -> Tensor:
     grad = torch.empty_like(grad_sum)
-    run = _BACKENDS[_backend(grad_output)]
-    run(grad_output, example_offsets, scale, grad, grad_sum, grad_sum_sq)
+    backend = _BACKENDS[_backend(grad_output)]
+    backend(grad_output, example_offsets, scale, grad, grad_sum, grad_sum_sq)
     return grad
 
 
@@ -51,8 +62,25 @@ def bias_grad_stats(
     Source: DESIGN section 3, per-example Fisher; Huang et al. 2025 (arXiv 2509.15974).
     """
     _check(grad_output, grad_sum, grad_sum_sq, example_offsets)
-    grad: Tensor = _op(grad_output, example_offsets, scale, grad_sum, grad_sum_sq)
+    if _needs_dispatcher(grad_output):
+        grad: Tensor = _op(grad_output, example_offsets, scale, grad_sum, grad_sum_sq)
+        return grad
+    grad = _run(grad_output, example_offsets, scale, grad_sum, grad_sum_sq)
+    # The kernels write through raw addresses; autograd must learn of it.
+    torch.autograd.graph.increment_version((grad_sum, grad_sum_sq))
     return grad
+
+
+def _needs_dispatcher(grad_output: Tensor) -> bool:
+    """Whether someone listens to operators: a compiler, autograd (which then refuses to go back
+    through this one), a tensor subclass or a mode. For a small bias the dispatcher's wrapper costs
+    several times the work itself."""
+    return (
+        torch.compiler.is_compiling()
+        or (grad_output.requires_grad and torch.is_grad_enabled())
+        or type(grad_output) is not Tensor
+        or is_in_torch_dispatch_mode()
+    )
 
 
 def _check(dy: Tensor, grad_sum: Tensor, grad_sum_sq: Tensor, offsets: Tensor | None) -> None:

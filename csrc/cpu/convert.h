@@ -49,11 +49,11 @@ struct F16 {
   using Raw = uint16_t;
   // Exact for every half, subnormals included: the exponent is rebased by a float multiply.
   static BEFT_INLINE float load(Raw x) {
-    const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
-    const uint32_t body = static_cast<uint32_t>(x & 0x7fffu) << 13;
+    const uint32_t wide = static_cast<uint32_t>(static_cast<int16_t>(x));  // sign on top
+    const uint32_t body = (wide << 13) & 0x8fffe000u;
     const uint32_t special = (x & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;  // infinity and NaN
     const float scaled = bits_as<float>(body) * 5.192296858534828e+33f;    // 2^112
-    return bits_as<float>(bits_as<uint32_t>(scaled) | sign | special);
+    return bits_as<float>(bits_as<uint32_t>(scaled) | special);
   }
   // To nearest, ties to even.
   static BEFT_INLINE Raw store(float x) {

@@ -1,0 +1,168 @@
+"""Ways of adapting a model that training a chosen bias is compared with."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.models import TERMS, find_biases, find_projections, head_parameters
+from beft_ext.preparation import prepare
+
+
+class MethodError(ValueError):
+    """A method that is unknown, or that this model or task does not allow."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """setup: of a fresh model, to what is trained in its place. lr: its usual rate, None for the
+    rate that is asked for. trains: False for those that only read a prompt. shots: examples
+    before the prompt."""
+
+    setup: Callable[[nn.Module, int], nn.Module]
+    lr: float | None = None
+    trains: bool = True
+    shots: int = 0
+
+
+def method(name: str) -> Method:
+    """The method called ``name``: one of METHODS, a bias term, or terms joined by '+'.
+
+    Raises MethodError.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    terms = name.split("+")
+    if wrong := [t for t in terms if t not in TERMS]:
+        raise MethodError(
+            f"unknown method '{wrong[0]}': use {', '.join(METHODS)}, or bias terms such as value "
+            "or query+value"
+        )
+    return Method(lambda model, _: _biases(model, terms))
+
+
+def trained(model: nn.Module) -> int:
+    """Number of parameters that the method trains, the head's included."""
+    masks = model.__dict__.get("_beft_masks")
+    if masks is not None:
+        head = sum(p.numel() for p in head_parameters(model))
+        return head + sum(int(mask.sum()) for mask in masks)
+    own = getattr(model, "_beft_prepared", None)
+    if own is not None:
+        return sum(b.width for b in own.biases) + sum(t.numel() for t in own.head_initial.values())
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def kept_bytes(model: nn.Module) -> int:
+    """Bytes of the files that hold what was trained."""
+    from beft_ext.adapters import save_adapter
+
+    masks = model.__dict__.get("_beft_masks")
+    if masks is not None:  # a value and a 32-bit place for each
+        return 8 * trained(model)
+    with tempfile.TemporaryDirectory() as folder:
+        if getattr(model, "_beft_prepared", None) is not None:
+            save_adapter(model, folder)
+        elif hasattr(model, "peft_config"):
+            model.save_pretrained(folder)  # type: ignore[operator]
+        else:
+            return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+        return sum(p.stat().st_size for p in Path(folder).rglob("*.safetensors"))
+
+
+def _biases(model: nn.Module, terms: Sequence[str]) -> nn.Module:
+    prepare(model, terms)
+    return model
+
+
+def _untouched(model: nn.Module, _: int) -> nn.Module:
+    return model.requires_grad_(False)
+
+
+def _head(model: nn.Module, _: int) -> nn.Module:
+    model.requires_grad_(False)
+    head = head_parameters(model)
+    if not head:
+        raise MethodError("the model has no task head to train alone")
+    for parameter in head:
+        parameter.requires_grad_(True)
+    return model
+
+
+def _every_bias(model: nn.Module, _: int) -> nn.Module:
+    return _biases(model, find_biases(model).terms)
+
+
+def _everything(model: nn.Module, _: int) -> nn.Module:
+    return model.requires_grad_(True)
+
+
+def _random_mask(model: nn.Module, seed: int) -> nn.Module:
+    """As many scattered parameters of the body as the value term has, and the head."""
+    head = {id(p) for p in head_parameters(model)}
+    body = [p for p in model.parameters() if id(p) not in head]
+    count = sum(
+        p.bias.width for p in find_projections(model) if p.bias.term == "value" and p.linear
+    )
+    sizes = torch.tensor([p.numel() for p in body])
+    generator = torch.Generator().manual_seed(seed)
+    places = _distinct(int(sizes.sum()), count, generator).sort().values
+    masks = []
+    for parameter, end in zip(body, sizes.cumsum(0).tolist(), strict=True):
+        inside = places[(places >= end - parameter.numel()) & (places < end)]
+        mask = torch.zeros(parameter.numel(), dtype=torch.bool)
+        mask[inside - (end - parameter.numel())] = True
+        masks.append(mask.view_as(parameter).to(parameter.device))
+        # Parameters without a place in the mask need no gradient at all.
+        parameter.requires_grad_(bool(mask.any()))
+        if parameter.requires_grad:
+            parameter.register_hook(lambda grad, mask=masks[-1]: grad.where(mask, 0))
+    object.__setattr__(model, "_beft_masks", masks)
+    return model
+
+
+def _distinct(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """``count`` different numbers below ``size``, without a permutation of all of them."""
+    found = torch.empty(0, dtype=torch.int64)
+    while len(found) < count:
+        more = torch.randint(size, (2 * (count - len(found)),), generator=generator)
+        found = torch.cat([found, more]).unique()
+        found = found[torch.randperm(len(found), generator=generator)]
+    return found[:count]
+
+
+def _peft(kind: str, terms: Iterable[str] = (), **options: Any) -> Callable[..., nn.Module]:
+    def setup(model: nn.Module, _: int) -> nn.Module:
+        try:
+            import peft
+        except ImportError as error:
+            raise MethodError("this method needs peft: pip install 'beft-ext[peft]'") from error
+        targets = {p.bias.module for p in find_projections(model) if p.bias.term in terms}
+        where = {"target_modules": sorted(targets)} if targets else {}
+        head = any(True for _ in head_parameters(model))
+        task = "SEQ_CLS" if head else "CAUSAL_LM"
+        config = getattr(peft, kind)(task_type=task, **where, **options)
+        wrapped: nn.Module = peft.get_peft_model(model, config)
+        return wrapped
+
+    return setup
+
+
+METHODS: dict[str, Method] = {
+    "zero-shot": Method(_untouched, trains=False),
+    "in-context": Method(_untouched, trains=False, shots=8),
+    "head": Method(_head),
+    "auto": Method(lambda model, _: model),  # the selection comes between, see comparison.py
+    "all-biases": Method(_every_bias),
+    "full": Method(_everything, lr=2e-5),
+    "random-mask": Method(_random_mask),
+    "lora": Method(_peft("LoraConfig", ("query", "value"), r=8, lora_alpha=16), lr=5e-4),
+    "prefix": Method(_peft("PrefixTuningConfig", num_virtual_tokens=5), lr=1e-2),
+    "peft-beft": Method(_peft("BeftConfig", ("value",))),
+}

@@ -1,0 +1,105 @@
+"""How near is ``bias_grad_stats`` to the memory's limit? One thread and all, against torch.
+
+The limit is a plain read of as many bytes, measured in the same run: the fastest of torch's flat
+sum, dot and maximum. Writes benchmarks/results/<device>/operators.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import peers
+import torch
+from harness import Case, measure, settings, show, write
+from torch import Tensor
+
+from beft_ext.ops import backends, bias_grad_stats, set_backend
+
+ROWS, WIDTHS = (1024, 4096, 16384), (768, 4096)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BATCH = 16
+BEYOND_CACHE = 1 << 28  # bytes of all inputs of a case together
+READS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sum": torch.sum,
+    "dot": lambda x: torch.dot(x, x),
+    "maximum": torch.amax,
+}
+
+
+def rotation(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Callable[[], Tensor]:
+    """Gives random tensors in turn, so many that no cache holds the next one."""
+    size = torch.Size(shape).numel() * dtype.itemsize
+    count = min(64, max(2, BEYOND_CACHE // size))
+    first = torch.randn(shape, device=device).to(dtype)
+    return itertools.cycle([first, *(first.clone() for _ in range(count - 1))]).__next__
+
+
+def backend_case(name: str, turn: Callable[[], Tensor], buffers: list[Tensor]) -> Case:
+    def call() -> None:
+        set_backend(name)
+        bias_grad_stats(turn(), *buffers)
+        set_backend(None)
+
+    return call
+
+
+def cases(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
+    turn = rotation(shape, dtype, device)
+    target = torch.empty(shape, dtype=dtype, device=device)
+    buffers = [torch.zeros(shape[-1], device=device) for _ in range(2)]
+    usable = [n for n, why in backends().items() if not why and n != "reference"]
+    others = usable if device == "cuda" else []
+    compiled = torch.compile(peers.eager_stats, dynamic=False)
+    made: dict[str, Case] = {
+        "ours": lambda: bias_grad_stats(turn(), *buffers),
+        **{f"ours, {n}": backend_case(n, turn, buffers) for n in others if n != "cpu"},
+        "ours, reference": backend_case("reference", turn, buffers),
+        "torch, compiled": lambda: compiled(turn(), *buffers),
+        "torch, sum alone": lambda: turn().sum((0, 1)),
+        "copy": lambda: target.copy_(turn()),
+    }
+    return {name: lambda case=case: case for name, case in made.items()}
+
+
+def read_limit(arguments: argparse.Namespace) -> float:
+    """Bytes a second of the fastest plain read."""
+    turn = rotation((1 << 25,), torch.float32, arguments.device)
+    makers = {n: lambda f=f: lambda: f(turn()) for n, f in READS.items()}
+    found = measure(makers, arguments)
+    return (1 << 27) / min(s["median_s"] for s in found.values())
+
+
+def grid(arguments: argparse.Namespace) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    rows, widths = ((256,), (64,)) if arguments.quick else (ROWS, WIDTHS)
+    for n, width, dtype in itertools.product(rows, widths, DTYPES):
+        shape = (BATCH, n // BATCH, width)
+        torch.compiler.reset()
+        found = measure(cases(shape, dtype, arguments.device), arguments)
+        size = n * width * dtype.itemsize
+        for name, s in found.items():
+            if "missing" not in s:
+                s["bytes_per_s"] = size * (2 if name == "copy" else 1) / s["median_s"]
+        key = f"{n} x {width} {str(dtype)[6:]}"
+        results[key] = found
+        show(f"{key}, {torch.get_num_threads()} threads", found)
+    return results
+
+
+def main() -> None:
+    arguments = settings(__doc__, rounds=9)
+    everything = torch.get_num_threads()
+    results: dict[str, Any] = {}
+    for threads in dict.fromkeys((1, everything) if arguments.device == "cpu" else (everything,)):
+        torch.set_num_threads(threads)
+        part = {"read_bytes_per_s": read_limit(arguments), "grid": grid(arguments)}
+        print(f"{threads} threads read {part['read_bytes_per_s'] / 1e9:.1f} GB/s")
+        results[str(threads)] = part
+    write("operators", arguments, {"threads_used": results})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+// Calls each CPU operator once per case on one thread, for callgrind to count. Every case runs
+// twice: the first call pays for what happens once a process, the second is counted and dumped
+// under the case's name.
+#include <valgrind/callgrind.h>
+
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "cpu/bias_adamw_cpu.h"
+#include "cpu/bias_grad_stats_cpu.h"
+
+namespace {
+
+const char* const DTYPES[] = {"fp32", "bf16", "fp16"};
+
+template <typename Call>
+void count(const std::string& name, Call call) {
+  call();
+  CALLGRIND_TOGGLE_COLLECT;
+  call();
+  CALLGRIND_TOGGLE_COLLECT;
+  CALLGRIND_DUMP_STATS_AT(name.c_str());
+}
+
+// A repeatable 16-bit or 32-bit pattern: finite in each dtype.
+std::vector<float> values(int64_t n, int dtype) {
+  const uint32_t pattern[] = {0x3f000000u, 0x3f003f00u, 0x38003800u};
+  std::vector<float> x(n);
+  for (float& v : x) v = beft::bits_as<float>(pattern[dtype]);
+  return x;
+}
+
+void stats(int64_t batch, int64_t tokens, int64_t width, int dtype) {
+  const std::vector<float> dy = values(batch * tokens * width, dtype);
+  std::vector<float> out(3 * width);
+  const beft::GradView view{
+      dy.data(), beft::DType(dtype), batch, tokens, width, tokens * width, width, 1, nullptr};
+  const std::string shape =
+      std::to_string(batch) + "x" + std::to_string(tokens) + "x" + std::to_string(width);
+  count("bias_grad_stats " + shape + " " + DTYPES[dtype],
+        [&] { beft::bias_grad_stats_cpu(view, 16.0f, 1, &out[0], &out[width], &out[2 * width]); });
+}
+
+void adamw(int64_t tensors, int64_t width, int dtype, double max_norm) {
+  std::vector<float> param = values(tensors * width, dtype), grad = param;
+  std::vector<float> state(4 * tensors * width, 0.5f), steps(tensors), scores(4 * tensors);
+  std::vector<beft::AdamWBlock> blocks;
+  const int64_t all = tensors * width, size = dtype ? 2 : 4;
+  beft::AdamWView view{{},
+                       {{1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0}},
+                       nullptr,
+                       0,
+                       &state[0],
+                       &state[all],
+                       &state[2 * all],
+                       dtype ? &state[3 * all] : nullptr,
+                       steps.data(),
+                       scores.data(),
+                       max_norm,
+                       1.0};
+  for (int64_t t = 0; t < tensors; ++t) {
+    const int64_t at = t * width * size;
+    view.tensors.push_back({reinterpret_cast<char*>(param.data()) + at,
+                            reinterpret_cast<char*>(grad.data()) + at, beft::DType(dtype), 0});
+    for (int64_t k = 0; k < width; k += 1024)
+      blocks.push_back({t, t, k, k, t * width + k, std::min<int64_t>(1024, width - k)});
+  }
+  view.blocks = blocks.data();
+  view.block_count = static_cast<int64_t>(blocks.size());
+  const std::string shape = std::to_string(tensors) + "x" + std::to_string(width);
+  const std::string clipped = max_norm > 0 ? " clipped" : "";
+  count("bias_adamw_step " + shape + " " + DTYPES[dtype] + clipped,
+        [&] { beft::bias_adamw_cpu(view, 1); });
+}
+
+}  // namespace
+
+int main() {
+  for (int dtype = 0; dtype < 3; ++dtype) {
+    stats(16, 128, 768, dtype);
+    stats(3, 37, 131, dtype);
+    adamw(96, 768, dtype, 0.0);
+    adamw(12, 4096, dtype, 1.0);
+  }
+}

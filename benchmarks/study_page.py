@@ -1,0 +1,134 @@
+"""Writes docs/selection.md from what study.py measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from study import SELECTING, results
+
+from beft_ext.files import whole_file
+from beft_ext.scores import METHODS
+
+OUT = Path(__file__).resolve().parents[1] / "docs" / "selection.md"
+Record = dict[str, Any]
+Chooser = Callable[[Record], str]
+
+
+def choosers(steps: int) -> dict[str, Chooser]:
+    """Each method's choice after some steps; and value, without any."""
+    made: dict[str, Chooser] = {m: lambda r, m=m: r["choices"][str(steps)][m] for m in METHODS}  # type: ignore[misc]
+    return made | {"always value": lambda r: "value"}
+
+
+def judged(records: Sequence[Record], choose: Chooser) -> tuple[int, float, float]:
+    """How often the choice trained best of all terms, and its mean and worst loss against the
+    best."""
+    lost = [max(r["reached"].values()) - r["reached"][choose(r)] for r in records]
+    return sum(x <= 0 for x in lost), statistics.fmean(lost), max(lost)
+
+
+def page(records: Sequence[Record]) -> str:
+    count = len(records)
+    best: dict[str, int] = {}
+    for r in records:
+        for term, value in r["reached"].items():
+            best[term] = best.get(term, 0) + (value == max(r["reached"].values()))
+    means = {t: statistics.fmean(r["reached"][t] for r in records) for t in best}
+    pair = sum(r["reached"]["value"] >= r["reached"]["query"] for r in records)
+    lines = [
+        "# Does the selection pick the right term?",
+        "",
+        f"Written by `benchmarks/study_page.py` from {count} cells: MiniLM, each living term",
+        f"trained alone with the head for {records[0]['steps']} steps of 16 examples, evaluated",
+        "once on the whole validation split; `select` with its defaults for some steps. Cells:",
+        f"{', '.join(_cells(records))}.",
+        "",
+        "```",
+        "python benchmarks/study.py sst2:100 sst2:300 rte:300 --data DIR",
+        "python benchmarks/study.py sentences:100 sentences:300",
+        "python benchmarks/study_page.py",
+        "```",
+        "",
+        "## What each method picks",
+        "",
+        f"How often the pick trained best of all terms, of {count}; what is lost against the best",
+        "term, in points of accuracy (mean, worst); by steps of selection.",
+        "",
+        "| method | steps | best | lost, mean | lost, worst | picks |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for steps in SELECTING:
+        for name, choose in choosers(steps).items():
+            if name == "always value" and steps != SELECTING[0]:
+                continue
+            hits, mean, worst = judged(records, choose)
+            picks = ", ".join(sorted({choose(r) for r in records}))
+            shown = "none" if name == "always value" else str(steps)
+            row = (name, shown, str(hits), f"{100 * mean:.1f}", f"{100 * worst:.1f}", picks)
+            lines.append(f"| {' | '.join(row)} |")
+    lines += [
+        "",
+        "## What each term reaches",
+        "",
+        "| term | mean accuracy | best in |",
+        "| --- | --- | --- |",
+    ]
+    for term, mean in sorted(means.items(), key=lambda item: -item[1]):
+        lines.append(f"| {term} | {mean:.3f} | {best[term]} |")
+    lines += ["", "## What follows", "", *_conclusion(records, pair)]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(records: Sequence[Record]) -> list[str]:
+    """Seeds of each task and size."""
+    places = [(r["task"], r["size"]) for r in records]
+    return [
+        f"{task} with {size} examples ({places.count((task, size))} seeds)"
+        for task, size in dict.fromkeys(places)
+    ]
+
+
+def _conclusion(records: Sequence[Record], pair: int) -> list[str]:
+    """In words that hold for the figures above, or not at all."""
+    count, said = len(records), []
+    by_beft = [[choosers(s)["beft"](r) for r in records] for s in SELECTING]
+    same = sum(pick == "value" for pick in by_beft[-1])
+    fewest = next((s for s, p in zip(SELECTING, by_beft, strict=True) if p == by_beft[-1]), None)
+    said.append(
+        f"- Of query and value, which the paper chooses between (the key is dead here), value is "
+        f"no worse in {pair} of {count} cells; the BEFT score picks value in {same} of {count}."
+    )
+    if fewest is not None:
+        said.append(f"- {fewest} steps give the BEFT score's pick of {SELECTING[-1]} steps.")
+    mean = {n: judged(records, c)[1] for n, c in choosers(SELECTING[-1]).items()}
+    least = min(mean, key=lambda n: mean[n])
+    said.append(
+        f"- The least is lost by {least} ({100 * mean[least]:.1f} points on average), the most by "
+        f"{max(mean, key=lambda n: mean[n])} ({100 * max(mean.values()):.1f})."
+    )
+    top = max(
+        records[0]["reached"], key=lambda t: statistics.fmean(r["reached"][t] for r in records)
+    )
+    if top not in ("query", "value"):
+        said.append(
+            f"- Trained alone, {top} does best on average. No method sees that: scores compare how "
+            "far terms move in one common run, not what each could do alone."
+        )
+    if mean["beft"] <= mean["always value"]:
+        said.append(
+            "- `--terms auto` goes by the BEFT score: on this study it is at least as good as "
+            "always taking value, and prints its ranking."
+        )
+    return said
+
+
+def main() -> None:
+    with whole_file(OUT) as temporary:
+        temporary.write_text(page(results()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
