@@ -458,3 +458,54 @@ def test_peft_adapter_of_fewer_layers_is_refused(tmp_path):
     config = hf.BertConfig(**tiny("bert").config.to_diff_dict() | {"num_hidden_layers": 3})
     with pytest.raises(AdapterError, match="another number of layers"):
         load_adapter(hf.AutoModelForSequenceClassification.from_config(config), tmp_path)
+
+
+@pytest.mark.parametrize("renamed", range(4))
+def test_a_kill_between_the_files_never_mixes_two_adapters(tmp_path, monkeypatch, renamed):
+    tuned("bert", tmp_path, terms="query")
+    model = tiny("bert")
+    prepare(model, "value")
+    train(model, lr=1e-2)
+    rename, left = Path.replace, iter(range(renamed))
+
+    def killing(path, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt  # stands for a kill
+        return rename(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killing)
+        if renamed < 3:
+            with pytest.raises(KeyboardInterrupt):
+                save_adapter(model, tmp_path)
+        else:
+            save_adapter(model, tmp_path)
+    fresh = tiny("bert")
+    if renamed == 3:
+        load_adapter(fresh, tmp_path)
+        close(logits(fresh), logits(model))
+    else:
+        before = fresh.state_dict()
+        with pytest.raises(AdapterError, match="cut off while being saved"):
+            load_adapter(fresh, tmp_path)
+        assert same(fresh, before)
+    save_adapter(model, tmp_path)
+    load_adapter(fresh, tmp_path)
+    close(logits(fresh), logits(model))
+
+
+def test_a_failure_while_writing_leaves_the_adapter_that_was_there(tmp_path, monkeypatch):
+    expected = tuned("bert", tmp_path, terms="query")[1]
+    model = tiny("bert")
+    prepare(model, "value")
+
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("safetensors.torch.save_file", full)
+        with pytest.raises(OSError, match="no space"):
+            save_adapter(model, tmp_path)
+    fresh = tiny("bert")
+    load_adapter(fresh, tmp_path)
+    close(logits(fresh), expected)

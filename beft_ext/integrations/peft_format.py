@@ -84,7 +84,9 @@ def unsupported(model: nn.Module, modules: Iterable[str]) -> str | None:
 def write(
     folder: Path, model: nn.Module, contents: Contents, facts: dict[str, Any], card: str
 ) -> None:
-    """Write the three files; each is whole or as it was before. facts: kept in the config."""
+    """Write the three files; a kill at any moment leaves the adapter that was there, the new one,
+    or a folder without a config, which nobody loads: never a mixture. facts: kept in the config.
+    """
     from safetensors.torch import save_file
 
     tensors = {f"{PREFIX}{m}{ENDING}": t.reshape(1, -1) for m, t in contents.biases.items()}
@@ -92,15 +94,17 @@ def write(
     tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     if bad := [n for n, t in tensors.items() if not bool(t.isfinite().all())]:
         raise AdapterError(f"'{bad[0]}' is not finite: nothing was saved")
-    config = peft_config(model, contents, facts)
+    config = json.dumps(peft_config(model, contents, facts), indent=2, sort_keys=True) + "\n"
     sweep(folder)
     with ExitStack() as files:
-        # All are written before the first is renamed.
-        paths = {n: files.enter_context(whole_file(folder / n)) for n in (CARD, CONFIG, WEIGHTS)}
+        # All are written before the first is renamed, the config last.
+        paths = {n: files.enter_context(whole_file(folder / n)) for n in (CONFIG, CARD, WEIGHTS)}
         save_file(tensors, paths[WEIGHTS], metadata={"format": "pt"})
-        text = json.dumps(config, indent=2, sort_keys=True)
-        paths[CONFIG].write_text(text + "\n", encoding="utf-8")
+        paths[CONFIG].write_text(config, encoding="utf-8")
         paths[CARD].write_text(card, encoding="utf-8")
+        old = folder / CONFIG
+        if old.is_file() and old.read_bytes() != config.encode():
+            old.unlink()
 
 
 def peft_config(model: nn.Module, contents: Contents, facts: dict[str, Any]) -> dict[str, Any]:
@@ -211,7 +215,10 @@ def _weights(folder: Path) -> Path:
 def _config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.exists():
-        raise AdapterError(f"{folder} has no {CONFIG}")
+        raise AdapterError(
+            f"{folder} has no {CONFIG}: it is no adapter, or was cut off while being saved; save "
+            "it again"
+        )
     _check_inside(folder, path)
     if path.stat().st_size > LARGEST_CONFIG:
         raise AdapterError(f"{path} is larger than {LARGEST_CONFIG} bytes")
