@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
 
-UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")
+# Classes whose loss compares each token with its own label; not the next one's.
+UNSHIFTED = ("ForMaskedLM", "ForTokenClassification", "ForPreTraining", "WithLMHeadModel")
 
 
 def model_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -36,5 +37,5 @@ def divisor(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     if labels.is_floating_point():
         return labels.numel()
     both_ways = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    shifted = not both_ways and getattr(model, "loss_type", None) not in UNSHIFTED
+    shifted = not both_ways and not type(model).__name__.endswith(UNSHIFTED)
     return int((labels[:, 1:] if shifted else labels).ne(-100).sum())

@@ -1,7 +1,7 @@
 """What does it take to rank options by a decoder, beside the authors' loop over single options?
 
-Random decoders (the larger on a GPU alone) and questions of three kinds: yes or no after a passage, two long
-choices (as COPA), many choices after a long passage (as ReCoRD). Writes
+Random decoders (the larger on a GPU alone) and questions of three kinds: yes or no after a
+passage, two long choices (as COPA), many choices after a long passage (as ReCoRD). Writes
 benchmarks/results/<device>/choices.json.
 """
 

@@ -81,6 +81,9 @@ def test_the_divisor_is_what_the_models_divide_by():
             hf.T5Config(**T5, decoder_start_token_id=0, pad_token_id=0)
         ),
         "plain": tiny("bert"),
+        "xlm": hf.XLMWithLMHeadModel(
+            hf.XLMConfig(emb_dim=32, n_layers=1, n_heads=4, vocab_size=64, pad_index=0)
+        ),
         "gpt2": hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)),
     }
     for kind, model in everything.items():
