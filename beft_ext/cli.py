@@ -53,6 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument("--terms", metavar="T,T", help="candidates (default: all)")
     select.add_argument("--method", choices=scores.METHODS, default="beft")
     select.add_argument("--steps", type=int, help="length of the run, in place of --epochs")
+    select.add_argument(
+        "--settle",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="end the run once chance put the "
+        "first term first with probability P at most (default: never)",
+    )
     select.set_defaults(run=_select)
     tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")
     _add_data(tune)
@@ -154,7 +162,7 @@ def _select(arguments: argparse.Namespace) -> None:
     require_writable(a.out)
     terms = a.terms.split(",") if a.terms else None
     selection = workflow.run_select(
-        _source(a), _asking(a), workflow.Settings.of(a), terms, a.method, a.steps
+        _source(a), _asking(a), workflow.Settings.of(a), terms, a.method, a.steps, a.settle
     )
     print(selection)
     selection.save(a.out)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,18 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext import scores
+from beft_ext.dead import QKV, dead_terms
 from beft_ext.files import save_tensors, sweep, whole_file
-from beft_ext.loss import Loss, divisor, examples_of, model_loss
-from beft_ext.models import Bias, BiasMap, find_biases, head_parameters
-from beft_ext.optim import BiasAdamW, rate_factor
+from beft_ext.loss import Loss, model_loss
+from beft_ext.models import Bias, BiasMap, add_bias, find_biases, find_projections
+from beft_ext.selection_run import Peeked, Run, SelectionError, Unchanged
+from beft_ext.settling import SETTLING, Settling
 from beft_ext.tap import Tap, require_untapped
-
-# In the probe a living term's gradient stands at least six digits above float64's rounding.
-DEAD = 1e-10
-
-
-class SelectionError(RuntimeError):
-    """A selection that cannot start or go on; the model is as it was before."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +29,8 @@ class Selection:
 
     Numbers that do not exist are NaN here and null in ``selection.json``; ``undefined`` says
     why, ``dead`` names the terms whose gradient is exactly zero, left out of the ranking.
+    ``steps``: planned; ``losses`` has one a step that was made. ``settled``: the first of the
+    ranking was, and the run ended there.
     """
 
     method: str
@@ -44,6 +41,8 @@ class Selection:
     dead: list[str]
     obtuse: list[str]
     losses: list[float]
+    steps: int
+    settled: bool
     initial: dict[str, Tensor] = field(repr=False)
     current: dict[str, Tensor] = field(repr=False)
 
@@ -92,6 +91,8 @@ class Selection:
             "dead": self.dead,
             "above_90_degrees": self.obtuse,
             "losses": self.losses,
+            "steps": self.steps,
+            "settled": self.settled,
         }
         sweep(folder)
         save_tensors(folder / "biases.safetensors", tensors)
@@ -115,6 +116,7 @@ def select(
     warmup: float = 0.0,
     weight_decay: float = 0.0,
     clip: float = 1.0,
+    settle: float = 0.0,
     seed: int = 0,
     progress: bool = False,
 ) -> Selection:
@@ -125,39 +127,42 @@ def select(
     loader: batches as keyword arguments of the model, first axis examples.
     method: 'beft', 'magnitude', 'fisher', 'example_fisher' or 'snr'; all are computed.
     loss: of the model and a batch, in place of the output's own.
-    terms, biases: candidates; by default every term that ``find_biases`` finds.
+    terms, biases: candidates; by default every term with a bias and, where neither query, key
+        nor value has one, these three, with biases of zeros for the time of the run. Dead terms
+        are found before the run and stay out of it, unless ``terms`` names them.
     epochs, steps: length of the run; ``steps`` wins. lr: constant after the share ``warmup`` of
         the run. clip: global gradient norm. The authors train with a constant rate of 1e-4 to
         1e-3 by task, without warm-up, clipped to 1, in batches of 16, for 16 to 60 epochs.
+    settle: end the run as soon as the first term by ``method`` ('beft' or 'magnitude') would be
+        another by chance with at most this probability; 0: never. See ``beft_ext.settling``.
     The task head (whatever is outside ``model.base_model``) trains beside the biases.
     The model comes back as it was: weights, ``requires_grad``, training mode, hooks, also after
     Ctrl-C. The same seed gives the same selection to the bit on one machine.
     Raises SelectionError for a non-finite loss or gradient (it names the step), an empty
-    loader, an unknown method or term; BiasError where the model has no such biases.
+    loader, an unknown method or term; BiasError where the model has no such biases; ProbeError
+    where an attention cannot be probed for dead terms.
     Source: Huang et al. 2025 (arXiv 2509.15974); DESIGN sections 3 and 4.
     """
     if method not in scores.METHODS:
         raise SelectionError(
             f"unknown method '{method}': choose one of {', '.join(scores.METHODS)}"
         )
+    _check_settle(settle, method)
     require_untapped(model)
-    found = find_biases(model) if biases is None else biases
-    candidates = list(found)
-    if terms is not None:
-        absent = [t for t in terms if t not in found.terms]
-        if absent:
-            raise SelectionError(
-                f"the model has no bias in term '{absent[0]}': it has {', '.join(found.terms)}"
-            )
-        candidates = [b for b in found if b.term in terms]
+    candidates, added = _candidates(model, terms, biases)
     schedule = _schedule(loader, epochs, steps)
-    with Unchanged(model), torch.random.fork_rng(devices=_devices(model)):
+    with (
+        Unchanged(model),
+        _added(model, added),
+        torch.random.fork_rng(devices=_devices(model)),
+    ):
         torch.manual_seed(seed)
-        first = next(iter(loader), None)
-        if first is None:
+        peeked = Peeked(loader)
+        if peeked.first is None:
             raise SelectionError("the loader is empty: select needs at least one batch")
-        dead = _dead_terms(model, loss, candidates, first)
-        with Tap(model, candidates) as tap:
+        dead = _dead(model, loss, candidates, peeked.first)
+        alive = [b for b in candidates if terms is not None or b.term not in dead]
+        with Tap(model, alive) as tap:
             run = Run(
                 model,
                 tap,
@@ -168,146 +173,82 @@ def select(
                 weight_decay=weight_decay,
                 clip=clip,
             )
-            losses = run.train(loader, progress)
-            return _judge(run, method, dead, losses)
+            enough = Settling(method, settle) if settle else None
+            losses = run.train(peeked, progress, enough)
+            return _judge(run, candidates, method, dead, losses)
 
 
-class Unchanged:
-    """Gives the model back as it was, whatever happens in between."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        model = self.model
-        self.required = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-        self.modes = [(m, m.training) for m in model.modules()]
-        trained = [p for p in model.parameters() if p.ndim == 1]
-        trained += head_parameters(model)
-        self.values = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
-
-    def __exit__(self, *_: object) -> None:
-        with torch.no_grad():
-            for tensor, value in self.values:
-                tensor.copy_(value)
-        for parameter, required, grad in self.required:
-            parameter.requires_grad_(required)
-            parameter.grad = grad
-        for module, mode in self.modes:
-            module.training = mode
-
-
-class Run:
-    """The training run: AdamW over the tapped leaves and the task head."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        tap: Tap,
-        *,
-        loss: Loss = model_loss,
-        steps: int,
-        lr: float = 1e-3,
-        warmup: float = 0.0,
-        weight_decay: float = 0.0,
-        clip: float = 1.0,
-    ) -> None:
-        self.model, self.tap, self.clip, self.steps = model, tap, clip, steps
-        self.loss = loss
-        self.pairs = tap.leaves()
-        head = head_parameters(model)
-        model.requires_grad_(False)
-        for parameter in head:
-            parameter.grad = None
-            parameter.requires_grad_(True)
-        named = [(bias.name, leaf) for bias, leaf in self.pairs]
-        named += [(f"head.{i}", p) for i, p in enumerate(head)]
-        self.optimizer = BiasAdamW(named, lr=lr, weight_decay=weight_decay, max_norm=clip)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda i: rate_factor(i, steps, warmup, decay=False)
+def _check_settle(settle: float, method: str) -> None:
+    if not 0 <= settle < 0.5:
+        raise SelectionError(f"settle is a probability from 0 to below 0.5, but is {settle}")
+    if settle and method not in SETTLING:
+        raise SelectionError(
+            f"whether a ranking by '{method}' is settled is not known: use "
+            f"{' or '.join(SETTLING)}, or settle=0"
         )
-        self.initial = {b: leaf.detach().clone().flatten() for b, leaf in self.pairs}
-        self.batch_sq = {b: 0.0 for b, _ in self.pairs}
-        self.examples = self.done = 0
-
-    def train(self, loader: Iterable[Mapping[str, Tensor]], progress: bool) -> list[float]:
-        from tqdm import tqdm
-
-        losses: list[float] = []
-        self.model.train()
-        with tqdm(total=self.steps, disable=not progress, desc="select") as bar:
-            while self.done < self.steps:
-                before = self.done
-                for batch in loader:
-                    losses.append(self._step(batch))
-                    bar.update()
-                    if progress and self.done % 10 == 0:
-                        bar.set_postfix(loss=f"{losses[-1]:.3f}", leading=self._leading())
-                    if self.done == self.steps:
-                        break
-                if self.done == before:
-                    raise SelectionError("the loader ran dry: pass one that can be read again")
-        return losses
-
-    def _step(self, batch: Mapping[str, Tensor]) -> float:
-        device = self.pairs[0][1].device
-        inputs = {k: v.to(device) for k, v in batch.items()}
-        size = examples_of(inputs)
-        self.tap.step(size, scale=float(divisor(self.model, inputs)))
-        self.optimizer.zero_grad()
-        loss = self.loss(self.model, inputs)
-        number = float(loss.detach())
-        self._stop_unless(math.isfinite(number), "loss")
-        loss.backward()
-        self.optimizer.step()
-        norm = float(self.optimizer.grad_norm)
-        self._stop_unless(math.isfinite(norm), "gradient")
-        clipped = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
-        live = self.optimizer.scores()
-        for bias, leaf in self.pairs:
-            if leaf.grad is not None:
-                grad_norm = live[bias.name].grad_norm * clipped
-                self.batch_sq[bias] += grad_norm**2 / bias.width
-        self.schedule.step()
-        self.examples += size
-        self.done += 1
-        return number
-
-    def _stop_unless(self, fine: bool, what: str) -> None:
-        if not fine:
-            raise SelectionError(
-                f"the {what} is not finite at step {self.done + 1}: nothing was kept; lower the "
-                "learning rate or check the data"
-            )
-
-    def _leading(self) -> str:
-        terms: dict[str, list[float]] = {}
-        live = self.optimizer.scores()
-        for bias, _ in self.pairs:
-            if not math.isnan(live[bias.name].beft):
-                terms.setdefault(bias.term, []).append(live[bias.name].beft)
-        return max(terms, key=lambda t: sum(terms[t]) / len(terms[t]), default="none")
-
-    def current(self) -> dict[Bias, Tensor]:
-        """Each bias ``(H,)`` as it stands, in fp32 where the model is half precision."""
-        state = self.optimizer.state
-        return {
-            b: state[leaf].get("master", leaf).detach().clone().flatten() for b, leaf in self.pairs
-        }
 
 
-def _judge(run: Run, method: str, dead: list[str], losses: list[float]) -> Selection:
-    statistics = run.tap.statistics()
+def _candidates(
+    model: nn.Module, terms: Sequence[str] | None, biases: BiasMap | None
+) -> tuple[list[Bias], list[Bias]]:
+    """What competes; and those of it that the model lacks."""
+    have, lack = list(biases or ()), []
+    if biases is None:
+        projections = find_projections(model)
+        have = list(find_biases(model)) if any(p.has_bias for p in projections) else []
+        lack = [p.bias for p in projections if p.linear and not p.has_bias]
+    if terms is None:
+        attention = [b for b in lack if b.term.removeprefix("cross_") in QKV]
+        lack = [] if any(b.term in QKV for b in have) else attention
+    else:
+        known = BiasMap([*have, *lack]).terms
+        if absent := [t for t in terms if t not in known]:
+            raise SelectionError(f"the model has no term '{absent[0]}': it has {', '.join(known)}")
+        have, lack = ([b for b in part if b.term in terms] for part in (have, lack))
+    return list(BiasMap([*have, *lack])), lack
+
+
+@contextmanager
+def _added(model: nn.Module, biases: Sequence[Bias]) -> Iterator[None]:
+    """Biases of zeros where the model has none, for the time of a run."""
+    modules = [model.get_submodule(path) for path in dict.fromkeys(b.module for b in biases)]
+    try:
+        for module in modules:
+            add_bias(module)
+        yield
+    finally:
+        for module in modules:
+            module.bias = None  # type: ignore[assignment]
+
+
+def _dead(
+    model: nn.Module, loss: Loss, candidates: Sequence[Bias], batch: Mapping[str, Tensor]
+) -> list[str]:
+    """Dead terms, told by four examples."""
+    device = model.get_parameter(candidates[0].parameter).device
+    few = {k: v[:4].to(device) for k, v in batch.items()}
+    model.eval()
+    return dead_terms(model, candidates, lambda: loss(model, few))
+
+
+def _judge(
+    run: Run, candidates: Sequence[Bias], method: str, dead: list[str], losses: list[float]
+) -> Selection:
+    statistics, current, initial = run.tap.statistics(), run.current(), dict(run.initial)
+    for bias in candidates:  # dead ones stayed out of the run: there they are as they were
+        if bias not in current:
+            value = bias.read(run.model.get_parameter(bias.parameter))
+            initial[bias] = current[bias] = value
+            statistics[bias] = (torch.zeros_like(value), torch.zeros_like(value))
     per_layer: dict[str, dict[str, list[float]]] = {m: {} for m in scores.METHODS}
     undefined: dict[str, str] = {}
     obtuse: list[str] = []
-    current = run.current()
-    for bias in sorted(current, key=lambda b: b.layer):
-        b0, b, (total, squares) = run.initial[bias], current[bias], statistics[bias]
+    for bias in sorted(candidates, key=lambda b: b.layer):
+        b0, b, (total, squares) = initial[bias], current[bias], statistics[bias]
         values = {
             "beft": scores.beft_score(b0, b),
             "magnitude": scores.magnitude(b0, b),
-            "fisher": run.batch_sq[bias] / run.done,
+            "fisher": run.batch_sq.get(bias, 0.0) / run.done,
             "example_fisher": scores.fisher(squares, run.examples),
             "snr": scores.signal_to_noise(total, squares, run.examples),
         }
@@ -328,7 +269,9 @@ def _judge(run: Run, method: str, dead: list[str], losses: list[float]) -> Selec
         dead=dead,
         obtuse=obtuse,
         losses=losses,
-        initial={b.name: t.cpu() for b, t in run.initial.items()},
+        steps=run.steps,
+        settled=run.done < run.steps,
+        initial={b.name: t.cpu() for b, t in initial.items()},
         current={b.name: t.cpu() for b, t in current.items()},
     )
 
@@ -336,26 +279,6 @@ def _judge(run: Run, method: str, dead: list[str], losses: list[float]) -> Selec
 def _rank(values: dict[str, float], dead: list[str]) -> list[str]:
     alive = [t for t, v in values.items() if t not in dead and not math.isnan(v)]
     return sorted(alive, key=lambda t: -values[t])
-
-
-def _dead_terms(
-    model: nn.Module, loss: Loss, biases: list[Bias], batch: Mapping[str, Tensor]
-) -> list[str]:
-    """Terms whose gradient is zero but for rounding, found in float64 on four examples."""
-    probe = copy.deepcopy(model).double().eval().requires_grad_(False)
-    names = dict.fromkeys(b.parameter for b in biases)
-    parameters = {name: probe.get_parameter(name).requires_grad_(True) for name in names}
-    device = next(iter(parameters.values())).device
-    few = {k: v[:4].to(device) for k, v in batch.items()}
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in few.items()}
-    loss(probe, inputs).backward()
-    largest: dict[str, float] = {}
-    for bias in biases:
-        grad = parameters[bias.parameter].grad
-        size = 0.0 if grad is None else float(bias.view(grad).abs().max())
-        largest[bias.term] = max(largest.get(bias.term, 0.0), size)
-    threshold = DEAD * max(largest.values(), default=0.0)
-    return [term for term, size in largest.items() if size <= threshold]
 
 
 def _schedule(loader: Iterable[Any], epochs: int, steps: int | None) -> int:

@@ -82,6 +82,7 @@ def run_select(
     terms: Sequence[str] | None = None,
     method: str = "beft",
     steps: int | None = None,
+    settle: float = 0.0,
 ) -> Selection:
     """``beft-ext select``, up to the result."""
     train = source.read("train")
@@ -90,7 +91,8 @@ def run_select(
     model, objective = asking.load(source.task, classes_of(train))
     loader = settings.batches(objective, train)
     _tell(objective)
-    return _select(model, objective, loader, settings, terms=terms, method=method, steps=steps)
+    options = {"terms": terms, "method": method, "steps": steps, "settle": settle}
+    return _select(model, objective, loader, settings, **options)
 
 
 def _select(

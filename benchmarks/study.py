@@ -1,8 +1,9 @@
 """Does the selection pick the term that then trains best? Measures; study_page.py tells.
 
 For each task, size and seed: every living term of MiniLM is trained alone, with the head, for
-the same number of steps from the same start, and evaluated on the whole validation split; and
-``select`` is run for several numbers of steps, its choice by each method noted. One JSON line for
+the same number of steps from the same start, and evaluated on the whole validation split;
+``select`` is run for several numbers of steps, its choice by each method noted; and on the way
+each term's BEFT score and its standard error, by which a run may end early. One JSON line for
 each in benchmarks/results/study.jsonl; what is there is not run again.
 
     python benchmarks/study.py sst2:100 sst2:300 rte:300 --data DIR --seeds 5
@@ -18,17 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from beft_ext import demo, find_biases, scores, select
 from beft_ext.files import whole_file
 from beft_ext.loading import Asking, Source
-from beft_ext.selection import Run, Unchanged
+from beft_ext.models import Bias
+from beft_ext.selection_run import Run, Unchanged
+from beft_ext.settling import FIRST, Settling
 from beft_ext.tap import Tap
 from beft_ext.tasks import subset
 
 RESULTS = Path(__file__).resolve().parent / "results" / "study.jsonl"
 BATCH, STEPS, LR = 16, 80, 1e-2
 SELECTING = (5, 10, 20, 40)
+Looks = dict[str, dict[str, tuple[float, float]]]  # by step and term: score, standard error
 
 
 def source(name: str, data: Path | None) -> Source:
@@ -52,8 +57,10 @@ def measure(name: str, size: int, seed: int, data: Path | None) -> dict[str, Any
         found = select(model, objective.training(train, BATCH, seed), steps=steps, seed=seed)
         choices[str(steps)] = {m: found.ranking[m][0] for m in scores.METHODS}
         dead = found.dead
+    alive = [b for b in biases if b.term not in dead]
+    looks = looked_at(model, alive, objective.training(train, BATCH, seed), seed)
     reached = {}
-    for term in (t for t in biases.terms if t not in dead):
+    for term in dict.fromkeys(b.term for b in alive):
         loader = objective.training(train, BATCH, seed)
         with Unchanged(model), Tap(model, [b for b in biases if b.term == term]) as tap:
             torch.manual_seed(seed)
@@ -61,7 +68,25 @@ def measure(name: str, size: int, seed: int, data: Path | None) -> dict[str, Any
             metrics = objective.evaluate(model, held_out, validation)
         reached[term] = metrics[origin.task.metric]
     place = {"task": name, "size": size, "seed": seed, "steps": STEPS}
-    return place | {"metric": origin.task.metric, "reached": reached, "choices": choices}
+    found_all = {"reached": reached, "choices": choices, "looks": looks}
+    return place | {"metric": origin.task.metric} | found_all
+
+
+def looked_at(model: nn.Module, biases: Sequence[Bias], loader: Any, seed: int) -> Looks:
+    """Scores and errors at each step of the longest selection from the first look on."""
+    looks: Looks = {}
+    settling = Settling("beft", risk=0.05)
+
+    def look(run: Run) -> bool:
+        if run.done >= FIRST:
+            means, errors = settling.measured(run)
+            looks[str(run.done)] = {t: (means[t], errors[t]) for t in means}
+        return False
+
+    with Unchanged(model), Tap(model, biases) as tap:
+        torch.manual_seed(seed)
+        Run(model, tap, steps=SELECTING[-1]).train(loader, progress=False, enough=look)
+    return looks
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -44,7 +44,7 @@ def test_biases_and_doctor(minilm, capsys):
         (["--train-file", "DATA", "--train-size", "100000"], "--train-size"),
         (["--train-file", "EMPTY"], "no rows"),
         (["--train-file", "BROKEN"], "cannot be read"),
-        (["--train-file", "DATA", "--terms", "foo", "--steps", "1"], "no bias in term"),
+        (["--train-file", "DATA", "--terms", "foo", "--steps", "1"], "no term 'foo'"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(minilm, tmp_path, capsys, args, message):

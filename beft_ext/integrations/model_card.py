@@ -64,7 +64,9 @@ def read_selection(path: Path) -> Selection:
             undefined=record["undefined"],
             dead=record["dead"],
             obtuse=record["above_90_degrees"],
-            losses=[],
+            losses=record["losses"],
+            steps=record["steps"],
+            settled=record["settled"],
             initial={},
             current={},
         )

@@ -1,0 +1,165 @@
+"""The training run behind a selection, and what gives the model back as it was afterwards."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.loss import Loss, divisor, examples_of, model_loss
+from beft_ext.models import Bias, head_parameters
+from beft_ext.optim import BiasAdamW, rate_factor
+from beft_ext.tap import Tap
+
+
+class SelectionError(RuntimeError):
+    """A selection that cannot start or go on; the model is as it was before."""
+
+
+class Peeked:
+    """A loader whose first batch (None where it is empty) is known before the first pass."""
+
+    def __init__(self, loader: Iterable[Mapping[str, Tensor]]) -> None:
+        self.loader = loader
+        self.rest: Iterator[Mapping[str, Tensor]] | None = iter(loader)
+        self.first = next(self.rest, None)
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        if self.rest is None or self.first is None:
+            return iter(self.loader)
+        begun, self.rest = itertools.chain([self.first], self.rest), None
+        return begun
+
+
+class Unchanged:
+    """Gives the model back as it was, whatever happens in between."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        model = self.model
+        self.required = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        self.modes = [(m, m.training) for m in model.modules()]
+        trained = [p for p in model.parameters() if p.ndim == 1]
+        trained += head_parameters(model)
+        self.values = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
+
+    def __exit__(self, *_: object) -> None:
+        with torch.no_grad():
+            for tensor, value in self.values:
+                tensor.copy_(value)
+        for parameter, required, grad in self.required:
+            parameter.requires_grad_(required)
+            parameter.grad = grad
+        for module, mode in self.modes:
+            module.training = mode
+
+
+class Run:
+    """The training run: AdamW over the tapped leaves and the task head."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        tap: Tap,
+        *,
+        loss: Loss = model_loss,
+        steps: int,
+        lr: float = 1e-3,
+        warmup: float = 0.0,
+        weight_decay: float = 0.0,
+        clip: float = 1.0,
+    ) -> None:
+        self.model, self.tap, self.clip, self.steps = model, tap, clip, steps
+        self.loss = loss
+        self.pairs = tap.leaves()
+        head = head_parameters(model)
+        model.requires_grad_(False)
+        for parameter in head:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        named = [(bias.name, leaf) for bias, leaf in self.pairs]
+        named += [(f"head.{i}", p) for i, p in enumerate(head)]
+        self.optimizer = BiasAdamW(named, lr=lr, weight_decay=weight_decay, max_norm=clip)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda i: rate_factor(i, steps, warmup, decay=False)
+        )
+        self.initial = {b: leaf.detach().clone().flatten() for b, leaf in self.pairs}
+        self.batch_sq = {b: 0.0 for b, _ in self.pairs}
+        self.rate_sq = 0.0  # sum over steps of the squared rate
+        self.examples = self.done = 0
+
+    def train(
+        self,
+        loader: Iterable[Mapping[str, Tensor]],
+        progress: bool,
+        enough: Callable[[Run], bool] | None = None,
+    ) -> list[float]:
+        """The loss of each step; ``enough`` is asked after each whether to end early."""
+        from tqdm import tqdm
+
+        losses: list[float] = []
+        self.model.train()
+        with tqdm(total=self.steps, disable=not progress, desc="select") as bar:
+            while True:
+                before = self.done
+                for batch in loader:
+                    losses.append(self._step(batch))
+                    bar.update()
+                    if progress and self.done % 10 == 0:
+                        bar.set_postfix(loss=f"{losses[-1]:.3f}", leading=self._leading())
+                    if self.done == self.steps or (enough is not None and enough(self)):
+                        return losses
+                if self.done == before:
+                    raise SelectionError("the loader ran dry: pass one that can be read again")
+
+    def _step(self, batch: Mapping[str, Tensor]) -> float:
+        device = self.pairs[0][1].device
+        inputs = {k: v.to(device) for k, v in batch.items()}
+        size = examples_of(inputs)
+        self.tap.step(size, scale=float(divisor(self.model, inputs)))
+        self.optimizer.zero_grad()
+        loss = self.loss(self.model, inputs)
+        number = float(loss.detach())
+        self._stop_unless(math.isfinite(number), "loss")
+        loss.backward()
+        self.optimizer.step()
+        norm = float(self.optimizer.grad_norm)
+        self._stop_unless(math.isfinite(norm), "gradient")
+        clipped = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
+        live = self.optimizer.scores()
+        for bias, leaf in self.pairs:
+            if leaf.grad is not None:
+                grad_norm = live[bias.name].grad_norm * clipped
+                self.batch_sq[bias] += grad_norm**2 / bias.width
+        self.rate_sq += self.schedule.get_last_lr()[0] ** 2
+        self.schedule.step()
+        self.examples += size
+        self.done += 1
+        return number
+
+    def _stop_unless(self, fine: bool, what: str) -> None:
+        if not fine:
+            raise SelectionError(
+                f"the {what} is not finite at step {self.done + 1}: nothing was kept; lower the "
+                "learning rate or check the data"
+            )
+
+    def _leading(self) -> str:
+        terms: dict[str, list[float]] = {}
+        live = self.optimizer.scores()
+        for bias, _ in self.pairs:
+            if not math.isnan(live[bias.name].beft):
+                terms.setdefault(bias.term, []).append(live[bias.name].beft)
+        return max(terms, key=lambda t: sum(terms[t]) / len(terms[t]), default="none")
+
+    def current(self) -> dict[Bias, Tensor]:
+        """Each bias ``(H,)`` as it stands, in fp32 where the model is half precision."""
+        state = self.optimizer.state
+        return {
+            b: state[leaf].get("master", leaf).detach().clone().flatten() for b, leaf in self.pairs
+        }

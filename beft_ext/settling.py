@@ -1,0 +1,81 @@
+"""Is the first of a ranking settled, or could other examples have put another term there?
+
+The statistics of single examples tell how far chance carries a bias in a run. The gradient's mean
+over a batch of B has variance ``Var(g) / B``; AdamW divides each step by the gradient's root mean
+square, so of a step of size ``lr`` the share ``r = (Var / B) / (E[g]^2 + Var / B)`` of its
+variance is noise, and after steps ``s`` an element's change has the variance
+``r sum_s lr_s^2``. The delta method carries it to the scores. Elements count as independent;
+layers and terms as wholly dependent, which can only widen the error. What is not in it is where
+the training itself goes later: docs/selection.md has how often a settled first term is not that
+of the whole run.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from statistics import NormalDist, fmean
+
+from torch import Tensor
+
+from beft_ext import scores
+from beft_ext.selection_run import Run
+
+Score = Callable[[Tensor, Tensor], float]
+Error = Callable[[Tensor, Tensor, Tensor], float]
+# Scores whose error is known: the score and its standard error.
+SETTLING: dict[str, tuple[Score, Error]] = {
+    "beft": (scores.beft_score, scores.beft_error),
+    "magnitude": (scores.magnitude, scores.magnitude_error),
+}
+FIRST, GROWTH = 4, 1.2  # steps before the first look, and from look to look
+
+
+class Settling:
+    """Asked after each step of a run: has the first term of the ranking by ``method`` settled?
+
+    risk: accepted probability that chance put it before any of the others (Bonferroni over
+    them, one-sided normal), at one look. Looks are a fifth of the run so far apart.
+    """
+
+    def __init__(self, method: str, risk: float) -> None:
+        self.score, self.error = SETTLING[method]
+        self.risk, self.look = risk, FIRST
+
+    def __call__(self, run: Run) -> bool:
+        if run.done < self.look:
+            return False
+        self.look = math.ceil(run.done * GROWTH)
+        means, errors = self.measured(run)
+        order = sorted(means, key=lambda term: -means[term])
+        if len(order) < 2:
+            return False
+        quantile = NormalDist().inv_cdf(1 - self.risk / (len(order) - 1))
+        first = order[0]
+        return all(
+            means[first] - means[other] > quantile * (errors[first] + errors[other])
+            for other in order[1:]
+        )
+
+    def measured(self, run: Run) -> tuple[dict[str, float], dict[str, float]]:
+        """Each term's score and its standard error, means over layers; undefined ones left out."""
+        values: dict[str, list[float]] = {}
+        errors: dict[str, list[float]] = {}
+        statistics, current = run.tap.statistics(), run.current()
+        for bias, (total, squares) in statistics.items():
+            b0, b = run.initial[bias], current[bias]
+            variance = chance(total, squares, run.examples, run.done) * run.rate_sq
+            values.setdefault(bias.term, []).append(self.score(b0, b))
+            errors.setdefault(bias.term, []).append(self.error(b0, b, variance))
+        known = [t for t, v in values.items() if not any(math.isnan(x) for x in v)]
+        return {t: fmean(values[t]) for t in known}, {t: fmean(errors[t]) for t in known}
+
+
+def chance(grad_sum: Tensor, grad_sum_sq: Tensor, examples: int, steps: int) -> Tensor:
+    """``r``: the share of noise in the variance of an AdamW step of size 1, ``(H,)``, float64.
+
+    grad_sum, grad_sum_sq: ``(H,)``, sums of ``g_i`` and ``g_i^2`` over the examples of all steps.
+    """
+    mean = grad_sum.double() / examples
+    noise = (grad_sum_sq.double() / examples - mean.square()).clamp(min=0) * steps / examples
+    return (noise / (mean.square() + noise)).nan_to_num(0.0)  # 0 / 0: it never moved
