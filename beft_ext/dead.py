@@ -9,9 +9,9 @@ that of one attention and not of a second model.
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from posixpath import commonpath
 from typing import Any
 
 import torch
@@ -59,8 +59,8 @@ def _attentions(biases: Iterable[Bias]) -> dict[str, list[Bias]]:
             by_layer.setdefault(key, []).append(bias)
     found = {}
     for own in by_layer.values():
-        steps = [b.module.split(".")[:-1] for b in own]
-        found[".".join(os.path.commonprefix(steps))] = own
+        parents = [b.module.rpartition(".")[0].replace(".", "/") for b in own]
+        found[commonpath(parents).replace("/", ".")] = own
     return found
 
 
@@ -81,7 +81,7 @@ class _Probe:
             self.sizes[term] = max(share, self.sizes.get(term, 0.0))
 
     def _largest(self, module: nn.Module, args: Any, kwargs: Any) -> dict[str, float]:
-        """Each term's largest gradient; from float32 where the model's own code knows no float64."""
+        """Each term's largest gradient; in float32 where the model's own code has no float64."""
         why: Exception | None = None
         for dtype in (torch.float64, torch.float32):
             try:
