@@ -20,7 +20,7 @@ from beft_ext.integrations.model_card import model_card
 from beft_ext.integrations.peft_format import AdapterError, Contents, head_classes, model_class
 from beft_ext.models import BiasError, Plain, add_bias, make_plain, undo_plain
 from beft_ext.preparation import Prepared, mark, prepared_of, unmark
-from beft_ext.selection import Selection
+from beft_ext.selection import Selection, SelectionError
 
 __all__ = [
     "AdapterError",
@@ -89,7 +89,7 @@ def save_adapter(
         facts["not_in_peft"] = reason
     try:
         card = model_card(model, what, reason, selection)
-    except ValueError as error:
+    except SelectionError as error:
         raise AdapterError(str(error)) from error
     peft_format.write(folder, model, contents, facts, card)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from beft_ext.automatic import SETTLE, automatic
 from beft_ext.files import whole_file
 from beft_ext.loading import Asking, Source, WorkflowError, classes_of
 from beft_ext.memory import peak_bytes
@@ -56,7 +57,6 @@ class Comparison:
     methods: Sequence[str]
     seeds: Sequence[int]
     rates: Mapping[str, float]
-    criterion: str = "beft"
 
     def run(self, out: Path) -> list[Outcome]:
         """Every method with every seed; ``out`` keeps a line for each, and those that it has are
@@ -80,7 +80,7 @@ class Comparison:
 
     def _setup(self) -> dict[str, Any]:
         """What all runs of one folder have in common."""
-        found = {"task": self.source.name, "criterion": self.criterion}
+        found: dict[str, Any] = {"task": self.source.name}
         files = (self.source.train_file, self.source.validation_file, self.source.config)
         found["files"] = " ".join(str(f) for f in files if f) or None
         settings = asdict(replace(self.settings, seed=0)) | asdict(replace(self.asking, seed=0))
@@ -149,11 +149,9 @@ class Comparison:
         return Outcome(name, seed, metrics, trained(adapted), seconds, peak, kept, chosen)
 
     def _selected(self, model: nn.Module, objective: Objective, loader: Batches, seed: int) -> str:
-        lr, clip = self.settings.lr, self.settings.clip
-        found = select(
-            model, loader, self.criterion, loss=objective.loss, lr=lr, clip=clip, seed=seed
-        )
-        return found.best
+        lr, clip, loss = self.settings.lr, self.settings.clip, objective.loss
+        found = select(model, loader, loss=loss, lr=lr, clip=clip, settle=SETTLE, seed=seed)
+        return automatic(found)[0]
 
 
 def rates_of(text: str) -> dict[str, float]:

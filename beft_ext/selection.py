@@ -178,6 +178,33 @@ def select(
             return _judge(run, candidates, method, dead, losses)
 
 
+def read_selection(path: Path) -> Selection:
+    """A Selection's scores and ranking from ``selection.json`` or its folder, tensors left out."""
+    path = path / "selection.json" if path.is_dir() else path
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Selection(
+            method=record["method"],
+            scores={m: _numbers(v) for m, v in record["scores"].items()},
+            per_layer={},
+            ranking=record["ranking"],
+            undefined=record["undefined"],
+            dead=record["dead"],
+            obtuse=record["above_90_degrees"],
+            losses=record["losses"],
+            steps=record["steps"],
+            settled=record["settled"],
+            initial={},
+            current={},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SelectionError(f"{path} is not a selection.json: {error}") from error
+
+
+def _numbers(values: dict[str, float | None]) -> dict[str, float]:
+    return {t: math.nan if v is None else v for t, v in values.items()}
+
+
 def _check_settle(settle: float, method: str) -> None:
     if not 0 <= settle < 0.5:
         raise SelectionError(f"settle is a probability from 0 to below 0.5, but is {settle}")

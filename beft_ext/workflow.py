@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from beft_ext.automatic import SETTLE, automatic
 from beft_ext.files import whole_file
 from beft_ext.loading import (
     Asking,
@@ -24,7 +25,7 @@ from beft_ext.loading import (
     pretrained,
 )
 from beft_ext.models import find_biases
-from beft_ext.selection import Selection, select
+from beft_ext.selection import Selection, read_selection, select
 from beft_ext.tasks import Batches, Objective, subset
 from beft_ext.tasks.metrics import measure
 from beft_ext.tuning import Recipe, tune
@@ -144,11 +145,13 @@ def run_tune(
     if terms == "auto":
         selected = out / "selection" / "selection.json"
         if not (resume and selected.is_file()):
-            found = _select(model, objective, loader, replace(settings, epochs=1, warmup=0.0))
+            once = replace(settings, epochs=1, warmup=0.0)
+            found = _select(model, objective, loader, once, settle=SETTLE)
             print(found)
-            print(f"\nauto: '{found.best}', the first by the BEFT score\n")
             found.save(selected.parent)
-        chosen = [json.loads(selected.read_text(encoding="utf-8"))["best"]]
+        term, reason = automatic(read_selection(selected))
+        print(f"\nauto: '{term}': {reason}\n")
+        chosen = [term]
     else:
         chosen = list(find_biases(model).terms) if terms == "all" else terms.split(",")
     print(prepare(model, chosen), "\n")

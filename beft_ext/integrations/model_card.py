@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
-from beft_ext.selection import Selection
+from beft_ext.selection import Selection, read_selection
 
 
 def model_card(
@@ -21,7 +19,7 @@ def model_card(
     """Markdown with the hub's metadata. what: the summary of what was trained; reason: why PEFT
     cannot load it, or None; selection: the run's result or its ``selection.json``.
 
-    Raises ValueError where that file is not one that ``Selection.save`` wrote.
+    Raises SelectionError where that file is not one that ``Selection.save`` wrote.
     """
     kind = type(model).__name__
     base = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
@@ -49,33 +47,6 @@ def model_card(
         lines += ["", "## Selection", "", f"Ranked by '{selection.method}':", ""]
         lines += [_code(str(selection))]
     return "\n".join(lines) + "\n"
-
-
-def read_selection(path: Path) -> Selection:
-    """A Selection's scores and ranking from ``selection.json`` or its folder, tensors left out."""
-    path = path / "selection.json" if path.is_dir() else path
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Selection(
-            method=record["method"],
-            scores={m: _numbers(v) for m, v in record["scores"].items()},
-            per_layer={},
-            ranking=record["ranking"],
-            undefined=record["undefined"],
-            dead=record["dead"],
-            obtuse=record["above_90_degrees"],
-            losses=record["losses"],
-            steps=record["steps"],
-            settled=record["settled"],
-            initial={},
-            current={},
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a selection.json: {error}") from error
-
-
-def _numbers(values: dict[str, float | None]) -> dict[str, float]:
-    return {t: math.nan if v is None else v for t, v in values.items()}
 
 
 def _code(text: str, language: str = "") -> str:
