@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from beft_ext.models import Bias, BiasError, BiasMap, find_biases
     from beft_ext.optim import BiasAdamW, BiasScore, OptimizerError
     from beft_ext.preparation import Prepared, PrepareError, prepare, restore
-    from beft_ext.selection import Selection, SelectionError, select
+    from beft_ext.selection import ProbeError, Selection, SelectionError, select
     from beft_ext.tap import Tap, TapError
     from beft_ext.tuning import Recipe, TuningError, tune
 
@@ -27,6 +27,7 @@ _HOMES = {
     "BiasError": "models",
     "BiasMap": "models",
     "find_biases": "models",
+    "ProbeError": "selection",
     "Selection": "selection",
     "SelectionError": "selection",
     "select": "selection",
@@ -60,6 +61,7 @@ __all__ = [
     "OptimizerError",
     "PrepareError",
     "Prepared",
+    "ProbeError",
     "Recipe",
     "Selection",
     "SelectionError",

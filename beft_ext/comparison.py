@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beft_ext.automatic import SETTLE, automatic
 from beft_ext.files import whole_file
 from beft_ext.loading import Asking, Source, WorkflowError, classes_of
 from beft_ext.memory import peak_bytes
 from beft_ext.methods import Method, MethodError, kept_bytes, method, trained
 from beft_ext.optim import BiasAdamW
 from beft_ext.preparation import prepare
-from beft_ext.selection import select
+from beft_ext.selection import SETTLE, automatic, select
 from beft_ext.tasks import Batches, Example, Objective, PromptObjective, subset
 from beft_ext.tuning import CHECKPOINT, tune
 from beft_ext.workflow import EVALUATION_BATCH, Settings, write_json

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models import BiasMap, find_biases
-from beft_ext.selection import Selection, select
-from beft_ext.selection_run import Run, Unchanged
+from beft_ext.selection import Run, Selection, Unchanged, select
 from beft_ext.tap import Tap
 from beft_ext.tasks import Example, HeadObjective, Task, read_rows
 

@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from beft_ext.automatic import SETTLE, automatic
 from beft_ext.files import whole_file
 from beft_ext.loading import (
     Asking,
@@ -25,7 +24,7 @@ from beft_ext.loading import (
     pretrained,
 )
 from beft_ext.models import find_biases
-from beft_ext.selection import Selection, read_selection, select
+from beft_ext.selection import SETTLE, Selection, automatic, read_selection, select
 from beft_ext.tasks import Batches, Objective, subset
 from beft_ext.tasks.metrics import measure
 from beft_ext.tuning import Recipe, tune

@@ -25,8 +25,8 @@ from beft_ext import demo, find_biases, scores, select
 from beft_ext.files import whole_file
 from beft_ext.loading import Asking, Source
 from beft_ext.models import Bias
-from beft_ext.selection_run import Run, Unchanged
-from beft_ext.settling import FIRST, Settling
+from beft_ext.selection import Run, Unchanged
+from beft_ext.selection.settling import FIRST, Settling
 from beft_ext.tap import Tap
 from beft_ext.tasks import subset
 

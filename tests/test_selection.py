@@ -11,8 +11,8 @@ from conftest import CONFIGS, batch, tiny
 from safetensors.numpy import load_file
 
 from beft_ext import SelectionError, Tap, TapError, demo, find_biases, select
-from beft_ext.dead import ProbeError, dead_terms
-from beft_ext.settling import chance
+from beft_ext.selection import ProbeError, dead_terms
+from beft_ext.selection.settling import chance
 from beft_ext.tasks import HeadObjective
 
 

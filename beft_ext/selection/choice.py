@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from beft_ext.selection import Selection
+from beft_ext.selection.result import Selection
 
-SETTLE = 0.05  # accepted risk of the early end of its selection, see beft_ext.settling
+SETTLE = 0.05  # accepted risk of the early end of its selection, see settling.py
 
 
 def automatic(selection: Selection) -> tuple[str, str]:

@@ -12,11 +12,8 @@ from torch import Tensor, nn
 from beft_ext.loss import Loss, divisor, examples_of, model_loss
 from beft_ext.models import Bias, head_parameters
 from beft_ext.optim import BiasAdamW, rate_factor
+from beft_ext.selection.result import SelectionError
 from beft_ext.tap import Tap
-
-
-class SelectionError(RuntimeError):
-    """A selection that cannot start or go on; the model is as it was before."""
 
 
 class Peeked:

@@ -3,7 +3,7 @@
 from conftest import batch, tiny
 
 from beft_ext import select
-from beft_ext.automatic import automatic
+from beft_ext.selection import automatic
 
 
 def loader():

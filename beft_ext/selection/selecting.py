@@ -2,104 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beft_ext import scores
-from beft_ext.dead import QKV, dead_terms
-from beft_ext.files import save_tensors, sweep, whole_file
 from beft_ext.loss import Loss, model_loss
 from beft_ext.models import Bias, BiasMap, add_bias, find_biases, find_projections
-from beft_ext.selection_run import Peeked, Run, SelectionError, Unchanged
-from beft_ext.settling import SETTLING, Settling
+from beft_ext.selection.dead import QKV, dead_terms
+from beft_ext.selection.result import Selection, SelectionError
+from beft_ext.selection.run import Peeked, Run, Unchanged
+from beft_ext.selection.settling import SETTLING, Settling
 from beft_ext.tap import Tap, require_untapped
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What one run found. ``scores[method][term]``; ``per_layer[method][term]`` in layer order.
-
-    Numbers that do not exist are NaN here and null in ``selection.json``; ``undefined`` says
-    why, ``dead`` names the terms whose gradient is exactly zero, left out of the ranking.
-    ``steps``: planned; ``losses`` has one a step that was made. ``settled``: the first of the
-    ranking was, and the run ended there.
-    """
-
-    method: str
-    scores: dict[str, dict[str, float]]
-    per_layer: dict[str, dict[str, list[float]]]
-    ranking: dict[str, list[str]]
-    undefined: dict[str, str]
-    dead: list[str]
-    obtuse: list[str]
-    losses: list[float]
-    steps: int
-    settled: bool
-    initial: dict[str, Tensor] = field(repr=False)
-    current: dict[str, Tensor] = field(repr=False)
-
-    @property
-    def best(self) -> str:
-        """The first term of the ranking by the chosen method."""
-        if not self.ranking[self.method]:
-            raise SelectionError(
-                f"no term has a defined '{self.method}' score: choose another method, such as "
-                "'magnitude'"
-            )
-        return self.ranking[self.method][0]
-
-    def __str__(self) -> str:
-        columns = [m for m in scores.METHODS if m in self.scores]
-        order = self.ranking[self.method]
-        rest = [t for t in self.scores[self.method] if t not in order]
-        lines = [f"{'':>4} {'term':<18}" + "".join(f"{m:>16}" for m in columns)]
-        for place, term in enumerate(order + rest, 1):
-            rank = f"{place}." if term in order else "-"
-            note = "  dead" if term in self.dead else ""
-            note += "  undefined" if term in self.undefined else ""
-            cells = "".join(f"{self.scores[m][term]:>16.4e}" for m in columns)
-            lines.append(f"{rank:>4} {term:<18}{cells}{note}")
-        return "\n".join(lines)
-
-    def plot(self, path: str | Path) -> None:
-        """Draw the term x layer heatmap of the chosen method. Needs matplotlib."""
-        from beft_ext.plots import heatmap
-
-        with whole_file(path) as temporary:
-            heatmap(self.per_layer[self.method], self.method, temporary)
-
-    def save(self, folder: str | Path) -> None:
-        """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` into ``folder``."""
-        folder = Path(folder)
-        tensors = {f"initial/{name}": t for name, t in self.initial.items()}
-        tensors |= {f"current/{name}": t for name, t in self.current.items()}
-        record = {
-            "method": self.method,
-            "best": self.ranking[self.method][0] if self.ranking[self.method] else None,
-            "ranking": self.ranking,
-            "scores": self.scores,
-            "per_layer": self.per_layer,
-            "undefined": self.undefined,
-            "dead": self.dead,
-            "above_90_degrees": self.obtuse,
-            "losses": self.losses,
-            "steps": self.steps,
-            "settled": self.settled,
-        }
-        sweep(folder)
-        save_tensors(folder / "biases.safetensors", tensors)
-        self.plot(folder / "heatmap.png")
-        with whole_file(folder / "selection.json") as temporary:
-            text = json.dumps(_nulls(record), indent=2, allow_nan=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def select(
@@ -134,7 +52,7 @@ def select(
         the run. clip: global gradient norm. The authors train with a constant rate of 1e-4 to
         1e-3 by task, without warm-up, clipped to 1, in batches of 16, for 16 to 60 epochs.
     settle: end the run as soon as the first term by ``method`` ('beft' or 'magnitude') would be
-        another by chance with at most this probability; 0: never. See ``beft_ext.settling``.
+        another by chance with at most this probability; 0: never. See ``settling.py``.
     The task head (whatever is outside ``model.base_model``) trains beside the biases.
     The model comes back as it was: weights, ``requires_grad``, training mode, hooks, also after
     Ctrl-C. The same seed gives the same selection to the bit on one machine.
@@ -176,33 +94,6 @@ def select(
             enough = Settling(method, settle) if settle else None
             losses = run.train(peeked, progress, enough)
             return _judge(run, candidates, method, dead, losses)
-
-
-def read_selection(path: Path) -> Selection:
-    """A Selection's scores and ranking from ``selection.json`` or its folder, tensors left out."""
-    path = path / "selection.json" if path.is_dir() else path
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return Selection(
-            method=record["method"],
-            scores={m: _numbers(v) for m, v in record["scores"].items()},
-            per_layer={},
-            ranking=record["ranking"],
-            undefined=record["undefined"],
-            dead=record["dead"],
-            obtuse=record["above_90_degrees"],
-            losses=record["losses"],
-            steps=record["steps"],
-            settled=record["settled"],
-            initial={},
-            current={},
-        )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SelectionError(f"{path} is not a selection.json: {error}") from error
-
-
-def _numbers(values: dict[str, float | None]) -> dict[str, float]:
-    return {t: math.nan if v is None else v for t, v in values.items()}
 
 
 def _check_settle(settle: float, method: str) -> None:
@@ -320,13 +211,3 @@ def _schedule(loader: Iterable[Any], epochs: int, steps: int | None) -> int:
 
 def _devices(model: nn.Module) -> list[torch.device]:
     return list({p.device for p in model.parameters() if p.is_cuda})
-
-
-def _nulls(value: Any) -> Any:
-    """JSON has no NaN: null in its place."""
-    clean: Callable[[Any], Any] = _nulls
-    if isinstance(value, dict):
-        return {k: clean(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [clean(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -13,13 +13,13 @@ of the whole run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from statistics import NormalDist, fmean
 
 from torch import Tensor
 
 from beft_ext import scores
-from beft_ext.selection_run import Run
+from beft_ext.selection.run import Run
 
 Score = Callable[[Tensor, Tensor], float]
 Error = Callable[[Tensor, Tensor, Tensor], float]
@@ -45,17 +45,8 @@ class Settling:
     def __call__(self, run: Run) -> bool:
         if run.done < self.look:
             return False
-        self.look = math.ceil(run.done * GROWTH)
-        means, errors = self.measured(run)
-        order = sorted(means, key=lambda term: -means[term])
-        if len(order) < 2:
-            return False
-        quantile = NormalDist().inv_cdf(1 - self.risk / (len(order) - 1))
-        first = order[0]
-        return all(
-            means[first] - means[other] > quantile * (errors[first] + errors[other])
-            for other in order[1:]
-        )
+        self.look = next_look(run.done)
+        return is_settled(*self.measured(run), self.risk)
 
     def measured(self, run: Run) -> tuple[dict[str, float], dict[str, float]]:
         """Each term's score and its standard error, means over layers; undefined ones left out."""
@@ -69,6 +60,24 @@ class Settling:
             errors.setdefault(bias.term, []).append(self.error(b0, b, variance))
         known = [t for t, v in values.items() if not any(math.isnan(x) for x in v)]
         return {t: fmean(values[t]) for t in known}, {t: fmean(errors[t]) for t in known}
+
+
+def next_look(steps: int) -> int:
+    """The number of steps at which the look after ``steps`` is taken."""
+    return math.ceil(steps * GROWTH)
+
+
+def is_settled(means: Mapping[str, float], errors: Mapping[str, float], risk: float) -> bool:
+    """Whether the first term's score stands far enough above every other's."""
+    if len(means) < 2:
+        return False
+    quantile = NormalDist().inv_cdf(1 - risk / (len(means) - 1))
+    first = max(means, key=lambda term: means[term])
+    return all(
+        means[first] - means[other] > quantile * (errors[first] + errors[other])
+        for other in means
+        if other != first
+    )
 
 
 def chance(grad_sum: Tensor, grad_sum_sq: Tensor, examples: int, steps: int) -> Tensor:

@@ -1,0 +1,135 @@
+"""What a selection found, as an object, a printed table and files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from beft_ext import scores
+from beft_ext.files import save_tensors, sweep, whole_file
+
+
+class SelectionError(RuntimeError):
+    """A selection that cannot start or go on; the model is as it was before."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What one run found. ``scores[method][term]``; ``per_layer[method][term]`` in layer order.
+
+    Numbers that do not exist are NaN here and null in ``selection.json``; ``undefined`` says
+    why, ``dead`` names the terms whose gradient is exactly zero, left out of the ranking.
+    ``steps``: planned; ``losses`` has one a step that was made. ``settled``: the first of the
+    ranking was, and the run ended there.
+    """
+
+    method: str
+    scores: dict[str, dict[str, float]]
+    per_layer: dict[str, dict[str, list[float]]]
+    ranking: dict[str, list[str]]
+    undefined: dict[str, str]
+    dead: list[str]
+    obtuse: list[str]
+    losses: list[float]
+    steps: int
+    settled: bool
+    initial: dict[str, Tensor] = field(repr=False)
+    current: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def best(self) -> str:
+        """The first term of the ranking by the chosen method."""
+        if not self.ranking[self.method]:
+            raise SelectionError(
+                f"no term has a defined '{self.method}' score: choose another method, such as "
+                "'magnitude'"
+            )
+        return self.ranking[self.method][0]
+
+    def __str__(self) -> str:
+        columns = [m for m in scores.METHODS if m in self.scores]
+        order = self.ranking[self.method]
+        rest = [t for t in self.scores[self.method] if t not in order]
+        lines = [f"{'':>4} {'term':<18}" + "".join(f"{m:>16}" for m in columns)]
+        for place, term in enumerate(order + rest, 1):
+            rank = f"{place}." if term in order else "-"
+            note = "  dead" if term in self.dead else ""
+            note += "  undefined" if term in self.undefined else ""
+            cells = "".join(f"{self.scores[m][term]:>16.4e}" for m in columns)
+            lines.append(f"{rank:>4} {term:<18}{cells}{note}")
+        return "\n".join(lines)
+
+    def plot(self, path: str | Path) -> None:
+        """Draw the term x layer heatmap of the chosen method. Needs matplotlib."""
+        from beft_ext.plots import heatmap
+
+        with whole_file(path) as temporary:
+            heatmap(self.per_layer[self.method], self.method, temporary)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` into ``folder``."""
+        folder = Path(folder)
+        tensors = {f"initial/{name}": t for name, t in self.initial.items()}
+        tensors |= {f"current/{name}": t for name, t in self.current.items()}
+        record = {
+            "method": self.method,
+            "best": self.ranking[self.method][0] if self.ranking[self.method] else None,
+            "ranking": self.ranking,
+            "scores": self.scores,
+            "per_layer": self.per_layer,
+            "undefined": self.undefined,
+            "dead": self.dead,
+            "above_90_degrees": self.obtuse,
+            "losses": self.losses,
+            "steps": self.steps,
+            "settled": self.settled,
+        }
+        sweep(folder)
+        save_tensors(folder / "biases.safetensors", tensors)
+        self.plot(folder / "heatmap.png")
+        with whole_file(folder / "selection.json") as temporary:
+            text = json.dumps(_nulls(record), indent=2, allow_nan=False)
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def read_selection(path: Path) -> Selection:
+    """A Selection's scores and ranking from ``selection.json`` or its folder, tensors left out."""
+    path = path / "selection.json" if path.is_dir() else path
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return Selection(
+            method=record["method"],
+            scores={m: _numbers(v) for m, v in record["scores"].items()},
+            per_layer={},
+            ranking=record["ranking"],
+            undefined=record["undefined"],
+            dead=record["dead"],
+            obtuse=record["above_90_degrees"],
+            losses=record["losses"],
+            steps=record["steps"],
+            settled=record["settled"],
+            initial={},
+            current={},
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise SelectionError(f"{path} is not a selection.json: {error}") from error
+
+
+def _numbers(values: dict[str, float | None]) -> dict[str, float]:
+    return {t: math.nan if v is None else v for t, v in values.items()}
+
+
+def _nulls(value: Any) -> Any:
+    """JSON has no NaN: null in its place."""
+    clean: Callable[[Any], Any] = _nulls
+    if isinstance(value, dict):
+        return {k: clean(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [clean(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
