@@ -138,10 +138,10 @@ BEFT_INLINE void sum_strip_pairs(const uint16_t* data, int64_t rows, int64_t col
   float even[STRIP / 2], odd[STRIP / 2];
   std::fill_n(even, pairs, 0.0f);
   std::fill_n(odd, pairs, 0.0f);
-  const int64_t t = by_eight(
-      data, rows, 2 * pairs, st, [&](const uint16_t* r, int64_t h, int64_t n) BEFT_INLINED {
-        add_eight_pairs(r, st, n / 2, even + h / 2, odd + h / 2);
-      });
+  const int64_t t = by_eight(data, rows, 2 * pairs, st,
+                             [&](const uint16_t* r, int64_t h, int64_t n) BEFT_INLINED {
+                               add_eight_pairs(r, st, n / 2, even + h / 2, odd + h / 2);
+                             });
   for (int64_t h = 0; h < pairs; ++h) {
     out[2 * h] = even[h];
     out[2 * h + 1] = odd[h];
@@ -154,10 +154,9 @@ BEFT_INLINE void sum_strip_pairs(const uint16_t* data, int64_t rows, int64_t col
 BEFT_INLINE void sum_strip_f16c(const uint16_t* data, int64_t rows, int64_t cols, int64_t st,
                                 float* __restrict__ out) {
   std::fill_n(out, cols, 0.0f);
-  const int64_t t =
-      by_eight(data, rows, cols, st, [&](const uint16_t* r, int64_t h, int64_t n) BEFT_INLINED {
-        add_eight_f16c(r, st, n, out + h);
-      });
+  const int64_t t = by_eight(data, rows, cols, st,
+                             [&](const uint16_t* r, int64_t h, int64_t n)
+                                 BEFT_INLINED { add_eight_f16c(r, st, n, out + h); });
   add_rows<F16>(data, t, rows, cols, st, 1, out);
 }
 #endif
@@ -176,15 +175,17 @@ BEFT_INLINE void sum_chunk(const GradView& v, const Chunk& c, float* out, const 
 }
 
 BEFT_CLONES void sum_chunk_f32(const GradView& v, const Chunk& c, float* out) {
-  sum_chunk<F32>(v, c, out, [](const float* p, int64_t rows, int64_t cols, int64_t st, float* o)
-                                BEFT_INLINED { sum_strip<F32>(p, rows, cols, st, 1, o); });
+  sum_chunk<F32>(v, c, out,
+                 [](const float* p, int64_t rows, int64_t cols, int64_t st, float* o)
+                     BEFT_INLINED { sum_strip<F32>(p, rows, cols, st, 1, o); });
 }
 BEFT_CLONES void sum_chunk_bf16(const GradView& v, const Chunk& c, float* out) {
   sum_chunk<BF16>(v, c, out, sum_strip_pairs);
 }
 BEFT_CLONES void sum_chunk_f16(const GradView& v, const Chunk& c, float* out) {
-  sum_chunk<F16>(v, c, out, [](const uint16_t* p, int64_t rows, int64_t cols, int64_t st, float* o)
-                                BEFT_INLINED { sum_strip<F16>(p, rows, cols, st, 1, o); });
+  sum_chunk<F16>(v, c, out,
+                 [](const uint16_t* p, int64_t rows, int64_t cols, int64_t st, float* o)
+                     BEFT_INLINED { sum_strip<F16>(p, rows, cols, st, 1, o); });
 }
 #ifdef BEFT_F16C
 BEFT_CLONES void sum_chunk_f16c(const GradView& v, const Chunk& c, float* out) {
