@@ -24,7 +24,7 @@ namespace {
 
 constexpr int64_t CHUNK = 128;                 // rows of one example summed by one task
 constexpr int64_t STRIP = 4096;                // columns at a time: the accumulators stay in L1
-constexpr int64_t TILE = 64;                   // columns of eight rows between two fetches
+constexpr int64_t TILE = 256;                  // bytes of eight rows each between two fetches
 constexpr int64_t AHEAD = 2048;                // bytes of each row on their way from memory
 constexpr int64_t COLUMNS = 128;               // finished together by one task of stage 2
 constexpr int64_t BYTES_PER_THREAD = 1 << 19;  // less work than this does not pay for a thread
@@ -96,14 +96,20 @@ BEFT_INLINE void fetch(const Raw* r, int64_t st, int64_t n) {
 template <typename Raw, typename Add>
 BEFT_INLINE int64_t by_eight(const Raw* data, int64_t rows, int64_t cols, int64_t st,
                              const Add& add) {
+  constexpr int64_t tile = TILE / sizeof(Raw);
   const int64_t ahead = std::min<int64_t>(AHEAD / sizeof(Raw), cols);
   int64_t t = 0;
   for (; t + 8 <= rows; t += 8) {
     const Raw* r = data + t * st;
-    for (int64_t h = 0; h < cols; h += TILE) {
-      const int64_t n = std::min(TILE, cols - h), next = h + ahead;
-      fetch(next < cols ? r + next : r + 8 * st + (next - cols), st, n);
-      add(r + h, h, n);
+    for (int64_t h = 0; h < cols; h += tile) {
+      const int64_t next = h + ahead;
+      const Raw* later = next < cols ? r + next : r + 8 * st + (next - cols);
+      const int64_t n = std::min(tile, cols - h);
+      fetch(later, st, n);
+      if (n == tile)  // a length that the compiler knows
+        add(r + h, h, tile);
+      else
+        add(r + h, h, n);
     }
   }
   return t;
