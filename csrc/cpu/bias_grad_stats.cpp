@@ -1,7 +1,8 @@
 // bias_grad_stats on the CPU: one read of grad_output.
 //
 // Stage 1: every example is cut into chunks of CHUNK rows; a chunk's rows are summed eight at a
-// time as a tree into one fp32 row of the workspace (chunks, width). Chunks are dealt to threads.
+// time as a tree into one fp32 row of the workspace (chunks, width), in the order of memory and
+// with the lines ahead asked for. Chunks are dealt to threads.
 // Stage 2: per column, chunks are added with compensation into the example's gradient g_i, and
 // g_i and g_i^2 into the totals, always in the order of the rows.
 // The cut depends on the shape alone, so the result is the same for any number of threads.
@@ -21,6 +22,8 @@
 
 namespace beft {
 namespace {
+
+static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "bf16 is read in pairs, low half first");
 
 constexpr int64_t CHUNK = 128;                 // rows of one example summed by one task
 constexpr int64_t STRIP = 4096;                // columns at a time: the accumulators stay in L1
