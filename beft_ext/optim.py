@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models import Bias
-from beft_ext.ops.bias_adamw_step import bias_adamw_step, workspace_size
+from beft_ext.ops.bias_adamw_step import (
+    Located,
+    bias_adamw_step,
+    gradients,
+    locate,
+    workspace_size,
+)
 
 BLOCK = 1024  # elements that one block of the kernels takes
 HALF = (torch.bfloat16, torch.float16)
@@ -223,10 +229,10 @@ class _Flat:
     def __init__(
         self, entries: list[tuple[str, Tensor, int]], slices: Mapping[int, list[Bias]]
     ) -> None:
-        self.params = [p for _, p, _ in entries]
+        params = [p for _, p, _ in entries]
+        self.params = Located(params, locate(params))
         self.group_of = [group for _, _, group in entries]
         self.device = self.params[0].device
-        self.indices = [p.get_device() for p in self.params]  # cheaper to compare than devices
         for name, p, _ in entries:
             if p.dtype not in (torch.float32, torch.float64, *HALF):
                 raise OptimizerError(f"parameter '{name}' is {p.dtype}, not a float type")
@@ -278,7 +284,13 @@ class _Flat:
         self.widths = sizes
 
     def moved(self) -> bool:
-        return [p.get_device() for p in self.params] != self.indices
+        """Whether a parameter left the device: not without a new address."""
+        now = locate(self.params)
+        if now != self.params.addresses:
+            if any(p.device != self.device for p in self.params):
+                return True
+            self.params.addresses = now
+        return False
 
     def step(
         self,
@@ -288,8 +300,8 @@ class _Flat:
         scale: Tensor | None,
         found_inf: Tensor | None,
     ) -> Tensor:
-        grads = [p.grad for p in self.params]
-        if not all([g is None or g.is_contiguous() for g in grads]):
+        grads = gradients(self.params)
+        if not isinstance(grads, Located):
             if any(g.is_sparse for g in grads if g is not None):
                 raise OptimizerError("sparse gradients are not supported: use dense ones")
             grads = [None if g is None else g.contiguous() for g in grads]

@@ -26,6 +26,7 @@ SETS = {
     "RoBERTa-large": encoder(24, 1024, 4096),
     "OPT-1.3B": encoder(24, 2048, 8192),
     "OPT-6.7B": encoder(32, 4096, 16384),
+    "OPT-6.7B, q/k/v": [4096] * 96,
     "Qwen2-7B": [3584, 512, 512] * 28,
 }
 Optimizer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]

@@ -41,13 +41,66 @@ void stats_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t
                             pointer<float>(sum_sq));
 }
 
-// params, grads: addresses, 0 for no gradient; groups: six numbers each, as in AdamWGroup.
-// state: (rows, elements), its rows exp_avg, exp_avg_sq, initial and, where kept, master.
-double adamw_cpu(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads,
-                 const std::vector<int>& dtypes, const std::vector<int64_t>& group_of,
-                 const std::vector<double>& groups, uintptr_t blocks, int64_t block_count,
-                 uintptr_t state, int64_t elements, bool has_master, uintptr_t steps,
-                 uintptr_t scores, double max_norm, double inverse_scale, int threads) {
+// A method of torch.Tensor, found once: looking it up by name takes as long as the call.
+PyObject* method(const char* name) {
+  return py::object(py::module_::import("torch").attr("Tensor").attr(name)).release().ptr();
+}
+
+py::object ask(PyObject* method, py::handle tensor) {
+  PyObject* answer = PyObject_CallOneArg(method, tensor.ptr());
+  if (!answer) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(answer);
+}
+
+uint64_t address_of(py::handle tensor) {
+  static PyObject* const data_ptr = method("data_ptr");
+  const uint64_t address = PyLong_AsUnsignedLongLong(ask(data_ptr, tensor).ptr());
+  if (PyErr_Occurred()) throw py::error_already_set();
+  return address;
+}
+
+py::bytes packed(const std::vector<uint64_t>& addresses) {
+  return py::bytes(reinterpret_cast<const char*>(addresses.data()),
+                   addresses.size() * sizeof(uint64_t));
+}
+
+const uint64_t* unpacked(const py::bytes& addresses) {
+  return reinterpret_cast<const uint64_t*>(PyBytes_AS_STRING(addresses.ptr()));
+}
+
+// Addresses of tensors, eight bytes each; 0 for None.
+py::bytes addresses(const py::list& tensors) {
+  std::vector<uint64_t> found;
+  for (py::handle tensor : tensors) found.push_back(tensor.is_none() ? 0 : address_of(tensor));
+  return packed(found);
+}
+
+// The gradients of parameters; and their addresses, or None where one is not contiguous.
+py::tuple gradients(const py::list& params) {
+  static PyObject* const grad = PyUnicode_InternFromString("grad");
+  static PyObject* const is_contiguous = method("is_contiguous");
+  std::vector<uint64_t> found(params.size());
+  py::list grads;
+  bool plain = true;
+  for (size_t i = 0; i < found.size(); ++i) {
+    const auto g = py::reinterpret_steal<py::object>(PyObject_GetAttr(params[i].ptr(), grad));
+    if (!g) throw py::error_already_set();
+    grads.append(g);
+    if (g.is_none()) continue;
+    plain = plain && ask(is_contiguous, g).ptr() == Py_True;
+    if (plain) found[i] = address_of(g);
+  }
+  return py::make_tuple(grads, plain ? py::object(packed(found)) : py::none());
+}
+
+// params, grads: packed addresses, 0 for no gradient, one a dtype; groups: six numbers each, as
+// in AdamWGroup. state: (rows, elements), its rows exp_avg, exp_avg_sq, initial and, where kept,
+// master.
+double adamw_cpu(const py::bytes& params, const py::bytes& grads, const std::vector<int>& dtypes,
+                 const std::vector<int64_t>& group_of, const std::vector<double>& groups,
+                 uintptr_t blocks, int64_t block_count, uintptr_t state, int64_t elements,
+                 bool has_master, uintptr_t steps, uintptr_t scores, double max_norm,
+                 double inverse_scale, int threads) {
   float* flat = pointer<float>(state);
   beft::AdamWView view{{},
                        {},
@@ -61,8 +114,9 @@ double adamw_cpu(const std::vector<uintptr_t>& params, const std::vector<uintptr
                        pointer<float>(scores),
                        max_norm,
                        inverse_scale};
-  for (size_t i = 0; i < params.size(); ++i)
-    view.tensors.push_back({pointer<void>(params[i]), pointer<const void>(grads[i]),
+  for (size_t i = 0; i < dtypes.size(); ++i)
+    view.tensors.push_back({pointer<void>(unpacked(params)[i]),
+                            pointer<const void>(unpacked(grads)[i]),
                             static_cast<beft::DType>(dtypes[i]), group_of[i]});
   for (size_t i = 0; i + 6 <= groups.size(); i += 6)
     view.groups.push_back(
@@ -86,17 +140,16 @@ void stats_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_
 
 // As adamw_cpu; addresses of the device. workspace: 4 * block_count + segments + 1 zeros before
 // the first call.
-void adamw_cuda(const std::vector<uintptr_t>& params, const std::vector<uintptr_t>& grads,
-                const std::vector<int>& dtypes, const std::vector<int>& group_of,
-                const std::vector<double>& groups, uintptr_t blocks, int block_count,
-                uintptr_t first_blocks, int segments, uintptr_t state, int64_t elements,
-                uintptr_t steps, uintptr_t scores, uintptr_t workspace, uintptr_t norm,
-                uintptr_t lr, double max_norm, uintptr_t grad_scale, uintptr_t found_inf,
-                uintptr_t stream) {
+void adamw_cuda(const py::bytes& params, const py::bytes& grads, const std::vector<int>& dtypes,
+                const std::vector<int>& group_of, const std::vector<double>& groups,
+                uintptr_t blocks, int block_count, uintptr_t first_blocks, int segments,
+                uintptr_t state, int64_t elements, uintptr_t steps, uintptr_t scores,
+                uintptr_t workspace, uintptr_t norm, uintptr_t lr, double max_norm,
+                uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream) {
   std::vector<beft_cuda::AdamWTensor> tensors;
-  for (size_t i = 0; i < params.size(); ++i)
-    tensors.push_back(
-        {pointer<void>(params[i]), pointer<const void>(grads[i]), dtypes[i], group_of[i]});
+  for (size_t i = 0; i < dtypes.size(); ++i)
+    tensors.push_back({pointer<void>(unpacked(params)[i]), pointer<const void>(unpacked(grads)[i]),
+                       dtypes[i], group_of[i]});
   std::vector<beft::AdamWGroup> own;
   for (size_t i = 0; i + 6 <= groups.size(); i += 6)
     own.push_back(
@@ -128,6 +181,8 @@ void adamw_cuda(const std::vector<uintptr_t>& params, const std::vector<uintptr_
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  m.def("addresses", &addresses);
+  m.def("gradients", &gradients);
   m.def("bias_grad_stats_cpu", &stats_cpu);
   m.def("bias_adamw_cpu", &adamw_cpu);
 #ifdef BEFT_WITH_CUDA

@@ -130,6 +130,30 @@ def test_a_master_follows_a_parameter_written_from_outside():
     assert ((p.detach().float() - 4).abs() < 0.1).all()
 
 
+def test_a_parameter_with_new_memory_is_stepped_there():
+    (p,), (twin,) = params(sizes=((5,),)), params(sizes=((5,),))
+    made = [(t, BiasAdamW([t], lr=1e-2)) for t in (p, twin)]
+    held = p.data
+    p.data = held.clone()
+    before = held.clone()
+    for t, optimizer in made:
+        give_grads([t], 0)
+        optimizer.step()
+    assert torch.equal(p, twin) and torch.equal(held, before)
+
+
+def test_gradients_of_any_layout_but_sparse_ones():
+    ours, theirs = params(sizes=((3, 33),)), params(sizes=((3, 33),))
+    give_grads(ours, 0)
+    theirs[0].grad = ours[0].grad.t().contiguous().t()
+    for tensors in (ours, theirs):
+        BiasAdamW(tensors, lr=1e-2).step()
+    assert not theirs[0].grad.is_contiguous() and torch.equal(ours[0], theirs[0])
+    ours[0].grad = ours[0].grad.to_sparse()
+    with pytest.raises(OptimizerError, match="sparse"):
+        BiasAdamW(ours).step()
+
+
 def test_grad_scaler_unscales_and_skips():
     ours, theirs = params(), params()
     optimizer = BiasAdamW(ours, lr=1e-2)

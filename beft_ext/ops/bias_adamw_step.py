@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -42,6 +43,34 @@ def _fake(params, grads, state, *_: object) -> Tensor:  # type: ignore[no-untype
 
 
 torch.library.register_fake("beft_ext::bias_adamw_step", _fake, lib=_LIBRARY)
+
+
+class Located(list[Any]):
+    """Tensors, or None, with the addresses at which they lie: asking each costs as much as the
+    kernel's work on it, so it is asked once a step."""
+
+    def __init__(self, tensors: Iterable[Tensor | None], addresses: bytes) -> None:
+        super().__init__(tensors)
+        self.addresses = addresses
+
+
+def locate(tensors: list[Tensor | None]) -> bytes:
+    """Where tensors lie now, eight bytes each; 0 for None."""
+    if dispatch.native is not None:
+        return dispatch.native.addresses(tensors)
+    return array("Q", [0 if t is None else t.data_ptr() for t in tensors]).tobytes()
+
+
+def gradients(params: list[Tensor]) -> list[Tensor | None]:
+    """Each parameter's gradient or None; Located where all are known to be contiguous."""
+    if dispatch.native is None:
+        return [p.grad for p in params]
+    grads, addresses = dispatch.native.gradients(params)
+    return grads if addresses is None else Located(grads, addresses)
+
+
+def _addresses(tensors: list[Tensor | None]) -> bytes:
+    return tensors.addresses if isinstance(tensors, Located) else locate(tensors)
 
 
 def workspace_size(blocks: int, segments: int) -> int:
@@ -111,24 +140,26 @@ def _cpu(  # type: ignore[no-untyped-def]
         return state.new_full((), float("inf"))
     if lr is not None:
         groups = [x if i % 6 else float(lr[i // 6]) for i, x in enumerate(groups)]
+    rows, elements = state.shape
+    half = rows == 4
     norm = dispatch.native.bias_adamw_cpu(
-        [p.data_ptr() for p in params],
-        [0 if g is None else g.data_ptr() for g in grads],
-        [DTYPES[p.dtype] for p in params] if len(state) == 4 else [0] * len(params),
+        _addresses(params),
+        _addresses(grads),
+        [DTYPES[p.dtype] for p in params] if half else [0] * len(params),
         group_of,
         groups,
         blocks.data_ptr(),
-        len(blocks),
+        blocks.shape[0],
         state.data_ptr(),
-        state.shape[1],
-        len(state) == 4,
+        elements,
+        half,
         steps.data_ptr(),
         scores.data_ptr(),
         max_norm,
         1.0 if grad_scale is None else 1.0 / float(grad_scale),
         torch.get_num_threads(),
     )
-    return torch.tensor(norm, dtype=torch.float32)
+    return torch.scalar_tensor(norm, dtype=torch.float32)
 
 
 def _cuda(  # type: ignore[no-untyped-def]
@@ -145,8 +176,8 @@ def _cuda(  # type: ignore[no-untyped-def]
     norm = state.new_empty(())
     with torch.cuda.device(state.device):
         dispatch.native.bias_adamw_cuda(
-            [p.data_ptr() for p in params],
-            [0 if g is None else g.data_ptr() for g in grads],
+            _addresses(params),
+            _addresses(grads),
             [DTYPES[p.dtype] for p in params],
             group_of,
             groups,

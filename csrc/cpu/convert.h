@@ -8,6 +8,8 @@
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define BEFT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
+// For code of intrinsics that __builtin_cpu_supports("x86-64-v3") guards.
+#define BEFT_F16C __attribute__((target("arch=x86-64-v3")))
 #else
 #define BEFT_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #endif
@@ -15,6 +17,7 @@
 #define BEFT_CLONES
 #endif
 #define BEFT_INLINE inline __attribute__((always_inline))
+#define BEFT_INLINED __attribute__((always_inline))  // of a lambda, behind its parameters
 
 namespace beft {
 
