@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from beft_ext.files import sweep, whole_file
-from beft_ext.models import is_linear, output_width
+from beft_ext.models import is_linear, is_quantised, output_width
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 PREFIX, ENDING = "base_model.model.", ".beft_bias"
@@ -285,6 +285,11 @@ def _check_entries(
             expected = tuple(state[own].shape)
         else:
             raise AdapterError(f"'{own[:80]}' is neither a bias nor in a head of {name}")
+        if own in state and is_quantised(state[own]):
+            raise AdapterError(
+                f"'{own}' of {name} is quantised, and the adapter has a value for it: quantise "
+                "model.base_model alone"
+            )
         if shape != expected:
             raise AdapterError(f"'{own}' has shape {shape}, but {name} needs {expected}")
         if dtype not in DTYPES:
