@@ -21,6 +21,7 @@ from beft_ext.files import sweep, whole_file
 from beft_ext.models import is_linear, is_quantised, output_width
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+FILES = (WEIGHTS, CONFIG, CARD)
 PREFIX, ENDING = "base_model.model.", ".beft_bias"
 DTYPES = ("F64", "F32", "F16", "BF16")
 LARGEST_HEADER = 16 * 2**20
