@@ -176,6 +176,8 @@ def head_classes(folder: str | Path) -> int | None:
             ]
     except Exception as error:
         raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+    if any(0 in s for s in shapes):  # no bytes stand behind its other sizes
+        raise AdapterError(f"{path} holds a weight without elements")
     # A head is some layers of the model's width, then one of as many outputs as classes.
     return min((int(s[0]) for s in shapes if len(s) == 2), default=None)
 
