@@ -7,7 +7,6 @@ the base values of what they change.
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.integrations import peft_format
+from beft_ext.integrations.hub import Upload
 from beft_ext.integrations.model_card import model_card
 from beft_ext.integrations.peft_format import AdapterError, Contents, head_classes, model_class
 from beft_ext.models import BiasError, Plain, add_bias, make_plain, undo_plain
@@ -28,7 +28,6 @@ __all__ = [
     "load_adapter",
     "merge_adapter",
     "model_class",
-    "push_adapter",
     "save_adapter",
     "set_adapter",
     "unmerge_adapter",
@@ -55,35 +54,32 @@ class _Merged:
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, selection: Selection | str | Path | None = None
-) -> None:
+    model: nn.Module,
+    folder: str | Path,
+    selection: Selection | str | Path | None = None,
+    *,
+    push_to_hub: bool = False,
+    **hub: Any,
+) -> str | None:
     """Write the trained biases and head of a prepared model, or its active adapter.
 
     folder: gets ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md`` (with
         the table of ``selection``, a Selection or its ``selection.json``), as PEFT 0.21 has them.
+    push_to_hub: upload these three files too, as one commit whose address is returned. hub:
+        ``repo_id`` (by default the folder's name), ``token``, ``private``, ``commit_message``,
+        ``revision`` and ``create_pr``, as in transformers.
     Differences are fp32 (fp64 for an fp64 bias): base + difference is the trained value to the
     rounding of one addition. What PEFT cannot load (LayerNorm, GPT-2's Conv1D) is saved the same
-    way, and the config says so. Raises AdapterError where nothing is trained or loaded, or a
-    value is not finite.
+    way, and the config says so. Raises AdapterError where nothing is trained or loaded, a value
+    is not finite, or the hub takes no upload; without a token nothing is written.
     """
-    prepared, folder = prepared_of(model), Path(folder)
-    facts: dict[str, Any] = peft_format.model_facts(model)
-    if prepared is not None:
-        contents, what = _trained(model, prepared), str(prepared)
-        facts["terms"] = list(prepared.terms)
-        facts["biases"] = [
-            {"module": b.module, "term": b.term, "layer": b.layer}
-            | {"start": b.start, "stop": b.stop, "groups": b.groups}
-            for b in prepared.biases
-        ]
-    else:
-        adapters = _adapters(model)
-        if adapters is None or adapters.active is None:
-            raise AdapterError(
-                "nothing to save: the model is not prepared and no adapter is active"
-            )
-        contents = adapters.named[adapters.active]
-        what = "\n".join(sorted(contents.biases))
+    folder, upload = Path(folder), None
+    if push_to_hub:
+        upload = Upload(**{"repo_id": folder.resolve().name} | hub)
+        upload.check()
+    elif hub:
+        raise AdapterError(f"{next(iter(hub))}=... is for the hub: pass push_to_hub=True with it")
+    contents, facts, what = _to_save(model)
     reason = peft_format.unsupported(model, contents.biases)
     if reason is not None:
         facts["not_in_peft"] = reason
@@ -92,6 +88,7 @@ def save_adapter(
     except SelectionError as error:
         raise AdapterError(str(error)) from error
     peft_format.write(folder, model, contents, facts, card)
+    return None if upload is None else upload.send(folder, peft_format.FILES)
 
 
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
@@ -185,27 +182,27 @@ def unmerge_adapter(model: nn.Module) -> None:
         object.__setattr__(model, "_beft_adapters", merged.adapters)
 
 
-def push_adapter(
-    model: nn.Module,
-    repo_id: str,
-    *,
-    selection: Selection | str | Path | None = None,
-    private: bool | None = None,
-    token: str | None = None,
-) -> str:
-    """Save the adapter and upload it to the Hugging Face hub. Returns the commit's address."""
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as folder:
-        save_adapter(model, folder, selection)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo_id, folder_path=folder))
-
-
 def _adapters(model: nn.Module) -> _Adapters | None:
     found: _Adapters | None = model.__dict__.get("_beft_adapters")
     return found
+
+
+def _to_save(model: nn.Module) -> tuple[Contents, dict[str, Any], str]:
+    """What is trained or active, the facts that its config keeps of it, and its summary."""
+    prepared, facts = prepared_of(model), peft_format.model_facts(model)
+    if prepared is not None:
+        facts["terms"] = list(prepared.terms)
+        facts["biases"] = [
+            {"module": b.module, "term": b.term, "layer": b.layer}
+            | {"start": b.start, "stop": b.stop, "groups": b.groups}
+            for b in prepared.biases
+        ]
+        return _trained(model, prepared), facts, str(prepared)
+    adapters = _adapters(model)
+    if adapters is None or adapters.active is None:
+        raise AdapterError("nothing to save: the model is not prepared and no adapter is active")
+    contents = adapters.named[adapters.active]
+    return contents, facts, "\n".join(sorted(contents.biases))
 
 
 def _trained(model: nn.Module, prepared: Prepared) -> Contents:

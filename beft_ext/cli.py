@@ -145,6 +145,8 @@ def _asking(arguments: argparse.Namespace) -> Any:
     a = arguments
     if a.max_length is not None and a.max_length < 1:
         raise WorkflowError("--max-length must be at least 1")
+    if not 0 <= a.seed < 2**32:
+        raise WorkflowError(f"--seed must be 0 to {2**32 - 1}, but is {a.seed}")
     return Asking(a.model, a.objective, a.max_length, a.seed)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from beft_ext.tasks import (
+    DataError,
     Example,
     HeadObjective,
     Objective,
@@ -24,6 +25,7 @@ from beft_ext.tasks import (
 )
 
 ASKED = ("auto", "head", "prompt")
+MOST_CLASSES = 10_000
 
 
 class WorkflowError(ValueError):
@@ -74,13 +76,28 @@ def pretrained(model: str, auto: str, **options: Any) -> Any:
     """A transformers object by the Auto class called ``auto``. Raises WorkflowError, one line."""
     import transformers
 
-    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
-        raise WorkflowError(f"{model}: the folder has no config.json")
+    _check_folder(model)
     try:
-        return getattr(transformers, auto).from_pretrained(model, **options)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        found = getattr(transformers, auto).from_pretrained(model, **options)
+    except Exception as error:  # a file's reader, a config's checks, the hub's client
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "ignore_mismatched_sizes" in reason:
+            reason = "its weights do not have the shapes that its config says"
         raise WorkflowError(f"model '{model}' cannot be loaded: {reason}") from error
+    if auto == "AutoTokenizer" and set(found.get_vocab()) <= set(found.all_special_tokens):
+        raise WorkflowError(f"model '{model}' has no tokenizer: its vocabulary is empty")
+    return found
+
+
+def _check_folder(model: str) -> None:
+    """transformers takes for a name of the hub what is no folder."""
+    path = Path(model)
+    if path.is_dir() and not (path / "config.json").is_file():
+        raise WorkflowError(f"{model}: the folder has no config.json")
+    if path.is_file():
+        raise WorkflowError(f"{model} is a file: give the folder of a model, or a hub id")
+    if not path.exists() and (path.is_absolute() or model.startswith(".") or model.count("/") > 1):
+        raise WorkflowError(f"{model}: no such folder")
 
 
 @dataclass(frozen=True)
@@ -106,8 +123,14 @@ class Asking:
         objective: Objective
         if self._prompts(task, config):
             objective = PromptObjective(task, tokenizer, config, self.max_length, shots)
+            if not (goes_left_to_right(config) or getattr(config, "is_decoder", False)):
+                raise WorkflowError(
+                    f"prompts need a language model, and '{self.model}' is a {config.model_type}, "
+                    "which does not go from left to right: take a decoder, or a task for a head"
+                )
         else:
-            objective = HeadObjective(task, tokenizer, classes, self.max_length)
+            limit = getattr(config, "max_position_embeddings", None)
+            objective = HeadObjective(task, tokenizer, classes, self.max_length, limit)
         return load_model(
             self.model, objective.auto, tokenizer, **objective.model_options
         ), objective
@@ -141,5 +164,11 @@ def goes_left_to_right(config: Any) -> bool:
 
 
 def classes_of(*examples: Sequence[Example]) -> int:
-    """Number of classes that the labels call for."""
-    return int(max(e.label for part in examples for e in part)) + 1
+    """Number of classes that the labels call for. Raises DataError where no head has so many."""
+    largest = int(max(e.label for part in examples for e in part))
+    if largest >= MOST_CLASSES:
+        raise DataError(
+            f"label {largest} asks for a head of {largest + 1} classes, at most {MOST_CLASSES} are "
+            "made: number the classes from 0"
+        )
+    return largest + 1

@@ -85,14 +85,13 @@ def prepare(
     An optimizer's weight decay still reaches all of a fused QKV parameter: keep it at zero
     there, as BiasAdamW does by default.
     Raises PrepareError for an unknown term, a layer out of range, a norm that has no bias
-    (RMSNorm), or a model that is prepared or carries an active adapter.
+    (RMSNorm), a quantised head, or a model that is prepared or carries an active adapter.
     """
     wanted = (terms,) if isinstance(terms, str) else tuple(dict.fromkeys(terms))
     _check_free(model)
     chosen = _choose(model, wanted, layers, biases)
     required = {n: p.requires_grad for n, p in model.named_parameters()}
-    head_ids = {id(p) for p in head_parameters(model)}
-    head = {n: p for n, p in model.named_parameters() if id(p) in head_ids}
+    head = _head(model)
     total = sum(p.numel() for p in model.parameters())
     added = [p.bias for p in chosen if not p.has_bias]
     for bias in added:
@@ -248,6 +247,14 @@ def _choose(
             "choose the term of a linear projection"
         )
     return chosen
+
+
+def _head(model: nn.Module) -> dict[str, nn.Parameter]:
+    try:
+        ids = {id(p) for p in head_parameters(model)}
+    except BiasError as error:
+        raise PrepareError(str(error)) from error
+    return {n: p for n, p in model.named_parameters() if id(p) in ids}
 
 
 def _adapter_bytes(model: nn.Module, biases: list[Bias], head: Iterable[Tensor]) -> int:

@@ -80,6 +80,8 @@ def tune(
     where graphs are asked for and cannot be had.
     """
     recipe, folder = recipe or Recipe(), Path(folder)
+    if save_every < 1:
+        raise TuningError(f"save_every must be at least 1 step, but is {save_every}")
     run = _Run(model, loader, recipe, loss, metric)
     sweep(folder)
     if resume and (folder / CHECKPOINT).is_file():

@@ -433,6 +433,16 @@ def test_a_hostile_file_is_refused_and_the_model_stays(case, bert_adapter, tmp_p
     assert not [k for k in vars(model) if "beft" in k]
 
 
+def test_a_head_of_any_size_without_bytes_behind_it_is_not_believed(bert_adapter, tmp_path):
+    folder = Path(shutil.copytree(bert_adapter, tmp_path / "adapter"))
+    rewrite(
+        folder,
+        lambda t, n: t.update({"base_model.model.classifier.weight": torch.empty(2**40, 0)}),
+    )
+    with pytest.raises(AdapterError, match="a weight without elements"):
+        head_classes(folder)
+
+
 def test_an_adapter_of_another_model_is_refused(tmp_path):
     tuned("bert", tmp_path)
     config = tiny("bert").config

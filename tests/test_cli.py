@@ -1,8 +1,11 @@
 """beft-ext: one-line errors with exit code 2, and a selection written whole."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -65,8 +68,76 @@ def test_bad_input_is_one_line_and_exit_code_2(minilm, tmp_path, capsys, args, m
 
 
 def test_a_missing_model_or_folder(tmp_path, capsys):
-    assert main(["biases", str(tmp_path)]) == 2
-    assert "config.json" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    for name, message in (("", "config.json"), ("none", "no such folder"), ("file", "is a file")):
+        assert main(["biases", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def spoiled(folder, name, change):
+    """A copy of a model's folder with one file changed."""
+    shutil.copytree(tiny := Path(folder), copy := tiny.parent / f"{tiny.name}-{name}")
+    change(copy)
+    return str(copy)
+
+
+def reconfigured(**values):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("cut", lambda f: os.truncate(f / "model.safetensors", 900), "cannot be loaded"),
+        ("weightless", lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        ("wide", reconfigured(hidden_size=64), "do not have the shapes that its config says"),
+        ("odd", reconfigured(num_hidden_layers="two"), "cannot be loaded"),
+        ("wordless", lambda f: [p.unlink() for p in f.glob("token*")], "has no tokenizer"),
+        ("attentionless", reconfigured(model_type="fnet"), "no layer with known query"),
+    ],
+)
+def test_a_model_that_cannot_be_used(tiny_folder, tmp_path, capsys, name, change, message):
+    model = spoiled(tiny_folder, name, change)
+    files = ["--train-file", str(DATA / "train.jsonl"), "--validation-file", DATA / "train.jsonl"]
+    args = ["tune", "--model", model, *map(str, files), "--train-size", "8"]
+    assert main([*args, "--terms", "value", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("beft-ext: ") and message in error
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        ([{"sentence": "a", "label": 10**9}], [], "asks for a head of 1000000001 classes"),
+        ([{"sentence": None, "label": 1}], [], "row 1: column 'sentence' has no value"),
+        ([{"sentence": "a", "label": 0.5}], [], "is not a class number"),
+        ([{"sentence": "a", "label": 1}], ["--seed", "-1"], "--seed must be 0 to"),
+        ([{"sentence": "a", "label": 1}], ["--save-every", "0"], "save_every must be"),
+    ],
+)
+def test_rows_and_numbers_out_of_range(tiny_folder, tmp_path, capsys, rows, more, message):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--train-file", str(tmp_path / "rows.jsonl")]
+    files += ["--validation-file", str(tmp_path / "rows.jsonl")]
+    args = ["tune", "--model", tiny_folder, *files, "--terms", "value", *more]
+    assert main([*args, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("beft-ext: ") and message in error
+
+
+def test_texts_longer_than_the_model_are_cut_and_counted(tiny_folder, tmp_path, capsys):
+    rows = [{"sentence": "ab " * 400, "label": i % 2} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--train-file", str(tmp_path / "rows.jsonl")]
+    files += ["--validation-file", str(tmp_path / "rows.jsonl"), "--max-length", "100000"]
+    args = ["tune", "--model", tiny_folder, *files, "--terms", "value", "--epochs", "1"]
+    assert main([*args, "--out", str(tmp_path / "out")]) == 0
+    assert "8 texts as long as --max-length 160 or cut there" in capsys.readouterr().err
 
 
 def test_the_shipped_sentences_are_many_and_apart():

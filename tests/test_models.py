@@ -1,5 +1,7 @@
 """find_biases: which biases each family has, and that each slice is the projection it claims."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import tiny
@@ -50,6 +52,31 @@ def _as_the_model_splits(out, bias, config):
         heads = out.view(len(out), config.num_attention_heads, -1)
         return dict(zip(TERMS[:3], heads.chunk(3, dim=-1), strict=True))
     return {bias.term: out}
+
+
+@pytest.mark.parametrize("groups", [None, 2])
+def test_chatglms_fused_projection_is_split_as_its_own_code_does(groups):
+    """transformers has no such class: the split is that of the repositories' own modelling code."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.self_attention = nn.Module()
+            width = 3 * 32 if groups is None else 32 + 2 * groups * 8
+            self.self_attention.query_key_value = nn.Linear(32, width)
+
+    model = nn.Module()
+    model.layers = nn.ModuleList([Block(), Block()])
+    model.config = SimpleNamespace(num_attention_heads=4, multi_query_attention=groups is not None)
+    model.config.multi_query_group_num = groups
+    out = torch.arange(model.layers[0].self_attention.query_key_value.out_features)
+    if groups is None:
+        parts = out.view(4, 3 * 8).split(8, dim=-1)
+    else:
+        parts = out.split([32, groups * 8, groups * 8])
+    for bias in find_biases(model):
+        expected = dict(zip(TERMS[:3], parts, strict=True))[bias.term]
+        assert bias.view(out).flatten().equal(expected.flatten())
 
 
 def test_unknown_architecture_is_described_and_can_be_named():

@@ -99,6 +99,9 @@ def test_a_decoder_with_prompts(tiny_decoder, task, data, tmp_path):
     [
         (["--task", "squad"], "needs a language model"),
         (["--task", "stsb", "--objective", "prompt"], "no prompt"),
+        (["--task", "rte", "--objective", "prompt"], "is a bert, which does not go from left"),
+        (["--task", "squad", "--objective", "auto"], "is a bert, which does not go from left"),
+        (["--task", "rte", "--max-length", "2"], "leaves no room for text"),
         (["--task", "sst2", "--max-length", "0"], "--max-length"),
     ],
 )

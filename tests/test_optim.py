@@ -258,6 +258,33 @@ def test_settings_out_of_range(options, message):
         BiasAdamW(params(), **options)
 
 
+def test_a_rate_that_is_no_longer_a_number_stops_the_step():
+    ours = params()
+    optimizer, before = BiasAdamW(ours), [p.detach().clone() for p in ours]
+    give_grads(ours, 0)
+    optimizer.param_groups[0]["lr"] = float("nan")
+    with pytest.raises(OptimizerError, match="learning rate"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, ours, strict=True))
+
+
+def test_a_parameter_that_changed_its_device_is_noticed():
+    ours = params()
+    optimizer = BiasAdamW(ours)
+
+    def move():  # one device at hand: as if the parameters had been on another
+        optimizer._flats[0].indices = [77] * len(ours)
+
+    move()
+    give_grads(ours, 0)
+    optimizer.step()  # nothing is lost before the first step: laid out anew
+    move()
+    before = [p.detach().clone() for p in ours]
+    with pytest.raises(OptimizerError, match="move the model first, then build the optimizer"):
+        optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, ours, strict=True))
+
+
 def test_a_state_of_another_model_changes_nothing():
     ours, others = params(), params(sizes=((8,), (1500,), (3, 33), (1,)))
     optimizer, other = BiasAdamW(ours), BiasAdamW(others)

@@ -52,7 +52,10 @@ def test_every_kind_of_file_reads_the_same(tmp_path, kind):
         ("x.jsonl", "[1]", "not an object"),
         ("x.jsonl", "\xff\xfe", "cannot be read"),
         ("x.csv", "", "no rows"),
-        ("x.csv", "a,b,y\nt,u", "row 1: no column 'y'"),
+        ("x.csv", "a,b,y\nt,u", "row 1: column 'y' has no value"),
+        ("x.jsonl", '{"a": null, "b": "u", "y": 1}', "row 1: column 'a' has no value"),
+        ("x.jsonl", '{"a": "t", "b": "u", "y": NaN}', "not a class number"),
+        ("x.jsonl", '{"a": "t", "b": "u", "y": Infinity}', "not a class number"),
         ("x.txt", "", "unknown kind of file"),
         ("x.parquet", "PAR1", "cannot be read"),
     ],
@@ -80,6 +83,24 @@ def test_named_tasks_read_the_hubs_fields(tmp_path):
         load_task("rte", "test", tmp_path)
 
 
+def test_every_kind_of_task_has_its_own_metric():
+    assert Task(text="").metrics == ("accuracy",)
+    assert Task(text="", kind="regression").metric == "pearson"
+    assert Task(text="", kind="generation", answers="a").metric == "exact_match"
+
+
+def test_a_template_that_is_none_is_named():
+    for template in ("{a", "{}", "{a.b.c}"):
+        with pytest.raises(DataError, match=r"row 1: template '\{"):
+            Task(text=template).examples([{"a": "t", "label": 1}], "here")
+
+
+def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(b"\xef\xbb\xbfa,b,y\nt,u,1\n")
+    assert examples(path)[0].text == "t"
+
+
 def test_subsets_are_seeded(tmp_path):
     rows = examples(write(tmp_path, "jsonl"))
     assert subset(rows, 3, 0) == subset(rows, 3, 0) != subset(rows, 3, 1)
@@ -96,6 +117,10 @@ def test_subsets_are_seeded(tmp_path):
         ('{"text": "{a}", "kind": "choice"}', "needs 'options'"),
         ('{"text": "{a}", "kind": "generation"}', "needs 'answers'"),
         ('{"text": "{a}", "metrics": ["acc"]}', "unknown metric 'acc'"),
+        ('{"text": "{a}", "metrics": ["pearson"]}', "'pearson' does not suit a classification"),
+        ('{"text": 3}', "'text' must be a text"),
+        ('{"text": "{a}", "label": 3}', "'label' must be a text"),
+        ('{"text": "{a}", "options": [0, 1]}', "'options' must be a list of texts"),
         ('{"text": "{a}", "metrics": "accuracy"}', "must be a list"),
         ('{"text": "{a}", "reshape": "x"}', "unknown key 'reshape'"),
         ('{"prompt": "{a}"}', 'at least "text"'),

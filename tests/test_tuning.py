@@ -137,6 +137,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 
 
 def test_nothing_to_train(tmp_path):
+    with pytest.raises(TuningError, match="save_every must be at least 1"):
+        tune(prepared(), loader(), falling_loss, tmp_path, save_every=0)
     with pytest.raises(TuningError, match="prepare"):
         tune(tiny("bert").requires_grad_(False), loader(), falling_loss, tmp_path)
     with pytest.raises(TuningError, match="empty"):

@@ -18,9 +18,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from beft_ext.files import sweep, whole_file
-from beft_ext.models import is_linear, output_width
+from beft_ext.models import is_linear, is_quantised, output_width
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+FILES = (WEIGHTS, CONFIG, CARD)
 PREFIX, ENDING = "base_model.model.", ".beft_bias"
 DTYPES = ("F64", "F32", "F16", "BF16")
 LARGEST_HEADER = 16 * 2**20
@@ -175,6 +176,8 @@ def head_classes(folder: str | Path) -> int | None:
             ]
     except Exception as error:
         raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+    if any(0 in s for s in shapes):  # no bytes stand behind its other sizes
+        raise AdapterError(f"{path} holds a weight without elements")
     # A head is some layers of the model's width, then one of as many outputs as classes.
     return min((int(s[0]) for s in shapes if len(s) == 2), default=None)
 
@@ -285,6 +288,11 @@ def _check_entries(
             expected = tuple(state[own].shape)
         else:
             raise AdapterError(f"'{own[:80]}' is neither a bias nor in a head of {name}")
+        if own in state and is_quantised(state[own]):
+            raise AdapterError(
+                f"'{own}' of {name} is quantised, and the adapter has a value for it: quantise "
+                "model.base_model alone"
+            )
         if shape != expected:
             raise AdapterError(f"'{own}' has shape {shape}, but {name} needs {expected}")
         if dtype not in DTYPES:

@@ -2,7 +2,13 @@
 
 from beft_ext.models.added import Plain, add_bias, make_plain, undo_plain
 from beft_ext.models.bias_map import TERMS, Bias, BiasError, BiasMap, Projection
-from beft_ext.models.find import find_biases, find_projections, is_linear, output_width
+from beft_ext.models.find import (
+    find_biases,
+    find_projections,
+    is_linear,
+    is_quantised,
+    output_width,
+)
 from beft_ext.models.head import head_parameters
 
 __all__ = [
@@ -17,6 +23,7 @@ __all__ = [
     "find_projections",
     "head_parameters",
     "is_linear",
+    "is_quantised",
     "make_plain",
     "output_width",
     "undo_plain",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models.bias_map import BiasError
-from beft_ext.models.find import output_width
+from beft_ext.models.find import is_quantised, output_width
 from beft_ext.models.registry import FOLDS
 
 
@@ -119,6 +119,9 @@ def _fold(model: nn.Module, value: str, plain: Plain) -> None:
     source, output = model.get_submodule(value), model.get_submodule(path)
     plain.biases[value], plain.values[path] = source.bias, output.bias.detach().clone()
     with torch.no_grad():
-        constant = output.weight.double() @ source.bias.double()
+        if is_quantised(output.weight):  # only the layer itself knows the product
+            constant = output(source.bias[None])[0].double() - output.bias.double()
+        else:
+            constant = output.weight.double() @ source.bias.double()
         output.bias.copy_(output.bias.double() + constant)
     source.bias = None

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from beft_ext.models.bias_map import TERMS, Bias, BiasError, BiasMap, Projection
 from beft_ext.models.registry import (
@@ -94,6 +95,12 @@ def output_width(module: nn.Module) -> int | None:
 def is_linear(module: nn.Module) -> bool:
     """False for a norm: its weight is a vector ``(H,)``."""
     return getattr(getattr(module, "weight", None), "ndim", 2) == 2
+
+
+def is_quantised(tensor: Tensor) -> bool:
+    """True for packed integers (bitsandbytes) and for wrappers around them (torchao): frozen
+    values, not to be written to or read in place."""
+    return not tensor.is_floating_point() or is_traceable_wrapper_subclass(tensor)
 
 
 def _attention_parts(model: nn.Module) -> dict[str, Found]:

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 from torch import nn
 
+from beft_ext.models.bias_map import BiasError
+from beft_ext.models.find import is_quantised
+
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters outside the base model, the output embeddings left out."""
+    """The parameters outside the base model, the output embeddings left out.
+
+    Raises BiasError for a quantised head, which cannot train.
+    """
     base = getattr(model, "base_model", model)
     embeddings = getattr(model, "get_output_embeddings", lambda: None)()
     inside = {id(p) for m in (base, embeddings) if m is not None for p in m.parameters()}
-    return [p for p in model.parameters() if id(p) not in inside]
+    head = {n: p for n, p in model.named_parameters() if id(p) not in inside}
+    for name, parameter in head.items():
+        if is_quantised(parameter):
+            raise BiasError(
+                f"the head's '{name}' is quantised ({type(parameter).__name__}) and cannot train: "
+                "quantise model.base_model alone"
+            )
+    return list(head.values())

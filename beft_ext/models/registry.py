@@ -35,7 +35,8 @@ EXPERTS = ("experts", "shared_expert", "shared_experts", "block_sparse_moe")
 
 ENDINGS: dict[str, tuple[str, ...]] = {
     "attention_output": ("attention.output.dense", "crossattention.output.dense",
-                         "attention.dense", "attention.out_lin", "self_attn.out_proj",
+                         "attention.dense", "attention.o_proj", "attention.out_lin",
+                         "self_attn.out_proj",
                          "self_attn.o_proj", "self_attn.dense", "self_attn.output",
                          "self_attention.dense", "attentions.out_lin", "attn.out_proj",
                          "attn.o_proj", "attn.attention.out_proj", "attn.c_proj", "attn.Wo",
@@ -94,10 +95,12 @@ def by_group(config: Any, size: int) -> tuple[int, Slices]:
 
 
 def by_kind(config: Any, size: int) -> tuple[int, Slices]:
-    """Falcon's and GPT-BigCode's configs say which; BLOOM, GPT-NeoX and others go by head."""
+    """Falcon's, GPT-BigCode's and ChatGLM's configs say which; BLOOM, GPT-NeoX and others go by
+    head."""
     if getattr(config, "new_decoder_architecture", False):
         return by_group(config, size)
-    return (blocks if getattr(config, "multi_query", False) else by_head)(config, size)
+    flags = ("multi_query", "multi_query_attention")
+    return (blocks if any(getattr(config, f, False) for f in flags) else by_head)(config, size)
 
 
 def side_by_side(config: Any, size: int) -> tuple[int, Slices]:
@@ -145,6 +148,8 @@ def _heads(config: Any) -> tuple[int, int]:
     ):
         return heads, 1
     inner = getattr(config, "attn_config", None)  # DBRX keeps it apart
-    named = (config, "num_key_value_heads"), (config, "num_kv_heads"), (inner, "kv_n_heads")
+    named = [(config, "num_key_value_heads"), (config, "num_kv_heads"), (inner, "kv_n_heads")]
+    if getattr(config, "multi_query_attention", False):  # ChatGLM
+        named.insert(0, (config, "multi_query_group_num"))
     found = (getattr(owner, name, None) for owner, name in named)
     return heads, next((count for count in found if isinstance(count, int)), heads)

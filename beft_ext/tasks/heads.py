@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,17 +20,30 @@ LONGEST = 128  # as the authors' code; batches are as long as their own longest 
 class HeadObjective(Objective):
     """``AutoModelForSequenceClassification``, or ``AutoModelForMultipleChoice`` for choices.
 
-    classes: outputs of the head; the task's own number where that is known.
-    Raises DataError for a task that generates text.
+    classes: outputs of the head; the task's own number where that is known. max_length: of a
+    text in tokens, at most ``limit``, the model's own, and the tokenizer's.
+    Raises DataError for a task that generates text, or a length without room for text.
     """
 
     def __init__(
-        self, task: Task, tokenizer: Any, classes: int = 2, max_length: int | None = None
+        self,
+        task: Task,
+        tokenizer: Any,
+        classes: int = 2,
+        max_length: int | None = None,
+        limit: int | None = None,
     ) -> None:
         super().__init__(task)
         if task.kind == "generation":
             raise DataError("a task that generates text needs a language model: use a decoder")
-        self.tokenizer, self.longest = tokenizer, max_length or LONGEST
+        self.tokenizer = tokenizer
+        self.longest = min(max_length or LONGEST, limit or sys.maxsize, tokenizer.model_max_length)
+        paired = task.pair is not None or task.kind == "choice"
+        markers = tokenizer.num_special_tokens_to_add(pair=paired)
+        if self.longest <= markers:
+            raise DataError(
+                f"--max-length {self.longest} leaves no room for text: {markers} tokens are markers"
+            )
         self.auto = "AutoModelForSequenceClassification"
         self.model_options = {"num_labels": max(2, len(task.classes) or classes)}
         if task.kind == "regression":
@@ -71,7 +85,7 @@ class HeadObjective(Objective):
     def _tokens(self, text: str, pair: str | None) -> dict[str, list[int]]:
         texts = [text] if pair is None else [text, pair]
         found = dict(self.tokenizer(*texts, truncation=True, max_length=self.longest))
-        if len(found["input_ids"]) == self.longest:
+        if len(found["input_ids"]) >= self.longest:
             self._note(f"texts as long as --max-length {self.longest} or cut there")
         return found
 

@@ -99,3 +99,13 @@ METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
     "exact_match": _exact_match,
     "token_f1": _token_f1,
 }
+
+_LABELS = ("accuracy", "f1", "f1_macro", "matthews")
+
+# By kind of task: what its predictions can be measured by.
+SUITABLE: dict[str, tuple[str, ...]] = {
+    "classification": _LABELS,
+    "choice": _LABELS,
+    "regression": ("pearson", "spearman"),
+    "generation": ("exact_match", "token_f1"),
+}

@@ -49,7 +49,7 @@ def hub_rows(path: str, name: str | None, split: str) -> list[Row]:
 
 
 def _jsonl(path: Path) -> Iterable[Row]:
-    with path.open(encoding="utf-8") as lines:
+    with path.open(encoding="utf-8-sig") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 row = json.loads(line)
@@ -60,7 +60,7 @@ def _jsonl(path: Path) -> Iterable[Row]:
 
 def _separated(delimiter: str) -> Callable[[Path], Iterable[Row]]:
     def read(path: Path) -> Iterable[Row]:
-        with path.open(encoding="utf-8", newline="") as lines:
+        with path.open(encoding="utf-8-sig", newline="") as lines:
             yield from csv.DictReader(lines, delimiter=delimiter)
 
     return read

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from beft_ext.tasks.metrics import METRICS
+from beft_ext.tasks.metrics import METRICS, SUITABLE
 from beft_ext.tasks.rows import DataError, Row
 
 KINDS = ("classification", "regression", "choice", "generation")
@@ -38,8 +38,9 @@ class Task:
     prompt: template of what a language model reads. options: one template per class or choice
         of what it may say next, or the name of a column that holds the list.
     answers: column with the text or texts that a generated answer is held against.
-    metrics: the first one decides. learn: a language model learns to rank the 'options', or by
-        teacher forcing to say the right one ('answer').
+    metrics: the first one decides; by default the kind's usual one.
+    learn: a language model learns to rank the 'options', or by teacher forcing to say the right
+        one ('answer').
     hub: path and name of a data set; splits: its own names of 'validation' and so on.
     reshape: adds columns to a row.
     """
@@ -52,7 +53,7 @@ class Task:
     prompt: str = ""
     options: tuple[str, ...] | str = ()
     answers: str = ""
-    metrics: tuple[str, ...] = ("accuracy",)
+    metrics: tuple[str, ...] = ()
     learn: str = "options"
     hub: tuple[str, str | None] | None = None
     splits: Mapping[str, str] = field(default_factory=dict)
@@ -61,13 +62,20 @@ class Task:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise DataError(f"unknown kind of task '{self.kind}': use {', '.join(KINDS)}")
+        suitable = SUITABLE[self.kind]
+        # Past the dataclass's own refusal: it is frozen.
+        object.__setattr__(self, "metrics", self.metrics or suitable[:1])
         if wrong := [m for m in self.metrics if m not in METRICS]:
             raise DataError(f"unknown metric '{wrong[0]}': use {', '.join(METRICS)}")
+        if wrong := [m for m in self.metrics if m not in suitable]:
+            raise DataError(
+                f"metric '{wrong[0]}' does not suit a {self.kind} task: use {', '.join(suitable)}"
+            )
         if self.learn not in ("options", "answer"):
             raise DataError(f"learn must be 'options' or 'answer', not '{self.learn}'")
         missing = {"choice": "options", "generation": "answers"}.get(self.kind)
-        if not self.metrics or (missing and not getattr(self, missing)):
-            raise DataError(f"a {self.kind} task needs '{missing or 'metrics'}'")
+        if missing and not getattr(self, missing):
+            raise DataError(f"a {self.kind} task needs '{missing}'")
 
     @property
     def metric(self) -> str:
@@ -90,7 +98,12 @@ class Task:
 
     def _example(self, row: Row) -> Example:
         def text(template: str) -> str:
-            return template.format_map(_Present(row))
+            try:
+                return template.format_map(_Present(row))
+            except DataError:
+                raise
+            except (ValueError, AttributeError, TypeError, IndexError) as error:
+                raise DataError(f"template '{template}': {error}") from error
 
         if isinstance(self.options, str):
             options = tuple(str(o) for o in _column(row, self.options))
@@ -120,7 +133,7 @@ class Task:
             label = int(value)
             if label != float(value) or label < 0:
                 raise ValueError
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             known = f" nor one of {', '.join(self.classes)}" if self.classes else ""
             raise DataError(f"label '{value}' is not a class number 0, 1, 2, ...{known}") from error
         return label
@@ -138,13 +151,24 @@ def read_task(path: Path) -> Task:
     if wrong := sorted(set(found) - known):
         raise DataError(f"{path}: unknown key '{wrong[0]}': use {', '.join(sorted(known))}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-    for name in ("classes", "metrics"):
-        if isinstance(values.get(name), str):
-            raise DataError(f"{path}: '{name}' must be a list")
+    for name, value in values.items():
+        _check_type(path, name, value)
     try:
         return Task(**values)
     except DataError as error:
         raise DataError(f"{path}: {error}") from error
+
+
+def _check_type(path: Path, name: str, value: Any) -> None:
+    listed = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
+    if name in ("classes", "metrics", "options"):
+        if not listed and not (name == "options" and isinstance(value, str)):
+            raise DataError(f"{path}: '{name}' must be a list of texts")
+    elif name == "splits":
+        if not isinstance(value, dict):
+            raise DataError(f"{path}: 'splits' must be an object")
+    elif not isinstance(value, str) and not (name == "pair" and value is None):
+        raise DataError(f"{path}: '{name}' must be a text")
 
 
 def subset(examples: Sequence[Example], size: int | None, seed: int) -> list[Example]:
@@ -157,12 +181,12 @@ def subset(examples: Sequence[Example], size: int | None, seed: int) -> list[Exa
 
 
 class _Present(dict[str, Any]):
-    """A row for ``format_map``: None, which csv gives for short lines, counts as missing."""
+    """A row for ``format_map``. None is no text: csv gives it for what a short line lacks."""
 
     def __getitem__(self, key: str) -> Any:
         value = super().__getitem__(key)
         if value is None:
-            raise KeyError(key)
+            raise DataError(f"column '{key}' has no value")
         return value
 
 
@@ -172,7 +196,7 @@ def _column(row: Row, path: str) -> Any:
     for part in path.split("."):
         value = value[part]
         if value is None:
-            raise KeyError(path)
+            raise DataError(f"column '{path}' has no value")
     return value
 
 
