@@ -150,6 +150,8 @@ def test_a_table_of_an_encoder_runs_and_is_not_run_again(tiny_folder, tmp_path, 
     monkeypatch.setattr(run, "_trained", lambda *_: pytest.fail("it was run again"))
     paper_run(*arguments)
     assert path.read_bytes() == before
+    with pytest.raises(pytest.fail.Exception, match="run again"):  # another rate is another run
+        paper_run(*arguments, "--faster", "10", "--methods", "value")
     # Table 1 has runs that table 2 has too.
     other = paper_run(tmp_path, "1", tiny_folder, "--data", str(data), "--tasks", "rte")
     reused = next(r for r in lines(other) if r["method"] == "value" and r["regime"] == "low")

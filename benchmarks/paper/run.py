@@ -7,8 +7,8 @@
 One JSON line a run in benchmarks/results/paper/; what is there is not run again. A model or data
 set that cannot be had is a line that says why, tried again the next time. --model puts a
 stand-in in the place of the table's first model; --rows, --epochs and --evaluated (of the
-validation rows) shorten runs, and each line holds what it was run with beside what the authors
-ran. ``render.py`` writes docs/paper.md.
+validation rows) shorten runs, --faster raises the rates of short ones, and each line holds what
+it was run with beside what the authors ran. ``render.py`` writes docs/paper.md.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ FISHER_BATCH, STILL = 8, 1e-12  # the authors' Fisher information is of untraine
 class Place:
     """What a table is run on. model: folder of a stand-in called ``stand_in``, None for the
     table's own models. data: folder of the tasks, None for the hub. rows, epochs, evaluated: at
-    most."""
+    most. faster: factor of the authors' rates."""
 
     model: str | None
     stand_in: str | None
@@ -54,6 +54,7 @@ class Place:
     rows: int | None
     epochs: int | None
     evaluated: int | None
+    faster: float
     out: Path
     work: Path
 
@@ -68,7 +69,8 @@ class Place:
     def hyper(self, hyper: Hyper) -> Hyper:
         rows, evaluated = _least(hyper.rows, self.rows), _least(hyper.evaluated, self.evaluated)
         epochs = min(hyper.epochs, self.epochs or hyper.epochs)
-        return replace(hyper, rows=rows, epochs=epochs, evaluated=evaluated)
+        lr = None if hyper.lr is None else float(f"{hyper.lr * self.faster:.6g}")
+        return replace(hyper, lr=lr, rows=rows, epochs=epochs, evaluated=evaluated)
 
     def told(self, reason: str) -> str:
         """A reason without the names of this machine's folders."""
@@ -267,6 +269,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, metavar="N", help="training rows at most")
     parser.add_argument("--epochs", type=int, metavar="N", help="epochs at most")
     parser.add_argument("--evaluated", type=int, metavar="N", help="validation rows at most")
+    parser.add_argument("--faster", type=float, default=1.0, metavar="X", help="rates times X")
     parser.add_argument("--out", type=Path, default=store.RESULTS, metavar="DIR")
     parser.add_argument("--work", type=Path, default=Path("out/paper/runs"), metavar="DIR")
     a = parser.parse_args(argv)
@@ -276,8 +279,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if model == "minilm":
         model, name = str(demo.minilm()), name or "MiniLM"
     name = None if model is None else name or Path(model).name
-    least = (a.rows, a.epochs, a.evaluated)
-    place = Place(model, name, a.data, *least, a.out, a.work / a.table)
+    limits = (a.rows, a.epochs, a.evaluated, a.faster)
+    place = Place(model, name, a.data, *limits, a.out, a.work / a.table)
     run(a.table, place, list(_wanted(a)), a.seeds)
 
 

@@ -11,7 +11,7 @@ from beft_ext.files import whole_file
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
 DEAD = "dead"  # how the failure of a term that cannot be trained begins: it stays
-KEY = ("table", "model", "stand_in", "task", "regime", "method", "seed")
+KEY = ("table", "model", "stand_in", "task", "regime", "method", "seed", "hyper")
 SETUP = ("ran", "stand_in", "data", "task", "seed", "hyper")
 
 Record = dict[str, Any]
