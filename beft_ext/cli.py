@@ -85,7 +85,8 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         default="head,auto,value,all-biases,random-mask,lora,full",
         metavar="M,M",
-        help=f"{', '.join(methods.METHODS)}, or bias terms such as value or query+value",
+        help=f"{', '.join(methods.METHODS)}, or bias terms such as value or query+value, or "
+        "lora:TERM, low-rank:TERM, random-mask:COUNT, in-context:SHOTS",
     )
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
     compare.add_argument("--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones")

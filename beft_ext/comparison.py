@@ -47,8 +47,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared on what. lr: of methods without a usual rate of their own; rates: for
-    methods by name, before those."""
+    """What is compared on what. settings.lr: of methods without a usual rate of their own;
+    rates: for methods by name, before those. decay: rates fall to zero; without, they stay.
+    evaluated: number of validation examples, drawn with seed 0; all of them by default."""
 
     source: Source
     asking: Asking
@@ -56,6 +57,8 @@ class Comparison:
     methods: Sequence[str]
     seeds: Sequence[int]
     rates: Mapping[str, float]
+    decay: bool = True
+    evaluated: int | None = None
 
     def run(self, out: Path) -> list[Outcome]:
         """Every method with every seed; ``out`` keeps a line for each, and those that it has are
@@ -66,6 +69,8 @@ class Comparison:
         if unused := [n for n in self.rates if n not in ways]:
             raise WorkflowError(f"a rate is given for '{unused[0]}', which is not compared")
         train, validation = self.source.read("train"), self.source.read("validation")
+        if self.evaluated is not None and self.evaluated < len(validation):
+            validation = subset(validation, self.evaluated, seed=0)
         outcomes = _read(out / RUNS, self._setup())
         done = {(o.method, o.seed) for o in outcomes}
         for seed in self.seeds:
@@ -83,7 +88,8 @@ class Comparison:
         files = (self.source.train_file, self.source.validation_file, self.source.config)
         found["files"] = " ".join(str(f) for f in files if f) or None
         settings = asdict(replace(self.settings, seed=0)) | asdict(replace(self.asking, seed=0))
-        return found | settings | {"rates": dict(self.rates)}
+        own = {"rates": dict(self.rates), "decay": self.decay, "evaluated": self.evaluated}
+        return found | settings | own
 
     def _outcome(
         self,
@@ -95,7 +101,8 @@ class Comparison:
         out: Path,
     ) -> Outcome:
         try:
-            return self._one(name, way, seed, train, validation, out / f"{name}-{seed}")
+            folder = out / f"{name.replace(':', '-')}-{seed}"
+            return self._one(name, way, seed, train, validation, folder)
         except Exception as error:  # a peer that fails on this model is a result too
             lines = str(error).strip().splitlines() or [""]
             return Outcome(name, seed, {}, failure=f"{type(error).__name__}: {lines[0]}")
@@ -136,7 +143,7 @@ class Comparison:
             loader,
             lambda m: objective.evaluate(m, held_out, validation)[metric],
             folder,
-            replace(settings.recipe(), lr=lr),
+            replace(settings.recipe(decay=self.decay), lr=lr),
             loss=objective.loss,
             metric=metric,
             resume=True,

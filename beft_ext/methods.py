@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext.models import TERMS, find_biases, find_projections, head_parameters
+from beft_ext.models import TERMS, Bias, find_biases, find_projections, head_parameters
 from beft_ext.preparation import prepare
 
 
@@ -32,19 +34,34 @@ class Method:
 
 
 def method(name: str) -> Method:
-    """The method called ``name``: one of METHODS, a bias term, or terms joined by '+'.
+    """The method called ``name``: one of METHODS, terms joined by '+', or one of VARIANTS with
+    what follows its colon, such as ``lora:value``, ``random-mask:100000`` or ``in-context:32``.
 
     Raises MethodError.
     """
+    kind, colon, argument = name.partition(":")
+    if colon and kind in VARIANTS:
+        return VARIANTS[kind](argument)
     if name in METHODS:
         return METHODS[name]
-    terms = name.split("+")
+    terms = _terms(name)
+    return Method(lambda model, _: _biases(model, terms))
+
+
+def _terms(text: str) -> list[str]:
+    terms = text.split("+")
     if wrong := [t for t in terms if t not in TERMS]:
         raise MethodError(
             f"unknown method '{wrong[0]}': use {', '.join(METHODS)}, or bias terms such as value "
-            "or query+value"
+            f"or query+value, or {', '.join(f'{v}:...' for v in VARIANTS)}"
         )
-    return Method(lambda model, _: _biases(model, terms))
+    return terms
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise MethodError(f"'{text}' is not a positive whole number")
+    return int(text)
 
 
 def trained(model: nn.Module) -> int:
@@ -103,14 +120,17 @@ def _everything(model: nn.Module, _: int) -> nn.Module:
     return model.requires_grad_(True)
 
 
-def _random_mask(model: nn.Module, seed: int) -> nn.Module:
-    """As many scattered parameters of the body as the value term has, and the head."""
+def _random_mask(model: nn.Module, seed: int, count: int | None = None) -> nn.Module:
+    """``count`` scattered parameters of the body, by default as many as the value term has, and
+    the head."""
     head = {id(p) for p in head_parameters(model)}
     body = [p for p in model.parameters() if id(p) not in head]
-    count = sum(
+    count = count or sum(
         p.bias.width for p in find_projections(model) if p.bias.term == "value" and p.linear
     )
     sizes = torch.tensor([p.numel() for p in body])
+    if count > int(sizes.sum()):
+        raise MethodError(f"a mask of {count} places is larger than the model")
     generator = torch.Generator().manual_seed(seed)
     places = _distinct(int(sizes.sum()), count, generator).sort().values
     masks = []
@@ -154,6 +174,55 @@ def _peft(kind: str, terms: Iterable[str] = (), **options: Any) -> Callable[...,
     return setup
 
 
+class LowRankBias(nn.Module):
+    """A change of a bias ``(H,)`` that is a matrix of low rank, read row by row.
+
+    H is split into the two factors that are nearest to each other, as 768 into 24 and 32; B
+    starts at zero, so that nothing changes at first.
+    Source: Huang et al. 2025 (arXiv 2509.15974), LoRA injected into a bias; rank and scale of
+    the authors' code.
+    """
+
+    def __init__(self, width: int, rank: int, alpha: float, like: Tensor) -> None:
+        super().__init__()
+        short = max(d for d in range(1, math.isqrt(width) + 1) if width % d == 0)
+        self.a = nn.Parameter(like.new_empty(rank, width // short))
+        self.b = nn.Parameter(like.new_zeros(short, rank))
+        self.scale = alpha / rank
+        nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def forward(self) -> Tensor:
+        """The change, ``(H,)``."""
+        return self.scale * (self.a.T @ self.b.T).flatten()
+
+
+def _low_rank(terms: Sequence[str]) -> Callable[[nn.Module, int], nn.Module]:
+    def setup(model: nn.Module, _: int) -> nn.Module:
+        places = [p.bias for p in find_projections(model) if p.bias.term in terms and p.linear]
+        model.requires_grad_(False)
+        for parameter in head_parameters(model):
+            parameter.requires_grad_(True)
+        for place in places:
+            module = model.get_submodule(place.module)
+            change = LowRankBias(place.width, rank=8, alpha=1.0, like=next(module.parameters()))
+            module.add_module(f"low_rank_{place.term}", change)
+            module.register_forward_hook(_changed(place, change))
+        return model
+
+    return setup
+
+
+def _changed(place: Bias, change: LowRankBias) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+    """A hook that adds ``change`` to its slice of a projection's output ``(B, T, P)``."""
+
+    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        beside = output.shape[-1] // place.groups - place.stop
+        added = change().to(output.dtype).view(place.groups, -1)
+        return output + nn.functional.pad(added, (place.start, beside)).flatten()
+
+    return hook
+
+
 METHODS: dict[str, Method] = {
     "zero-shot": Method(_untouched, trains=False),
     "in-context": Method(_untouched, trains=False, shots=8),
@@ -165,4 +234,14 @@ METHODS: dict[str, Method] = {
     "lora": Method(_peft("LoraConfig", ("query", "value"), r=8, lora_alpha=16), lr=5e-4),
     "prefix": Method(_peft("PrefixTuningConfig", num_virtual_tokens=5), lr=1e-2),
     "peft-beft": Method(_peft("BeftConfig", ("value",))),
+}
+
+# By what follows the colon: terms, or a number.
+VARIANTS: dict[str, Callable[[str], Method]] = {
+    "lora": lambda text: replace(
+        METHODS["lora"], setup=_peft("LoraConfig", _terms(text), r=8, lora_alpha=16)
+    ),
+    "low-rank": lambda text: Method(_low_rank(_terms(text))),
+    "random-mask": lambda text: Method(partial(_random_mask, count=_count(text))),
+    "in-context": lambda text: replace(METHODS["in-context"], shots=_count(text)),
 }

@@ -29,9 +29,10 @@ class TuningError(RuntimeError):
 @dataclass(frozen=True)
 class Recipe:
     """What a run depends on beside model and data. warmup: share of the steps with rising rate,
-    which then falls linearly to zero. clip: global gradient norm, 0 for none. bf16: autocast of
-    the forward; biases, gradients and state stay fp32. compile: the forward by torch.compile,
-    dropout as in eager mode. graphs: whole steps as CUDA graphs, see ``beft_ext.steps``."""
+    which then falls linearly to zero, or without ``decay`` stays. clip: global gradient norm, 0
+    for none. bf16: autocast of the forward; biases, gradients and state stay fp32. compile: the
+    forward by torch.compile, dropout as in eager mode. graphs: whole steps as CUDA graphs, see
+    ``beft_ext.steps``."""
 
     epochs: int = 10
     lr: float = 1e-3
@@ -42,6 +43,7 @@ class Recipe:
     bf16: bool = False
     compile: bool = False
     graphs: bool = False
+    decay: bool = True
 
 
 @dataclass
@@ -159,7 +161,9 @@ class _Run:
                 self.save(folder / CHECKPOINT)
 
     def _step(self, batch: Mapping[str, Tensor]) -> None:
-        rate = self.recipe.lr * rate_factor(self.state.step, self.steps, self.recipe.warmup, True)
+        rate = self.recipe.lr * rate_factor(
+            self.state.step, self.steps, self.recipe.warmup, self.recipe.decay
+        )
         inputs = {k: v.to(self.device) for k, v in batch.items()}
         loss, norm = self.step(inputs, rate)
         number = float(loss)

@@ -8,7 +8,8 @@ from conftest import tiny
 
 from beft_ext.cli import main
 from beft_ext.demo import DATA
-from beft_ext.methods import METHODS, kept_bytes, method, trained
+from beft_ext.methods import METHODS, MethodError, kept_bytes, method, trained
+from beft_ext.models import find_projections, head_parameters
 
 FILES = ["--train-file", str(DATA / "train.jsonl")]
 FILES += ["--validation-file", str(DATA / "validation.jsonl")]
@@ -57,6 +58,49 @@ def test_what_is_there_is_not_run_again(tiny_folder, tmp_path, capsys):
     assert (tmp_path / "runs.jsonl").read_text().splitlines()[:2] == lines
     assert compare(tiny_folder, tmp_path, ["value"], "--clip", "2") == 2
     assert "holds another comparison: its clip is 1.0" in capsys.readouterr().err
+
+
+def test_lora_on_one_projection_reaches_that_one_alone():
+    pytest.importorskip("peft", reason="peft is not installed")
+    model = method("lora:key").setup(tiny("bert"), 0)
+    trained_names = {n for n, p in model.named_parameters() if p.requires_grad}
+    inside = [n for n in trained_names if "lora" in n]
+    assert inside and all(".key." in n for n in inside)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gpt-neox", "llama"])
+def test_a_low_rank_change_of_a_bias_changes_that_slice_alone(family):
+    """Oracle: the same change added to the output of the projection by hand."""
+    model, ids = tiny(family), torch.arange(3, 10).view(1, 7)
+    place = next(p.bias for p in find_projections(model) if p.bias.term == "value")
+    projection = model.get_submodule(place.module)
+    seen = []
+    projection.register_forward_hook(lambda _, __, output: seen.append(output.detach().clone()))
+    method("low-rank:value").setup(model, 0)
+    projection.register_forward_hook(lambda _, __, output: seen.append(output.detach().clone()))
+    model(input_ids=ids)
+    assert torch.equal(seen[0], seen[1])  # B is zero at first
+    change = projection.low_rank_value
+    torch.nn.init.normal_(change.b)
+    model(input_ids=ids)
+    differing = (seen[3] - seen[2])[0, 0].detach()
+    matrix = sum(torch.outer(change.a[r], change.b[:, r]) for r in range(8)) / 8
+    assert torch.allclose(place.read(differing.clone()), matrix.flatten(), atol=1e-5)
+    assert int((differing != 0).sum()) == place.width
+    changes = [p for n, p in model.named_parameters() if "low_rank" in n]
+    expected = sum(p.numel() for p in (*changes, *head_parameters(model)))
+    assert trained(model) == expected and kept_bytes(model) == 4 * expected
+
+
+def test_a_variant_has_the_size_that_is_asked_for():
+    model = method("random-mask:77").setup(tiny("bert"), 0)
+    assert trained(model) == 77 + sum(p.numel() for p in head_parameters(model))
+    assert method("in-context:32").shots == 32
+    for wrong in ("random-mask:0", "in-context:x", "lora:valu", "low-rank:", "full:1"):
+        with pytest.raises(MethodError):
+            method(wrong)
+    with pytest.raises(MethodError, match="larger than the model"):
+        method(f"random-mask:{10**9}").setup(tiny("bert"), 0)
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,24 @@ def test_trains_only_what_requires_grad_and_logs_each_epoch(tmp_path):
     assert falling_loss(model) == max(x["minus loss"] for x in lines)
 
 
+def test_without_decay_the_rate_stays(tmp_path):
+    """Oracle: torch's AdamW in a loop of its own, the rate never touched."""
+    ours, oracle = prepared(), prepared()
+    recipe = Recipe(epochs=1, lr=1e-2, warmup=0.0, decay=False)
+    tune(ours, loader(), falling_loss, tmp_path, recipe)
+    torch.manual_seed(recipe.seed)
+    parameters = [p for p in oracle.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    oracle.train()
+    for inputs in loader():
+        optimizer.zero_grad()
+        oracle(**inputs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    for a, b in zip(ours.parameters(), oracle.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 class Killed(Exception):
     pass
 
