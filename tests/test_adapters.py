@@ -357,7 +357,8 @@ HOSTILE = {
     "pickle": (lambda f: as_pickle(f, "adapter_model.bin"), "pickle"),
     "pickle by another name": (lambda f: as_pickle(f, WEIGHTS), "not a whole safetensors file"),
     "no weights": (lambda f: (f / WEIGHTS).unlink(), "has no adapter_model"),
-    "a folder": (lambda f: ((f / CONFIG).unlink(), (f / CONFIG).mkdir()), "leads out"),
+    "a folder": (lambda f: ((f / CONFIG).unlink(), (f / CONFIG).mkdir()), "is no plain file"),
+    "a pipe": (lambda f: ((f / WEIGHTS).unlink(), os.mkfifo(f / WEIGHTS)), "is no plain file"),
     "out of the folder": (outside, "leads out of its folder"),
     "integers": (
         lambda f: rewrite(f, lambda t, n: t.update({n: t[n].int()})),

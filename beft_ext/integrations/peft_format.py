@@ -243,8 +243,10 @@ def _check_inside(folder: Path, path: Path) -> None:
     """A link may lead to the hub cache's blobs of the same repository, nowhere else."""
     home, target = folder.resolve(), path.resolve()
     blobs = home.parent.parent / "blobs"
-    if not target.is_file() or target.parent not in (home, blobs):
+    if target.parent not in (home, blobs):
         raise AdapterError(f"{path} leads out of its folder, to {target}")
+    if not target.is_file():
+        raise AdapterError(f"{path} is no plain file")
 
 
 def _check_model(model: nn.Module, config: dict[str, Any]) -> None:

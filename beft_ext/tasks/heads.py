@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -37,7 +36,8 @@ class HeadObjective(Objective):
         if task.kind == "generation":
             raise DataError("a task that generates text needs a language model: use a decoder")
         self.tokenizer = tokenizer
-        self.longest = min(max_length or LONGEST, limit or sys.maxsize, tokenizer.model_max_length)
+        limits = [n for n in (limit, tokenizer.model_max_length) if n and n > 0]  # XLNet has -1
+        self.longest = min([max_length or LONGEST, *limits])
         paired = task.pair is not None or task.kind == "choice"
         markers = tokenizer.num_special_tokens_to_add(pair=paired)
         if self.longest <= markers:
