@@ -196,6 +196,8 @@ class BiasAdamW(torch.optim.Optimizer):
         Everything is checked before anything changes. Where the state has no initial values
         (AdamW's has none), scores keep counting from the present ones.
         """
+        if not {"param_groups", "state"} <= state_dict.keys():
+            raise OptimizerError("this is no optimizer's state: it lacks 'param_groups' or 'state'")
         own, saved = self.param_groups, state_dict["param_groups"]
         if [len(g["params"]) for g in own] != [len(g["params"]) for g in saved]:
             raise OptimizerError("the state's parameter groups are not those of this optimizer")
@@ -206,9 +208,10 @@ class BiasAdamW(torch.optim.Optimizer):
         ]
         for p, values in pairs:
             _check_state(p, values)
-        for group in saved:
-            if group.get("amsgrad"):
+        for group, s in zip(own, saved, strict=True):
+            if s.get("amsgrad"):
                 raise OptimizerError("a state with amsgrad cannot be taken over")
+            _check({**group, **s})
         for group, s in zip(own, saved, strict=True):
             group.update({k: v for k, v in s.items() if k != "params"})
             group.setdefault("maximize", False)
@@ -389,8 +392,14 @@ def _check(group: Mapping[str, Any]) -> None:
 
 def _check_state(p: Tensor, values: Mapping[str, Any]) -> None:
     for key in ("exp_avg", "exp_avg_sq", "initial", "master"):
-        if key in values and values[key].shape != p.shape:
+        if key not in values:
+            continue
+        value = values[key]
+        if not isinstance(value, Tensor) or value.shape != p.shape:
+            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise OptimizerError(
-                f"the state is of another model: {key} has shape {tuple(values[key].shape)}, "
-                f"the parameter {tuple(p.shape)}"
+                f"the state is of another model: {key} has shape {found}, the parameter "
+                f"{tuple(p.shape)}"
             )
+        if not bool(value.isfinite().all()):
+            raise OptimizerError(f"the state holds a number in {key} that is not finite")

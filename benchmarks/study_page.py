@@ -99,19 +99,20 @@ def stop(record: Record, risk: float, left_out: Sequence[str] = ()) -> tuple[int
 
 
 def order(record: Record) -> list[str]:
-    """The terms by the BEFT score of the longest selection."""
-    last = record["looks"][str(SELECTING[-1])]
+    """The terms by the BEFT score at the end of the longest selection."""
+    last = list(record["looks"].values())[-1]
     return sorted(last, key=lambda term: -last[term][0])
 
 
 def _settling(records: Sequence[Record]) -> list[str]:
     """Of whole selections, and of those among the terms behind the first, the first two, ..."""
     lines = [
-        f"`settle` ends a run early. Ended by step {SELECTING[-1]}, after how many steps (median),",
-        f"and with a first term that is not the one of step {SELECTING[-1]}; of all terms, and of",
-        "all contests that are left without the terms that come first, one after another.",
+        f"`settle` ends a run early. How many of the selections of {SELECTING[-1]} steps it ended,",
+        "after how many steps (median), and how often the first term then was not the first at",
+        "their end: among all terms, and with those contests too that are left when the terms",
+        "that come first are taken away one after another.",
         "",
-        "| risk | contest | ended | steps | first differs |",
+        "| risk | contests | ended | steps | first differs |",
         "| --- | --- | --- | --- | --- |",
     ]
     for risk, rest in itertools.product((0.01, 0.05, 0.2), (False, True)):
@@ -120,7 +121,7 @@ def _settling(records: Sequence[Record]) -> list[str]:
         ended = [(r, left, found) for r, left in own if (found := stop(r, risk, left))]
         wrong = sum(found[1] != order(r)[len(left)] for r, left, found in ended)
         steps = f"{statistics.median(f[0] for *_, f in ended):.0f}" if ended else "none"
-        what = "with terms left out too" if rest else "all terms"
+        what = "with those left" if rest else "all terms"
         lines.append(f"| {risk} | {what} | {len(ended)} of {len(own)} | {steps} | {wrong} |")
     return lines
 

@@ -273,7 +273,8 @@ def test_a_parameter_that_changed_its_device_is_noticed():
     optimizer = BiasAdamW(ours)
 
     def move():  # one device at hand: as if the parameters had been on another
-        optimizer._flats[0].indices = [77] * len(ours)
+        flat = optimizer._flats[0]
+        flat.device, flat.params.addresses = torch.device("meta"), b""
 
     move()
     give_grads(ours, 0)
@@ -295,6 +296,27 @@ def test_a_state_of_another_model_changes_nothing():
     assert not optimizer.state[ours[1]]["exp_avg"].any()
     with pytest.raises(OptimizerError, match="groups"):
         optimizer.load_state_dict(BiasAdamW(others[:2]).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda state: state.clear(), "no optimizer's state"),
+        (lambda state: state["param_groups"][0].update(lr=float("nan")), "learning rate"),
+        (lambda state: state["state"][1].update(exp_avg=None), "another model"),
+        (lambda state: state["state"][1]["exp_avg"].fill_(float("inf")), "not finite"),
+    ],
+)
+def test_a_broken_state_changes_nothing(spoil, message):
+    optimizer, other = BiasAdamW(params()), BiasAdamW(params())
+    give_grads(other.param_groups[0]["params"], 0)
+    other.step()
+    state = copy.deepcopy(other.state_dict())
+    spoil(state)
+    with pytest.raises(OptimizerError, match=message):
+        optimizer.load_state_dict(state)
+    assert not any(s["exp_avg"].any() for s in optimizer.state.values())
+    assert optimizer.param_groups[0]["lr"] == 1e-3
 
 
 def test_a_model_without_anything_to_train():
