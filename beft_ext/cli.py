@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,11 +31,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _quiet() -> None:
-    """Our tables alone on the screen: no loading bars, no report of a head that is new."""
-    from transformers.utils import logging
+    """Our tables alone on the screen: no loading bars, no report of a head that is new, nothing of
+    what other packages cannot load on this machine."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as reports
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
 
 
 def _ours(error: Exception) -> bool:
@@ -58,8 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="P",
-        help="end the run once chance put the "
-        "first term first with probability P at most (default: never)",
+        help="end the run once chance put the first term first with probability P at most "
+        "(default: never)",
     )
     select.set_defaults(run=_select)
     tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")

@@ -83,6 +83,8 @@ def pretrained(model: str, auto: str, **options: Any) -> Any:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if "ignore_mismatched_sizes" in reason:
             reason = "its weights do not have the shapes that its config says"
+        if "connect to" in reason:
+            reason = "it is no folder, not in the local cache, and the hub cannot be reached"
         raise WorkflowError(f"model '{model}' cannot be loaded: {reason}") from error
     if auto == "AutoTokenizer" and set(found.get_vocab()) <= set(found.all_special_tokens):
         raise WorkflowError(f"model '{model}' has no tokenizer: its vocabulary is empty")
