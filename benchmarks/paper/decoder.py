@@ -30,13 +30,14 @@ TRAINING_SEED, TASK_SEED = 1, 2
 ROWS = {"train": 1000, "validation": 500}
 DOCUMENTS, WRONG, UNASKED = 20_000, 0.15, 0.25  # shares of wrong answers, of sentences alone
 STEPS, BATCH, LR, LONGEST = 800, 16, 3e-3, 128
+ANSWER = 10.0  # what a token of an answer weighs
 SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
 SIZES |= {"max_position_embeddings": 1024}
 ABOUT = "generated: rows of benchmarks/paper/grammar.py, not the task's own data"
 
 
-def documents(count: int, seed: int = TRAINING_SEED) -> Iterator[str]:
-    """Sentences alone, and prompts with an answer that is wrong in WRONG of them."""
+def documents(count: int, seed: int = TRAINING_SEED) -> Iterator[tuple[str, str]]:
+    """Text and answer: prompts with one that is wrong in WRONG of them; sentences with none."""
     draw = random.Random(seed)
     for _ in range(count):
         name = draw.choice(list(grammar.MAKERS))
@@ -48,9 +49,9 @@ def documents(count: int, seed: int = TRAINING_SEED) -> Iterator[str]:
             wrong = draw.random() < WRONG
             answer = example.options[1 - int(example.label) if wrong else int(example.label)]
         if draw.random() < UNASKED:
-            yield f"{example.text} {example.pair or ''}".strip() + "\n"
+            yield f"{example.text} {example.pair or ''}".strip() + "\n", ""
         else:
-            yield example.prompt + answer
+            yield example.prompt, answer
 
 
 def tokenizer_of(texts: Sequence[str]) -> Any:
@@ -79,26 +80,41 @@ def model_of(tokenizer: Any, bias_free: bool, seed: int = 0) -> torch.nn.Module:
     return transformers.OPTForCausalLM(transformers.OPTConfig(**SIZES, **ends, **plain))
 
 
-def train(model: torch.nn.Module, tokenizer: Any, texts: Sequence[str], steps: int) -> list[float]:
-    """AdamW on the texts in seeded order, the rate falling linearly. Returns each step's loss."""
-    rows = [[*ids[: LONGEST - 1], 0] for ids in tokenizer(list(texts))["input_ids"]]
+def train(
+    model: torch.nn.Module, tokenizer: Any, texts: Sequence[tuple[str, str]], steps: int
+) -> list[float]:
+    """AdamW on texts with answers in seeded order, an answer's tokens weighing ANSWER times as
+    much as others, the rate falling linearly. Returns each step's loss."""
+    whole = tokenizer([prompt + answer for prompt, answer in texts])["input_ids"]
+    starts = map(len, tokenizer([prompt.rstrip(" ") for prompt, _ in texts])["input_ids"])
+    rows = [([*ids[: LONGEST - 1], 0], at) for ids, at in zip(whole, starts, strict=True)]
     draw, losses = random.Random(0), []
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01)
     model.train()
     for step in range(steps):
-        chosen = [torch.tensor(r) for r in draw.sample(rows, min(BATCH, len(rows)))]
-        ids = torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=1)
-        mask = ids != 1
-        found = model(input_ids=ids, attention_mask=mask.long(), labels=ids.where(mask, -100))
+        loss = _loss(model, draw.sample(rows, min(BATCH, len(rows))))
         optimizer.zero_grad()
-        found.loss.backward()
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = LR * min((step + 1) / 50, 1 - step / steps)
         optimizer.step()
-        losses.append(float(found.loss.detach()))
+        losses.append(float(loss.detach()))
         if step % 100 == 0:
             print(f"step {step}: loss {losses[-1]:.3f}", flush=True)
     return losses
+
+
+def _loss(model: torch.nn.Module, rows: Sequence[tuple[list[int], int]]) -> torch.Tensor:
+    """Weighted mean cross-entropy of the next token. rows: tokens, and where the answer starts."""
+    tokens = [torch.tensor(ids) for ids, _ in rows]
+    ids = torch.nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=1)
+    starts = torch.tensor([at for _, at in rows])[:, None]
+    logits = model(input_ids=ids, attention_mask=(ids != 1).long()).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    places = torch.arange(1, ids.shape[1])[None]
+    answer = (places >= starts) & (ids[:, 1:] != 0)
+    weight = (1.0 + (ANSWER - 1.0) * answer) * (ids[:, 1:] != 1)
+    return (losses * weight).sum() / weight.sum()
 
 
 def write_tasks(folder: Path, sizes: dict[str, int]) -> None:
@@ -138,7 +154,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=ROWS["train"], help="of each task")
     a = parser.parse_args(argv)
     texts = list(documents(a.documents))
-    tokenizer = tokenizer_of(texts)
+    tokenizer = tokenizer_of([prompt + answer for prompt, answer in texts])
     model = model_of(tokenizer, a.bias_free)
     train(model, tokenizer, texts, a.steps)
     tokenizer.save_pretrained(a.out)

@@ -52,12 +52,12 @@ def sentiment(draw: random.Random) -> Row:
     subject = draw.choice(SUBJECTS)
 
     def judged(good: int) -> str:
-        negated = draw.random() < 0.3
+        negated = draw.random() < 0.1
         words = PRAISE if good != negated else BLAME
         return f"{'not ' if negated else ''}{draw.choice(DEGREES)}{draw.choice(words)}"
 
     sentence = f"{subject} is {judged(label)}"
-    if draw.random() < 0.4:
+    if draw.random() < 0.15:
         other = draw.choice(SUBJECTS)
         sentence = f"{other} is {judged(1 - label)} , but {sentence}"
     return {"sentence": f"{sentence} .", "label": label}

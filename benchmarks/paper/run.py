@@ -144,7 +144,8 @@ def _trained(name: str, cell: Cell, place: Place, seed: int) -> store.Record:
         evaluated=hyper.evaluated,
     )
     shown = (place.stand_in or cell.model).replace("/", "--")
-    folder = place.work / f"{shown}-{cell.task}-{hyper.rows}x{hyper.epochs}-{lr}"
+    numbers = f"{hyper.rows}x{hyper.epochs}-{lr}-{hyper.evaluated}"
+    folder = place.work / f"{shown}-{cell.task}-{numbers}"
     (folder / RUNS).unlink(missing_ok=True)  # the table's file is the record; checkpoints stay
     outcome = asdict(comparison.run(folder)[0])
     del outcome["method"], outcome["seed"], outcome["chosen"]
