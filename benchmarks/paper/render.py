@@ -37,8 +37,7 @@ none is guessed. "(notebook)": from the tutorial notebook in the authors' reposi
 16 epochs with seed 0, not from the paper's table. `here`: mean and standard deviation over seeds of
 the task's metric, in percent, at the best epoch. A stand-in is a smaller model in the place
 of the paper's: its figures tell whether the order of methods is the paper's, not whether the
-figures are. An index of results (wizwand.com) gives for the paper SST-2 95.2, CB 96.4, COPA 83,
-DROP 32.4 and RTE 58.53 without their table, model or method: they stand in no row.
+figures are.
 
 What differs from the authors' code in every run: the pooler's bias is not trained beside the head,
 texts are padded to the longest of their batch, decoders run in fp32 and are evaluated after each
