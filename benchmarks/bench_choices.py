@@ -1,8 +1,8 @@
 """What does it take to rank options by a decoder, beside the authors' loop over single options?
 
 Random decoders (the larger on a GPU alone) and questions of three kinds: yes or no after a
-passage, two long choices (as COPA), many choices after a long passage (as ReCoRD). Writes
-benchmarks/results/<device>/choices.json.
+passage, two long choices (as COPA), many choices after a long passage (as ReCoRD). Ours as
+evaluation goes, in batches from long to short. Writes benchmarks/results/<device>/choices.json.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from harness import Case, measure, settings, show, write
 from peers import one_by_one
 
 from beft_ext.tasks import PromptObjective, Task
-from beft_ext.tasks.batches import Encoded
+from beft_ext.tasks.batches import Batches, Encoded
 from beft_ext.tasks.prompts import Prompt
 
-VOCABULARY = 50_272
+VOCABULARY, BATCH = 50_272, 8
 DECODERS = {"6 x 384": (6, 384, 6), "OPT-125M's shape": (12, 768, 12)}
 # Questions, tokens of their prompts, options, tokens of an option.
 KINDS = {
@@ -75,12 +75,8 @@ def case(which: str, shape: tuple[int, int, int], kind: str, device: str) -> Cas
         Encoded(Prompt(prompt, options), 0.0, len(prompt), len(options))
         for prompt, options in asked
     ]
-
-    @torch.no_grad()
-    def ours() -> object:
-        return objective.answers(model, rows)
-
-    return ours
+    batches = Batches(rows, objective.options, BATCH)
+    return lambda: objective.predict(model, batches)
 
 
 def main() -> None:

@@ -97,8 +97,7 @@ class PromptObjective(Objective):
         if self.task.kind == "generation":
             prompts = [row.fields.prompt for row in rows]
             return greedy(model, self.tokenizer, prompts, self.new_tokens)
-        learned_prefix = hasattr(model, "peft_config")  # its cache is not ours to copy
-        if all(row.fields.single for row in rows) or learned_prefix:
+        if hasattr(model, "peft_config"):  # a learned prefix: its cache is not ours to copy
             batch = {k: v.to(device_of(model)) for k, v in self.options(rows).items()}
             scores = option_scores(model, batch).tolist()
         else:
