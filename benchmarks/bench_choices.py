@@ -1,8 +1,8 @@
 """What does it take to rank options by a decoder, beside the authors' loop over single options?
 
 Random decoders (the larger on a GPU alone) and questions of three kinds: yes or no after a
-passage, two long choices (as COPA), many choices after a long passage (as ReCoRD). Ours as
-evaluation goes, in batches from long to short. Writes benchmarks/results/<device>/choices.json.
+passage, two long choices (as COPA), many choices after a long passage (as ReCoRD). Ours in
+batches of 8, from long to short. Writes benchmarks/results/<device>/choices.json.
 """
 
 from __future__ import annotations
