@@ -102,13 +102,18 @@ def _untouched(model: nn.Module, _: int) -> nn.Module:
     return model.requires_grad_(False)
 
 
-def _head(model: nn.Module, _: int) -> nn.Module:
+def _freeze_body(model: nn.Module) -> list[nn.Parameter]:
+    """The head, which alone is left to train."""
     model.requires_grad_(False)
     head = head_parameters(model)
-    if not head:
-        raise MethodError("the model has no task head to train alone")
     for parameter in head:
         parameter.requires_grad_(True)
+    return head
+
+
+def _head(model: nn.Module, _: int) -> nn.Module:
+    if not _freeze_body(model):
+        raise MethodError("the model has no task head to train alone")
     return model
 
 
@@ -199,9 +204,7 @@ class LowRankBias(nn.Module):
 def _low_rank(terms: Sequence[str]) -> Callable[[nn.Module, int], nn.Module]:
     def setup(model: nn.Module, _: int) -> nn.Module:
         places = [p.bias for p in find_projections(model) if p.bias.term in terms and p.linear]
-        model.requires_grad_(False)
-        for parameter in head_parameters(model):
-            parameter.requires_grad_(True)
+        _freeze_body(model)
         for place in places:
             module = model.get_submodule(place.module)
             change = LowRankBias(place.width, rank=8, alpha=1.0, like=next(module.parameters()))

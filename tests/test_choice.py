@@ -28,5 +28,5 @@ def test_the_value_where_biases_start_at_zero(bias_free_family):
 
 def test_a_settled_selection_says_when():
     selection = select(tiny("bert"), loader(), lr=1e-2)
-    ended = type(selection)(**{**vars(selection), "steps": 50, "settled": True})
+    ended = type(selection)(**{**vars(selection), "steps": 50})
     assert "settled after 5 of 50 steps" in automatic(ended)[1]

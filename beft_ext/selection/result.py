@@ -25,8 +25,7 @@ class Selection:
 
     Numbers that do not exist are NaN here and null in ``selection.json``; ``undefined`` says
     why, ``dead`` names the terms whose gradient is exactly zero, left out of the ranking.
-    ``steps``: planned; ``losses`` has one a step that was made. ``settled``: the first of the
-    ranking was, and the run ended there.
+    ``steps``: planned; ``losses`` has one a step that was made.
     """
 
     method: str
@@ -38,9 +37,13 @@ class Selection:
     obtuse: list[str]
     losses: list[float]
     steps: int
-    settled: bool
     initial: dict[str, Tensor] = field(repr=False)
     current: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def settled(self) -> bool:
+        """The first of the ranking was, and the run ended there."""
+        return len(self.losses) < self.steps
 
     @property
     def best(self) -> str:
@@ -113,7 +116,6 @@ def read_selection(path: Path) -> Selection:
             obtuse=record["above_90_degrees"],
             losses=record["losses"],
             steps=record["steps"],
-            settled=record["settled"],
             initial={},
             current={},
         )

@@ -188,7 +188,6 @@ def _judge(
         obtuse=obtuse,
         losses=losses,
         steps=run.steps,
-        settled=run.done < run.steps,
         initial={b.name: t.cpu() for b, t in initial.items()},
         current={b.name: t.cpu() for b, t in current.items()},
     )
