@@ -6,21 +6,47 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # for type checkers; `X as X` marks a name as exported
     from beft_ext.adapters import (
-        AdapterError,
-        load_adapter,
-        merge_adapter,
-        save_adapter,
-        set_adapter,
-        unmerge_adapter,
+        AdapterError as AdapterError,
+        load_adapter as load_adapter,
+        merge_adapter as merge_adapter,
+        save_adapter as save_adapter,
+        set_adapter as set_adapter,
+        unmerge_adapter as unmerge_adapter,
     )
-    from beft_ext.models import Bias, BiasError, BiasMap, find_biases
-    from beft_ext.optim import BiasAdamW, BiasScore, OptimizerError
-    from beft_ext.preparation import Prepared, PrepareError, prepare, restore
-    from beft_ext.selection import ProbeError, Selection, SelectionError, select
-    from beft_ext.tap import Tap, TapError
-    from beft_ext.tuning import Recipe, TuningError, tune
+    from beft_ext.models import (
+        Bias as Bias,
+        BiasError as BiasError,
+        BiasMap as BiasMap,
+        find_biases as find_biases,
+    )
+    from beft_ext.selection import (
+        ProbeError as ProbeError,
+        Selection as Selection,
+        SelectionError as SelectionError,
+        select as select,
+    )
+    from beft_ext.tap import (
+        Tap as Tap,
+        TapError as TapError,
+    )
+    from beft_ext.training.optim import (
+        BiasAdamW as BiasAdamW,
+        BiasScore as BiasScore,
+        OptimizerError as OptimizerError,
+    )
+    from beft_ext.training.preparation import (
+        Prepared as Prepared,
+        PrepareError as PrepareError,
+        prepare as prepare,
+        restore as restore,
+    )
+    from beft_ext.training.tuning import (
+        Recipe as Recipe,
+        TuningError as TuningError,
+        tune as tune,
+    )
 
 _HOMES = {
     "Bias": "models",
@@ -39,46 +65,19 @@ _HOMES = {
     "save_adapter": "adapters",
     "set_adapter": "adapters",
     "unmerge_adapter": "adapters",
-    "BiasAdamW": "optim",
-    "BiasScore": "optim",
-    "OptimizerError": "optim",
-    "PrepareError": "preparation",
-    "Prepared": "preparation",
-    "prepare": "preparation",
-    "restore": "preparation",
-    "Recipe": "tuning",
-    "TuningError": "tuning",
-    "tune": "tuning",
+    "BiasAdamW": "training.optim",
+    "BiasScore": "training.optim",
+    "OptimizerError": "training.optim",
+    "PrepareError": "training.preparation",
+    "Prepared": "training.preparation",
+    "prepare": "training.preparation",
+    "restore": "training.preparation",
+    "Recipe": "training.tuning",
+    "TuningError": "training.tuning",
+    "tune": "training.tuning",
 }
 
-__all__ = [
-    "AdapterError",
-    "Bias",
-    "BiasAdamW",
-    "BiasError",
-    "BiasMap",
-    "BiasScore",
-    "OptimizerError",
-    "PrepareError",
-    "Prepared",
-    "ProbeError",
-    "Recipe",
-    "Selection",
-    "SelectionError",
-    "Tap",
-    "TapError",
-    "TuningError",
-    "find_biases",
-    "load_adapter",
-    "merge_adapter",
-    "prepare",
-    "restore",
-    "save_adapter",
-    "select",
-    "set_adapter",
-    "tune",
-    "unmerge_adapter",
-]
+__all__ = list(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
@@ -88,3 +87,7 @@ def __getattr__(name: str) -> Any:
     from importlib import import_module
 
     return getattr(import_module(f"beft_ext.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOMES, "__version__"])

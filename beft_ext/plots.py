@@ -7,10 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from beft_ext.errors import BeftError
 from beft_ext.files import whole_file
 
 
-class PlotError(RuntimeError):
+class PlotError(BeftError, RuntimeError):
     """matplotlib is missing."""
 
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beft_ext.models import Bias, BiasMap
+from beft_ext.errors import BeftError
+from beft_ext.models import Bias, BiasMap, state
 from beft_ext.ops import bias_grad_stats
 from beft_ext.ops.reference import example_grads
 
 
-class TapError(RuntimeError):
+class TapError(BeftError, RuntimeError):
     """A model that cannot be tapped as asked."""
 
 
@@ -97,11 +98,11 @@ def _by_example(grad_output: Tensor, step: _Step) -> Tensor:
 
 def require_untapped(model: nn.Module) -> None:
     """Raise TapError where ``model`` carries a tap."""
-    if getattr(model, "_beft_tap", None) is not None:
+    if state.get(model, Tap) is not None:
         raise TapError("this model is tapped already: remove the first tap before another")
 
 
-class Tap(AbstractContextManager["Tap"]):
+class Tap(AbstractContextManager["Tap"], state.Record):
     """Listens at every bias of ``biases`` in ``model`` until removed (or as a context manager).
 
     Raises TapError where the model is tapped already.
@@ -130,8 +131,7 @@ class Tap(AbstractContextManager["Tap"]):
                 self._listen(model.get_submodule(bias.module))
         for site in self.sites:
             site.parameter.requires_grad_(False)
-        # Past nn.Module's own __setattr__: the mark must not become part of the model.
-        object.__setattr__(model, "_beft_tap", self)
+        state.put(model, self)
 
     def _listen(self, module: nn.Module) -> None:
         owned = {id(p) for p in module.parameters(recurse=False)}
@@ -178,7 +178,7 @@ class Tap(AbstractContextManager["Tap"]):
         self._hooks.clear()
         for parameter, required in self._required:
             parameter.requires_grad_(required)
-        self._model.__dict__.pop("_beft_tap", None)
+        state.take(self._model, Tap)
 
     def __exit__(self, *_: object) -> None:
         self.remove()

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from harness import Case, measure, settings, show, write
 
-from beft_ext.optim import BiasAdamW
+from beft_ext.training.optim import BiasAdamW
 
 
 def encoder(layers: int, width: int, wide: int) -> list[int]:

@@ -19,7 +19,7 @@ from harness import measure, settings, show, write
 from torch import nn
 
 import beft_ext
-from beft_ext import demo
+from beft_ext.commands import demo
 from beft_ext.selection import SETTLE, Selection
 from beft_ext.tasks import Batches, Example, HeadObjective, load_task, subset
 

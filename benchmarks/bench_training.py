@@ -19,7 +19,7 @@ from torch import Tensor
 from ways import WAYS, Training, Way
 from workloads import BATCH, batch, chosen, classifier, padded_to
 
-from beft_ext import demo
+from beft_ext.commands import demo
 from beft_ext.tasks import HeadObjective
 from beft_ext.tasks.heads import LONGEST
 

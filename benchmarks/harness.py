@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import transformers
 
+from beft_ext.commands.memory import peak_bytes
 from beft_ext.files import whole_file
-from beft_ext.memory import peak_bytes
 from beft_ext.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -106,8 +106,7 @@ def opacus(model: nn.Module, inputs: Inputs) -> Squares:
 
 def backpack(model: nn.Module, inputs: Inputs) -> Squares:
     """BackPACK's ``SumGradSquared``, undone of the mean over the batch."""
-    from backpack import backpack as extended
-    from backpack import extend
+    from backpack import backpack as extended, extend
     from backpack.extensions import SumGradSquared
 
     own, rows = _trained(model), len(inputs["labels"])

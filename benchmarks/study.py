@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from beft_ext import demo, find_biases, scores, select
+from beft_ext import find_biases, scores, select
+from beft_ext.commands import demo
+from beft_ext.commands.loading import Asking, Source
 from beft_ext.files import whole_file
-from beft_ext.loading import Asking, Source
 from beft_ext.models import Bias
 from beft_ext.selection import Run, Unchanged
 from beft_ext.selection.settling import FIRST, Settling

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models import find_biases
-from beft_ext.optim import BiasAdamW
-from beft_ext.preparation import prepare
 from beft_ext.tap import Tap
+from beft_ext.training.optim import BiasAdamW
+from beft_ext.training.preparation import prepare
 
 RATE = 1e-3
 Ready = tuple[nn.Module, torch.optim.Optimizer]

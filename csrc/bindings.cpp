@@ -6,12 +6,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "cpu/bias_adamw_cpu.h"
+#include "cpu/bias_adamw_step_cpu.h"
 #include "cpu/bias_grad_stats_cpu.h"
 #ifdef BEFT_WITH_CUDA
 #include <cuda_runtime.h>
 
-#include "cuda/bias_adamw_cuda.h"
+#include "cuda/bias_adamw_step_cuda.h"
 #include "cuda/bias_grad_stats_cuda.h"
 #endif
 
@@ -171,7 +171,7 @@ void adamw_cuda(const py::bytes& params, const py::bytes& grads, const std::vect
                                       segments,
                                       static_cast<int>(tensors.size())};
   cudaError_t status =
-      beft_cuda::bias_adamw(tensors.data(), own.data(), static_cast<int>(own.size()), tables,
+      beft_cuda::bias_adamw_step(tensors.data(), own.data(), static_cast<int>(own.size()), tables,
                             pointer<CUstream_st>(stream));
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("bias_adamw_step on CUDA: ") + cudaGetErrorString(status));

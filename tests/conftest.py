@@ -62,6 +62,42 @@ def batch(rows: int = 4, tokens: int = 9, seed: int = 0) -> dict[str, torch.Tens
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
+def inputs(model):
+    """T5 classifies at the end token, of which each row must have one."""
+    data = batch()
+    if model.config.model_type == "t5":
+        data["attention_mask"] = torch.ones_like(data["input_ids"])
+        data["input_ids"] = data["input_ids"].clamp(min=3)
+        data["input_ids"][:, -1] = 1
+    return data
+
+
+def train(model, steps=3, lr=1e-2):
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    model.train()
+    for seed in range(steps):
+        torch.manual_seed(seed)
+        optimizer.zero_grad()
+        model(**inputs(model)).loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+    model.eval()
+
+
+def values(model):
+    return {n: t.clone() for n, t in model.state_dict().items()}
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(**inputs(model)).logits
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 @pytest.fixture(params=CONFIGS)
 def family(request):
     return request.param

@@ -34,7 +34,7 @@ def without_compiler(tmp_path_factory):
 
 def test_without_a_compiler_the_install_succeeds_and_names_what_is_missing(without_compiler):
     assert not list((without_compiler / "beft_ext").glob("_native*.so"))
-    code = "import sys; sys.path.insert(0, sys.argv[1]); from beft_ext.cli import main; "
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from beft_ext.commands.cli import main; "
     code += "sys.exit(main(['doctor']))"
     said = run(sys.executable, "-S", "-c", code, str(without_compiler), PYTHONPATH=site())
     assert "cpu        not usable" in said and "compiler" in said and "reference  usable" in said

@@ -6,10 +6,11 @@ import math
 
 from transformers import Trainer, TrainerCallback
 
-from beft_ext.optim import BiasAdamW
+from beft_ext.errors import BeftError
+from beft_ext.training.optim import BiasAdamW
 
 
-class IntegrationError(RuntimeError):
+class IntegrationError(BeftError, RuntimeError):
     """A Trainer that was not set up as needed."""
 
 

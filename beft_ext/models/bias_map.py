@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from beft_ext.errors import BeftError
+
 TERMS = (
     "query",
     "key",
@@ -25,7 +27,7 @@ TERMS = (
 )
 
 
-class BiasError(ValueError):
+class BiasError(BeftError, ValueError):
     """A model whose biases cannot be found, or that has none as asked."""
 
 

@@ -201,7 +201,7 @@ def _cuda(  # type: ignore[no-untyped-def]
 
 
 def _triton(*arguments: Any) -> Tensor:
-    from beft_ext.ops.triton_bias_adamw import bias_adamw_triton
+    from beft_ext.ops.triton_bias_adamw_step import bias_adamw_triton
 
     norm: Tensor = bias_adamw_triton(*arguments)
     return norm

@@ -6,11 +6,13 @@ import importlib.util
 import os
 from types import ModuleType
 
+from beft_ext.errors import BeftError
+
 NAMES = ("reference", "cpu", "triton", "cuda")
 _forced: str | None = os.environ.get("BEFT_BACKEND") or None
 
 
-class BackendError(RuntimeError):
+class BackendError(BeftError, RuntimeError):
     """A backend was asked for that cannot run here."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from beft_ext.errors import BeftError
 from beft_ext.models import Bias
 
 # As a share of the attention's largest gradient. Of all model types of transformers, small and
@@ -26,7 +27,7 @@ DEAD = 1e-6
 QKV = ("query", "key", "value")
 
 
-class ProbeError(RuntimeError):
+class ProbeError(BeftError, RuntimeError):
     """An attention that cannot be run in float64."""
 
 

@@ -12,10 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from beft_ext import scores
+from beft_ext.errors import BeftError
 from beft_ext.files import save_tensors, sweep, whole_file
 
 
-class SelectionError(RuntimeError):
+class SelectionError(BeftError, RuntimeError):
     """A selection that cannot start or go on; the model is as it was before."""
 
 

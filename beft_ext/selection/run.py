@@ -9,11 +9,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from beft_ext.loss import Loss, divisor, examples_of, model_loss
 from beft_ext.models import Bias, head_parameters
-from beft_ext.optim import BiasAdamW, rate_factor
 from beft_ext.selection.result import SelectionError
 from beft_ext.tap import Tap
+from beft_ext.training.loss import Loss, divisor, examples_of, model_loss
+from beft_ext.training.optim import BiasAdamW, rate_factor
 
 
 class Peeked:

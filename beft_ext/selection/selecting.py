@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext import scores
-from beft_ext.loss import Loss, model_loss
 from beft_ext.models import Bias, BiasMap, add_bias, find_biases, find_projections
 from beft_ext.selection.dead import QKV, dead_terms
 from beft_ext.selection.result import Selection, SelectionError
 from beft_ext.selection.run import Peeked, Run, Unchanged
 from beft_ext.selection.settling import SETTLING, Settling
 from beft_ext.tap import Tap, require_untapped
+from beft_ext.training.loss import Loss, model_loss
 
 
 def select(
@@ -41,7 +41,7 @@ def select(
     """Train all candidate terms together for a short run and score each one.
 
     model: a transformers model whose output has ``loss``, a mean over the batch's examples or,
-        with labels ``(B, T)``, over the tokens that count (see ``beft_ext.loss.divisor``).
+        with labels ``(B, T)``, over the tokens that count (see ``beft_ext.training.loss.divisor``).
     loader: batches as keyword arguments of the model, first axis examples.
     method: 'beft', 'magnitude', 'fisher', 'example_fisher' or 'snr'; all are computed.
     loss: of the model and a batch, in place of the output's own.

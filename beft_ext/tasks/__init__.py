@@ -2,11 +2,12 @@
 
 from beft_ext.tasks.batches import Batches
 from beft_ext.tasks.catalog import TASKS, load_task, named_task
+from beft_ext.tasks.examples import Example, subset
 from beft_ext.tasks.heads import HeadObjective
 from beft_ext.tasks.objective import Objective
 from beft_ext.tasks.prompts import PromptObjective
 from beft_ext.tasks.rows import DataError, read_rows
-from beft_ext.tasks.task import Example, Task, read_task, subset
+from beft_ext.tasks.task import Task, read_task
 
 __all__ = [
     "TASKS",

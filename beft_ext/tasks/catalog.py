@@ -8,8 +8,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from beft_ext.tasks.examples import Example
 from beft_ext.tasks.rows import DataError, Row, hub_rows, read_rows
-from beft_ext.tasks.task import Example, Task
+from beft_ext.tasks.task import Task
 
 YES_NO, NO_YES = ("Yes", "No"), ("No", "Yes")
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.tasks.batches import Batches, Encoded
+from beft_ext.tasks.examples import Example
 from beft_ext.tasks.objective import Objective, device_of
 from beft_ext.tasks.rows import DataError
-from beft_ext.tasks.task import Example, Task
+from beft_ext.tasks.task import Task
 
 LONGEST = 128  # as the authors' code; batches are as long as their own longest text
 

@@ -6,12 +6,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from beft_ext.tasks.examples import Example
 from beft_ext.tasks.rows import DataError
-
-if TYPE_CHECKING:
-    from beft_ext.tasks.task import Example
 
 
 def measure(

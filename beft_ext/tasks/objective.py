@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beft_ext.loss import model_loss
 from beft_ext.tasks.batches import Batches, Encoded
+from beft_ext.tasks.examples import Example
 from beft_ext.tasks.metrics import measure
-from beft_ext.tasks.task import Example, Task
+from beft_ext.tasks.task import Task
+from beft_ext.training.loss import model_loss
 
 
 class Objective(ABC):

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from beft_ext.tasks.batches import Batches, Encoded, padded
 from beft_ext.tasks.decoding import greedy, shared_prompt_scores
+from beft_ext.tasks.examples import Example
 from beft_ext.tasks.objective import Objective, device_of, log_probabilities
 from beft_ext.tasks.rows import DataError
-from beft_ext.tasks.task import Example, Task
+from beft_ext.tasks.task import Task
 
 LONGEST = 2048  # tokens of prompt and answer, where the model's own limit is not lower
 SEPARATOR = "\n\n"  # between the examples of a prompt

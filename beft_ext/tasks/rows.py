@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from beft_ext.errors import BeftError
+
 Row = dict[str, Any]
 
 
-class DataError(ValueError):
+class DataError(BeftError, ValueError):
     """Data that is missing, empty or not as described."""
 
 

@@ -1,31 +1,18 @@
-"""What the rows of a task mean (texts, prompt, options, label, metric), and its examples."""
+"""What the rows of a task mean: texts, prompt, options, label, metric."""
 
 from __future__ import annotations
 
 import json
-import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from beft_ext.tasks.examples import Example
 from beft_ext.tasks.metrics import METRICS, SUITABLE
 from beft_ext.tasks.rows import DataError, Row
 
 KINDS = ("classification", "regression", "choice", "generation")
-
-
-@dataclass(frozen=True)
-class Example:
-    """One row, in words. label: class, choice or number; right: every choice that is right."""
-
-    text: str
-    pair: str | None
-    prompt: str
-    options: tuple[str, ...]
-    label: float
-    right: tuple[int, ...]
-    answers: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -169,15 +156,6 @@ def _check_type(path: Path, name: str, value: Any) -> None:
             raise DataError(f"{path}: 'splits' must be an object")
     elif not isinstance(value, str) and not (name == "pair" and value is None):
         raise DataError(f"{path}: '{name}' must be a text")
-
-
-def subset(examples: Sequence[Example], size: int | None, seed: int) -> list[Example]:
-    """``size`` examples drawn without replacement, in a seeded order (the low-data regime)."""
-    if size is None:
-        return list(examples)
-    if not 0 < size <= len(examples):
-        raise DataError(f"--train-size {size} must be 1 to {len(examples)}, the number of rows")
-    return random.Random(seed).sample(list(examples), size)
 
 
 class _Present(dict[str, Any]):

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/bias_adamw_cpu.h"
+#include "cpu/bias_adamw_step_cpu.h"
 #include "cpu/bias_grad_stats_cpu.h"
 
 namespace {

@@ -14,8 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from beft_ext.ops import triton_bias_adamw as adamw
-from beft_ext.ops import triton_bias_grad_stats as stats
+from beft_ext.ops import triton_bias_adamw_step as adamw, triton_bias_grad_stats as stats
 
 INTS = ("tokens", "width", "stride_b", "stride_t", "batch", "chunks", "elements")
 KINDS = {

@@ -27,14 +27,15 @@ import torch
 from cells import HEATMAPS, TABLES, Cell, Hyper, cells
 from transformers.utils import logging
 
-from beft_ext import demo, find_biases, select
-from beft_ext.comparison import RUNS, Comparison
-from beft_ext.loading import Asking, Source, pretrained
-from beft_ext.methods import method
+from beft_ext import find_biases, select
+from beft_ext.commands import demo
+from beft_ext.commands.comparison import RUNS, Comparison
+from beft_ext.commands.loading import Asking, Source, pretrained
+from beft_ext.commands.methods import method
+from beft_ext.commands.workflow import Settings
 from beft_ext.models import BiasError
 from beft_ext.selection import Selection
 from beft_ext.tasks import subset
-from beft_ext.workflow import Settings
 
 DEAD_TERM = f"{store.DEAD}: softmax ignores this model's key bias, its gradient is exactly zero"
 BIAS_OF_KEY = ("key", "low-rank:key")

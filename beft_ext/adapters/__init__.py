@@ -1,0 +1,17 @@
+"""Adapters: the trained biases and head as files, on a model by name, and merged for good."""
+
+from beft_ext.adapters.applying import load_adapter, set_adapter
+from beft_ext.adapters.contents import AdapterError, head_classes, model_class
+from beft_ext.adapters.merging import merge_adapter, unmerge_adapter
+from beft_ext.adapters.saving import save_adapter
+
+__all__ = [
+    "AdapterError",
+    "head_classes",
+    "load_adapter",
+    "merge_adapter",
+    "model_class",
+    "save_adapter",
+    "set_adapter",
+    "unmerge_adapter",
+]

@@ -1,0 +1,342 @@
+"""The adapter's files, laid out as Hugging Face PEFT's BEFT tuner (0.21) has them.
+
+``adapter_model.safetensors`` holds, under ``base_model.model.``, one ``<module>.beft_bias``
+``(1, P)`` for each biased module, the difference to the base bias over the whole width (zero
+outside a trained slice of a fused projection), and the head's tensors under their own names.
+Reading trusts nothing: all is checked against the model before a tensor reaches it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from beft_ext.errors import BeftError
+from beft_ext.files import sweep, whole_file
+from beft_ext.models import is_linear, is_quantised, output_width
+
+WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
+FILES = (WEIGHTS, CONFIG, CARD)
+PREFIX, ENDING = "base_model.model.", ".beft_bias"
+DTYPES = ("F64", "F32", "F16", "BF16")
+LARGEST_HEADER = 16 * 2**20
+LARGEST_CONFIG = 2**20
+
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+    "ForConditionalGeneration": "SEQ_2_SEQ_LM",
+    "ForCausalLM": "CAUSAL_LM",
+    "LMHeadModel": "CAUSAL_LM",
+}
+
+
+class AdapterError(BeftError, ValueError):
+    """An adapter that cannot be saved, loaded or merged as asked; the model is as it was."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an adapter changes. biases: module -> difference ``(P,)``; head: name -> value."""
+
+    biases: dict[str, Tensor]
+    head: dict[str, Tensor]
+
+
+def head_modules(model: nn.Module, parameters: Iterable[str]) -> list[str]:
+    """The outermost modules that hold the named parameters and no other."""
+    wanted = set(parameters)
+    found: list[str] = []
+    for name, module in model.named_modules():
+        own = {f"{name}.{n}" for n, _ in module.named_parameters()}
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if name and own and own <= wanted and not inside:
+            found.append(name)
+    covered = tuple(f"{name}." for name in found)
+    if left := [n for n in sorted(wanted) if not n.startswith(covered)]:
+        raise AdapterError(
+            f"head parameter '{left[0]}' shares its module with frozen ones: PEFT's format has "
+            "no place for it"
+        )
+    return found
+
+
+def head_state(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of the head's modules, buffers included, sharing the model's memory."""
+    inside = tuple(f"{m}." for m in modules)
+    return {n: t for n, t in model.state_dict().items() if inside and n.startswith(inside)}
+
+
+def unsupported(model: nn.Module, modules: Iterable[str]) -> str | None:
+    """Why PEFT cannot load biases of these modules, or None where it can."""
+    for name in modules:
+        module = model.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            return f"PEFT's BEFT tuner takes nn.Linear only, and '{name}' is {_kind(module)}"
+    return None
+
+
+def write(
+    folder: Path, model: nn.Module, contents: Contents, facts: dict[str, Any], card: str
+) -> None:
+    """Write the three files; a kill at any moment leaves the adapter that was there, the new one,
+    or a folder without a config, which nobody loads: never a mixture. facts: kept in the config.
+    """
+    from safetensors.torch import save_file
+
+    tensors = {f"{PREFIX}{m}{ENDING}": t.reshape(1, -1) for m, t in contents.biases.items()}
+    tensors |= {PREFIX + n: t for n, t in contents.head.items()}
+    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
+    if bad := [n for n, t in tensors.items() if not bool(t.isfinite().all())]:
+        raise AdapterError(f"'{bad[0]}' is not finite: nothing was saved")
+    config = json.dumps(peft_config(model, contents, facts), indent=2, sort_keys=True) + "\n"
+    sweep(folder)
+    with ExitStack() as files:
+        # All are written before the first is renamed, the config last.
+        paths = {n: files.enter_context(whole_file(folder / n)) for n in (CONFIG, CARD, WEIGHTS)}
+        save_file(tensors, paths[WEIGHTS], metadata={"format": "pt"})
+        paths[CONFIG].write_text(config, encoding="utf-8")
+        paths[CARD].write_text(card, encoding="utf-8")
+        old = folder / CONFIG
+        if old.is_file() and old.read_bytes() != config.encode():
+            old.unlink()
+
+
+def peft_config(model: nn.Module, contents: Contents, facts: dict[str, Any]) -> dict[str, Any]:
+    """``adapter_config.json``. Ours stands under ``auto_mapping``, which PEFT reads without
+    complaint, unlike a key that it does not know."""
+    kind = type(model)
+    task = next((t for ending, t in TASKS.items() if kind.__name__.endswith(ending)), None)
+    return {
+        "auto_mapping": {
+            "base_model_class": kind.__name__,
+            "parent_library": kind.__module__,
+            "beft_ext": facts,
+        },
+        "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None),
+        "inference_mode": True,
+        "init_weights": True,
+        "modules_to_save": head_modules(model, _parameters(model, contents.head)) or None,
+        "peft_type": "BEFT",
+        "peft_version": "0.21.0",
+        "revision": None,
+        "target_modules": sorted(contents.biases),
+        "task_type": task,
+    }
+
+
+def read(folder: Path, model: nn.Module) -> Contents:
+    """The adapter in ``folder``, checked against ``model``; tensors are on the CPU.
+
+    Raises AdapterError for anything that is missing, damaged, unsafe or of another model.
+    """
+    from safetensors import safe_open
+
+    path = _weights(folder)
+    config = _config(folder)
+    _check_model(model, config)
+    try:
+        with safe_open(path, framework="pt") as file:
+            entries = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118
+            kinds = {k: (e.get_dtype(), tuple(e.get_shape())) for k, e in entries.items()}
+            _check_entries(model, config, kinds)
+            # Copies: the file is mapped, and may be overwritten while the adapter is in use.
+            tensors = {k.removeprefix(PREFIX): file.get_tensor(k).clone() for k in entries}
+    except AdapterError:
+        raise
+    except Exception as error:  # safetensors' own, and what torch raises on a bad buffer
+        raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise AdapterError(f"'{name}' in {path} holds NaN or infinite values")
+    biases = {n.removesuffix(ENDING): t for n, t in tensors.items() if n.endswith(ENDING)}
+    return Contents(
+        biases={n: t.reshape(-1) for n, t in biases.items()},
+        head={n: t for n, t in tensors.items() if not n.endswith(ENDING)},
+    )
+
+
+def head_classes(folder: str | Path) -> int | None:
+    """Number of classes of the adapter's head, or None if it has none. Raises AdapterError."""
+    from safetensors import safe_open
+
+    path = _weights(Path(folder))
+    try:
+        with safe_open(path, framework="pt") as file:
+            shapes = [
+                file.get_slice(k).get_shape()
+                for k in file.keys()  # noqa: SIM118
+                if k.endswith(".weight")
+            ]
+    except Exception as error:
+        raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+    if any(0 in s for s in shapes):  # no bytes stand behind its other sizes
+        raise AdapterError(f"{path} holds a weight without elements")
+    # A head is some layers of the model's width, then one of as many outputs as classes.
+    return min((int(s[0]) for s in shapes if len(s) == 2), default=None)
+
+
+def model_class(folder: str | Path) -> str | None:
+    """Name of the transformers model class that the adapter was made for, where it says so."""
+    import transformers
+
+    mapping = _config(Path(folder)).get("auto_mapping")
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
+    return name if known else None
+
+
+def _weights(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise AdapterError(f"no adapter folder at {folder}")
+    path = folder / WEIGHTS
+    if not path.exists():
+        if (folder / "adapter_model.bin").exists():
+            raise AdapterError(
+                f"{folder} holds a pickle (adapter_model.bin), which can run code and is not "
+                "read: save the adapter again as safetensors"
+            )
+        raise AdapterError(f"{folder} has no {WEIGHTS}")
+    _check_inside(folder, path)
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    if size < 8 or header > min(size - 8, LARGEST_HEADER):
+        raise AdapterError(
+            f"{path} is not a whole safetensors file: {size} bytes, of which {header} are header"
+        )
+    return path
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    if not path.exists():
+        raise AdapterError(
+            f"{folder} has no {CONFIG}: it is no adapter, or was cut off while being saved; save "
+            "it again"
+        )
+    _check_inside(folder, path)
+    if path.stat().st_size > LARGEST_CONFIG:
+        raise AdapterError(f"{path} is larger than {LARGEST_CONFIG} bytes")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{path} is not JSON: {error}") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "BEFT":
+        raise AdapterError(f"{path} does not describe a BEFT adapter (peft_type must be 'BEFT')")
+    for key in ("target_modules", "modules_to_save"):
+        value = config.get(key)
+        names = isinstance(value, list) and all(isinstance(v, str) for v in value)
+        if not (value is None or names or (key == "target_modules" and isinstance(value, str))):
+            raise AdapterError(f"{key} in {path} must be a list of module names")
+    return config
+
+
+def _check_inside(folder: Path, path: Path) -> None:
+    """A link may lead to the hub cache's blobs of the same repository, nowhere else."""
+    home, target = folder.resolve(), path.resolve()
+    blobs = home.parent.parent / "blobs"
+    if target.parent not in (home, blobs):
+        raise AdapterError(f"{path} leads out of its folder, to {target}")
+    if not target.is_file():
+        raise AdapterError(f"{path} is no plain file")
+
+
+def _check_model(model: nn.Module, config: dict[str, Any]) -> None:
+    """Our own adapters say what they were made for; PEFT's do not."""
+    facts = config.get("auto_mapping")
+    facts = facts.get("beft_ext") if isinstance(facts, dict) else None
+    if not isinstance(facts, dict):
+        return
+    for key, value in model_facts(model).items():
+        if key in facts and facts[key] != value:
+            raise AdapterError(
+                f"the adapter was made for a model with {key} {facts[key]!r}, but "
+                f"{type(model).__name__} has {value!r}"
+            )
+
+
+def model_facts(model: nn.Module) -> dict[str, Any]:
+    """What must agree between the model an adapter was made for and the one it is loaded in."""
+    config = getattr(model, "config", None)
+    keys = ("model_type", "num_hidden_layers", "hidden_size")
+    return {k: v for k in keys if isinstance(v := getattr(config, k, None), int | str)}
+
+
+def _check_entries(
+    model: nn.Module, config: dict[str, Any], kinds: dict[str, tuple[str, tuple[int, ...]]]
+) -> None:
+    modules, state = dict(model.named_modules()), model.state_dict()
+    saved = config.get("modules_to_save") or []
+    # PEFT wraps by the end of a name, whole components or not.
+    kept = [m for m in modules if m and any(m.endswith(s) for s in saved if s)]
+    name = type(model).__name__
+    seen: set[str] = set()
+    for key, (dtype, shape) in kinds.items():
+        own = key.removeprefix(PREFIX)
+        seen.add(own)
+        if own == key:
+            raise AdapterError(f"'{key[:80]}' is not a tensor of a PEFT adapter")
+        if own.endswith(ENDING):
+            expected = _bias_shape(modules, own.removesuffix(ENDING), name)
+        elif own in state and own.startswith(tuple(f"{m}." for m in kept)):
+            expected = tuple(state[own].shape)
+        else:
+            raise AdapterError(f"'{own[:80]}' is neither a bias nor in a head of {name}")
+        if own in state and is_quantised(state[own]):
+            raise AdapterError(
+                f"'{own}' of {name} is quantised, and the adapter has a value for it: quantise "
+                "model.base_model alone"
+            )
+        if shape != expected:
+            raise AdapterError(f"'{own}' has shape {shape}, but {name} needs {expected}")
+        if dtype not in DTYPES:
+            raise AdapterError(f"'{own}' is {dtype}: only {', '.join(DTYPES)} are read")
+    needed = [f"{m}{ENDING}" for m in modules if _is_target(m, config.get("target_modules"))]
+    needed = [n for n in needed if n.removesuffix(ENDING) not in kept]
+    needed += [n for n in state if n.startswith(tuple(f"{m}." for m in kept))] if kept else []
+    if missing := [n for n in needed if n not in seen]:
+        raise AdapterError(
+            f"the adapter lacks '{missing[0]}', which its config asks for in {name}: it is "
+            "damaged, or made for another number of layers"
+        )
+    if not any(n.endswith(ENDING) for n in seen):
+        raise AdapterError("the adapter holds no bias")
+
+
+def _bias_shape(modules: dict[str, nn.Module], name: str, model: str) -> tuple[int, ...]:
+    if name not in modules:
+        raise AdapterError(
+            f"the adapter has a bias for '{name[:80]}', which {model} has not: it was made for "
+            "another architecture or number of layers"
+        )
+    module = modules[name]
+    width = output_width(module)
+    bare = getattr(module, "bias", None) is None
+    if width is None or (bare and not is_linear(module)):
+        raise AdapterError(f"'{name}' is {_kind(module)}, which takes no bias")
+    return (1, width)
+
+
+def _is_target(module: str, targets: Any) -> bool:
+    # An expression is not evaluated: one made to run for ever would.
+    return isinstance(targets, list) and any(
+        module == t or module.endswith(f".{t}") for t in targets if t
+    )
+
+
+def _parameters(model: nn.Module, names: Iterable[str]) -> list[str]:
+    own = {n for n, _ in model.named_parameters()}
+    return [n for n in names if n in own]
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__

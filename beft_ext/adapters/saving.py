@@ -1,0 +1,103 @@
+"""What is trained or active on a model, written as an adapter's files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.adapters.applying import Adapters
+from beft_ext.adapters.card import model_card
+from beft_ext.adapters.contents import (
+    FILES,
+    AdapterError,
+    Contents,
+    head_modules,
+    head_state,
+    model_facts,
+    unsupported,
+    write,
+)
+from beft_ext.adapters.hub import Upload
+from beft_ext.models import state
+from beft_ext.selection import Selection, SelectionError
+from beft_ext.training.preparation import Prepared, prepared_of
+
+
+def save_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    selection: Selection | str | Path | None = None,
+    *,
+    push_to_hub: bool = False,
+    **hub: Any,
+) -> str | None:
+    """Write the trained biases and head of a prepared model, or its active adapter.
+
+    folder: gets ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md`` (with
+        the table of ``selection``, a Selection or its ``selection.json``), as PEFT 0.21 has them.
+    push_to_hub: upload these three files too, as one commit whose address is returned. hub:
+        ``repo_id`` (by default the folder's name), ``token``, ``private``, ``commit_message``,
+        ``revision`` and ``create_pr``, as in transformers.
+    Differences are fp32 (fp64 for an fp64 bias): base + difference is the trained value to the
+    rounding of one addition. What PEFT cannot load (LayerNorm, GPT-2's Conv1D) is saved the same
+    way, and the config says so. Raises AdapterError where nothing is trained or loaded, a value
+    is not finite, or the hub takes no upload; without a token nothing is written.
+    """
+    folder, upload = Path(folder), None
+    if push_to_hub:
+        upload = Upload(**{"repo_id": folder.resolve().name} | hub)
+        upload.check()
+    elif hub:
+        raise AdapterError(f"{next(iter(hub))}=... is for the hub: pass push_to_hub=True with it")
+    contents, facts, what = _to_save(model)
+    reason = unsupported(model, contents.biases)
+    if reason is not None:
+        facts["not_in_peft"] = reason
+    try:
+        card = model_card(model, what, reason, selection)
+    except SelectionError as error:
+        raise AdapterError(str(error)) from error
+    write(folder, model, contents, facts, card)
+    return None if upload is None else upload.send(folder, FILES)
+
+
+def _to_save(model: nn.Module) -> tuple[Contents, dict[str, Any], str]:
+    """What is trained or active, the facts that its config keeps of it, and its summary."""
+    prepared, facts = prepared_of(model), model_facts(model)
+    if prepared is not None:
+        facts["terms"] = list(prepared.terms)
+        facts["biases"] = [
+            {"module": b.module, "term": b.term, "layer": b.layer}
+            | {"start": b.start, "stop": b.stop, "groups": b.groups}
+            for b in prepared.biases
+        ]
+        return _trained(model, prepared), facts, str(prepared)
+    adapters = state.get(model, Adapters)
+    if adapters is None or adapters.active is None:
+        raise AdapterError("nothing to save: the model is not prepared and no adapter is active")
+    contents = adapters.named[adapters.active]
+    return contents, facts, "\n".join(sorted(contents.biases))
+
+
+def _trained(model: nn.Module, prepared: Prepared) -> Contents:
+    """Differences of the prepared biases over the whole width of every module they belong to."""
+    whole: dict[str, Tensor] = {}
+    for bias in prepared.biases:
+        parameter = model.get_parameter(bias.parameter).detach()
+        difference = bias.read(parameter).double() - prepared.initial[bias.name].to(
+            parameter.device, torch.float64
+        )
+        into = whole.setdefault(bias.parameter, torch.zeros_like(parameter, dtype=torch.float64))
+        bias.view(into).copy_(difference.view(bias.groups, -1))
+    biases = {}
+    for name, difference in whole.items():
+        parameter = model.get_parameter(name)
+        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+        for path, module in model.named_modules():
+            if getattr(module, "bias", None) is parameter:
+                biases[path] = difference.to(dtype)
+    head = head_modules(model, prepared.head)
+    return Contents(biases, head_state(model, head))

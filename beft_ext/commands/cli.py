@@ -1,0 +1,239 @@
+"""``beft-ext``: the verbs of the library on the command line. Exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from beft_ext import scores
+from beft_ext.commands import methods
+from beft_ext.commands.loading import ASKED
+from beft_ext.errors import BeftError
+from beft_ext.files import require_writable
+from beft_ext.tasks import TASKS
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+    _quiet()
+    try:
+        arguments.run(arguments)
+    except KeyboardInterrupt:
+        print("beft-ext: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    except (BeftError, OSError) as error:
+        print(f"beft-ext: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _quiet() -> None:
+    """Our tables alone on the screen: no loading bars, no report of a head that is new, nothing of
+    what other packages cannot load on this machine."""
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    from transformers.utils import logging as reports
+
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="beft-ext", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    biases = verbs.add_parser("biases", help="list the bias terms of a model")
+    biases.add_argument("model", metavar="MODEL", help="hub id or folder")
+    biases.set_defaults(run=_biases)
+    select = verbs.add_parser("select", help="find out which bias term to train")
+    _add_data(select)
+    _add_run(select, epochs=1, warmup=0.0)
+    select.add_argument("--terms", metavar="T,T", help="candidates (default: all)")
+    select.add_argument("--method", choices=scores.METHODS, default="beft")
+    select.add_argument("--steps", type=int, help="length of the run, in place of --epochs")
+    select.add_argument(
+        "--settle",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="end the run once chance put the first term first with probability P at most "
+        "(default: never)",
+    )
+    select.set_defaults(run=_select)
+    tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")
+    _add_data(tune)
+    _add_run(tune, epochs=10, warmup=0.06)
+    tune.add_argument("--terms", default="auto", metavar="auto|all|T,T")
+    tune.add_argument("--resume", action="store_true", help="go on after a kill")
+    tune.add_argument("--save-every", type=int, default=50, metavar="STEPS")
+    tune.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    tune.add_argument("--compile", action="store_true", help="torch.compile of the model")
+    tune.add_argument("--graphs", action="store_true", help="whole steps as CUDA graphs")
+    tune.set_defaults(run=_tune)
+    evaluate = verbs.add_parser("evaluate", help="measure a model, with an adapter or without")
+    _add_data(evaluate)
+    evaluate.add_argument("--adapter", type=Path, metavar="DIR")
+    evaluate.add_argument("--split", default="validation", help="of a named task")
+    evaluate.add_argument("--out", type=Path, metavar="DIR", help="for evaluation.json")
+    evaluate.set_defaults(run=_evaluate)
+    compare = verbs.add_parser("compare", help="methods side by side on one task")
+    _add_data(compare)
+    _add_run(compare, epochs=10, warmup=0.06)
+    compare.add_argument(
+        "--methods",
+        default="head,auto,value,all-biases,random-mask,lora,full",
+        metavar="M,M",
+        help=f"{', '.join(methods.METHODS)}, or bias terms such as value or query+value, or "
+        "lora:TERM, low-rank:TERM, random-mask:COUNT, in-context:SHOTS",
+    )
+    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
+    compare.add_argument("--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones")
+    compare.set_defaults(run=_compare)
+    merge = verbs.add_parser("merge", help="a plain model folder with the adapter inside")
+    merge.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
+    merge.add_argument("--adapter", required=True, type=Path, metavar="DIR")
+    merge.add_argument("--out", required=True, type=Path, metavar="DIR")
+    merge.set_defaults(run=_merge)
+    doctor = verbs.add_parser("doctor", help="which backends are usable here, and why not")
+    doctor.set_defaults(run=_doctor)
+    demo = verbs.add_parser("demo", help="select on the shipped data, then try the answer")
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR")
+    demo.set_defaults(run=_demo)
+    return parser
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
+    parser.add_argument("--task", metavar="NAME", help=", ".join(TASKS))
+    parser.add_argument("--data", type=Path, metavar="DIR", help="holds NAME/train.jsonl")
+    parser.add_argument("--train-file", type=Path, metavar="F", help="csv, tsv, jsonl, parquet")
+    parser.add_argument("--validation-file", type=Path, metavar="F")
+    parser.add_argument("--text-column", default="sentence")
+    parser.add_argument("--text-pair-column")
+    parser.add_argument("--label-column", default="label")
+    parser.add_argument("--task-config", type=Path, metavar="F", help="JSON: what the files mean")
+    parser.add_argument("--objective", choices=ASKED, default="auto", help="how the task is put")
+    parser.add_argument(
+        "--max-length", type=int, metavar="TOKENS", help="(head: 128, prompt: 2048)"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _add_run(parser: argparse.ArgumentParser, epochs: int, warmup: float) -> None:
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
+    parser.add_argument("--train-size", type=int, metavar="N")
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--warmup", type=float, default=warmup)
+    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--group-by-length", action="store_true", help="batches of like lengths")
+
+
+def _source(arguments: argparse.Namespace) -> Any:
+    from beft_ext.commands.loading import Source
+
+    a = arguments
+    columns = (a.text_column, a.text_pair_column, a.label_column)
+    return Source(a.task, a.data, a.train_file, a.validation_file, a.task_config, *columns)
+
+
+def _asking(arguments: argparse.Namespace) -> Any:
+    from beft_ext.commands.loading import Asking, WorkflowError
+
+    a = arguments
+    if a.max_length is not None and a.max_length < 1:
+        raise WorkflowError("--max-length must be at least 1")
+    if not 0 <= a.seed < 2**32:
+        raise WorkflowError(f"--seed must be 0 to {2**32 - 1}, but is {a.seed}")
+    return Asking(a.model, a.objective, a.max_length, a.seed)
+
+
+def _biases(arguments: argparse.Namespace) -> None:
+    from beft_ext.commands.loading import pretrained
+    from beft_ext.models import find_biases
+
+    print(find_biases(pretrained(arguments.model, "AutoModel")))
+
+
+def _select(arguments: argparse.Namespace) -> None:
+    from beft_ext.commands import workflow
+
+    a = arguments
+    require_writable(a.out)
+    terms = a.terms.split(",") if a.terms else None
+    selection = workflow.run_select(
+        _source(a), _asking(a), workflow.Settings.of(a), terms, a.method, a.steps, a.settle
+    )
+    print(selection)
+    selection.save(a.out)
+    print(f"\ntrain '{selection.best}'; written to {a.out}")
+
+
+def _tune(arguments: argparse.Namespace) -> None:
+    from beft_ext.commands import workflow
+
+    a = arguments
+    require_writable(a.out)
+    settings = workflow.Settings.of(a)
+    options = {"resume": a.resume, "save_every": a.save_every}
+    options |= {"bf16": a.bf16, "compile": a.compile, "graphs": a.graphs}
+    workflow.run_tune(_source(a), _asking(a), settings, a.terms, a.out, **options)
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    from beft_ext.commands import workflow
+
+    a = arguments
+    if a.out:
+        require_writable(a.out)
+    record = workflow.run_evaluate(_source(a), _asking(a), a.adapter, a.split)
+    metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
+    print(f"{metrics}  ({record['examples']} examples)")
+    if a.out:
+        workflow.write_json(a.out / "evaluation.json", record)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from beft_ext.commands import comparison, workflow
+
+    a = arguments
+    require_writable(a.out)
+    planned = comparison.Comparison(
+        _source(a),
+        _asking(a),
+        workflow.Settings.of(a),
+        methods=a.methods.split(","),
+        seeds=range(a.seed, a.seed + a.seeds),
+        rates=comparison.rates_of(a.rates),
+    )
+    found = comparison.write(planned, planned.run(a.out), a.out)
+    print(f"\n{found}\n\ntable and plot are in {a.out}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from beft_ext.commands import workflow
+
+    require_writable(arguments.out)
+    workflow.run_merge(arguments.model, arguments.adapter, arguments.out)
+    print(f"a plain model is in {arguments.out}")
+
+
+def _doctor(_: argparse.Namespace) -> None:
+    from beft_ext.ops import backends
+
+    for name, reason in backends().items():
+        print(f"{name:<10} {'usable' if not reason else 'not usable: ' + reason}")
+
+
+def _demo(arguments: argparse.Namespace) -> None:
+    from beft_ext.commands.demo import run
+
+    require_writable(arguments.out)
+    run(arguments.out)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,286 @@
+"""``compare``: methods side by side on one task, with the same data, seeds and budget."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.commands.loading import Asking, Source, WorkflowError, classes_of
+from beft_ext.commands.memory import peak_bytes
+from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
+from beft_ext.commands.workflow import EVALUATION_BATCH, Settings, write_json
+from beft_ext.files import whole_file
+from beft_ext.selection import SETTLE, automatic, select
+from beft_ext.tasks import Batches, Example, Objective, PromptObjective, subset
+from beft_ext.training.optim import BiasAdamW
+from beft_ext.training.preparation import prepare
+from beft_ext.training.tuning import CHECKPOINT, tune
+
+RUNS = "runs.jsonl"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One method with one seed. seconds: of training and evaluation, selection included;
+    peak: bytes of one training step beyond the model; kept: bytes of the files that hold what
+    was trained; chosen: the term that 'auto' selected; failure: why there is no result."""
+
+    method: str
+    seed: int
+    metrics: dict[str, float]
+    parameters: int = 0
+    seconds: float = 0.0
+    peak: int | None = None
+    kept: int = 0
+    chosen: str | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared on what. settings.lr: of methods without a usual rate of their own;
+    rates: for methods by name, before those. decay: rates fall to zero; without, they stay.
+    evaluated: number of validation examples, drawn with seed 0; all of them by default."""
+
+    source: Source
+    asking: Asking
+    settings: Settings
+    methods: Sequence[str]
+    seeds: Sequence[int]
+    rates: Mapping[str, float]
+    decay: bool = True
+    evaluated: int | None = None
+
+    def run(self, out: Path) -> list[Outcome]:
+        """Every method with every seed; ``out`` keeps a line for each, and those that it has are
+        not run again. Raises WorkflowError, DataError or MethodError before anything is run."""
+        ways = {name: method(name) for name in self.methods}
+        if not self.seeds:
+            raise WorkflowError("--seeds must be at least 1")
+        if unused := [n for n in self.rates if n not in ways]:
+            raise WorkflowError(f"a rate is given for '{unused[0]}', which is not compared")
+        train, validation = self.source.read("train"), self.source.read("validation")
+        if self.evaluated is not None and self.evaluated < len(validation):
+            validation = subset(validation, self.evaluated, seed=0)
+        outcomes = _read(out / RUNS, self._setup())
+        done = {(o.method, o.seed) for o in outcomes}
+        for seed in self.seeds:
+            for name, way in ways.items():
+                if (name, seed) in done:
+                    continue
+                outcomes.append(self._outcome(name, way, seed, train, validation, out))
+                _write(out / RUNS, self._setup(), outcomes)
+                print(_line(outcomes[-1]), flush=True)
+        return [o for o in outcomes if o.method in ways and o.seed in self.seeds]
+
+    def _setup(self) -> dict[str, Any]:
+        """What all runs of one folder have in common."""
+        found: dict[str, Any] = {"task": self.source.name}
+        files = (self.source.train_file, self.source.validation_file, self.source.config)
+        found["files"] = " ".join(str(f) for f in files if f) or None
+        settings = asdict(replace(self.settings, seed=0)) | asdict(replace(self.asking, seed=0))
+        own = {"rates": dict(self.rates), "decay": self.decay, "evaluated": self.evaluated}
+        return found | settings | own
+
+    def _outcome(
+        self,
+        name: str,
+        way: Method,
+        seed: int,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        out: Path,
+    ) -> Outcome:
+        try:
+            folder = out / f"{name.replace(':', '-')}-{seed}"
+            return self._one(name, way, seed, train, validation, folder)
+        except Exception as error:  # a peer that fails on this model is a result too
+            lines = str(error).strip().splitlines() or [""]
+            return Outcome(name, seed, {}, failure=f"{type(error).__name__}: {lines[0]}")
+
+    def _one(
+        self,
+        name: str,
+        way: Method,
+        seed: int,
+        train: Sequence[Example],
+        validation: Sequence[Example],
+        folder: Path,
+    ) -> Outcome:
+        settings = replace(self.settings, seed=seed)
+        own = subset(train, settings.train_size, seed)
+        classes = classes_of(train, validation)
+        shots = own[: way.shots]
+        model, objective = replace(self.asking, seed=seed).load(self.source.task, classes, shots)
+        held_out = objective.held_out(validation, EVALUATION_BATCH)
+        if not way.trains:
+            if not isinstance(objective, PromptObjective):
+                raise MethodError(f"{name} asks a language model: use a decoder")
+            return Outcome(name, seed, objective.evaluate(model, held_out, validation))
+        loader = objective.training(own, settings.batch_size, seed, settings.group_by_length)
+        chosen, start = None, time.perf_counter()
+        if name == "auto":
+            chosen = self._selected(model, objective, loader, seed)
+            prepare(model, chosen)
+        adapted = way.setup(model, seed)
+        lr = self.rates.get(name, way.lr or settings.lr)
+        begun = time.perf_counter()
+        loader.set_epoch(0)  # the same batch for every method
+        peak = _step_peak(adapted, objective, next(iter(loader)), lr)
+        aside = time.perf_counter() - begun
+        metric = self.source.task.metric
+        tune(
+            adapted,
+            loader,
+            lambda m: objective.evaluate(m, held_out, validation)[metric],
+            folder,
+            replace(settings.recipe(decay=self.decay), lr=lr),
+            loss=objective.loss,
+            metric=metric,
+            resume=True,
+        )
+        seconds = time.perf_counter() - start - aside
+        metrics = objective.evaluate(adapted, held_out, validation)
+        (folder / CHECKPOINT).unlink(missing_ok=True)
+        kept = kept_bytes(adapted)
+        return Outcome(name, seed, metrics, trained(adapted), seconds, peak, kept, chosen)
+
+    def _selected(self, model: nn.Module, objective: Objective, loader: Batches, seed: int) -> str:
+        lr, clip, loss = self.settings.lr, self.settings.clip, objective.loss
+        found = select(model, loader, loss=loss, lr=lr, clip=clip, settle=SETTLE, seed=seed)
+        return automatic(found)[0]
+
+
+def rates_of(text: str) -> dict[str, float]:
+    """Learning rates from 'lora=1e-3,full=1e-5'. Raises WorkflowError."""
+    rates = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            rates[name] = float(value)
+        except ValueError as error:
+            raise WorkflowError(f"--rates: '{part}' is not METHOD=RATE") from error
+        if not 0 < rates[name] < math.inf:
+            raise WorkflowError(f"--rates: the rate of '{name}' must be a positive number")
+    return rates
+
+
+def _step_peak(
+    model: nn.Module, objective: Objective, batch: Mapping[str, Tensor], lr: float
+) -> int:
+    """Peak memory of one training step, the optimizer's state included; nothing stays changed."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        raise MethodError("nothing is trained")
+    before = [p.detach().clone() for p in parameters]
+    device = parameters[0].device
+    inputs = {k: v.to(device) for k, v in batch.items()}
+
+    def step() -> None:
+        optimizer = BiasAdamW(model, lr=lr)
+        objective.loss(model, inputs).backward()
+        optimizer.step()
+
+    model.train()
+    peak = peak_bytes(step, device)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+    return peak
+
+
+def summarize(outcomes: Sequence[Outcome], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """One row a method: mean and standard deviation of each metric over seeds, medians of the
+    rest."""
+    rows = []
+    for name in dict.fromkeys(o.method for o in outcomes):
+        own = [o for o in outcomes if o.method == name]
+        fine = [o for o in own if o.failure is None]
+        row: dict[str, Any] = {"method": name, "seeds": len(fine)}
+        row["failure"] = next((o.failure for o in own if o.failure is not None), None)
+        for metric in metrics if fine else ():
+            values = [o.metrics[metric] for o in fine]
+            row[metric] = statistics.fmean(values)
+            row[f"{metric}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        for key in ("parameters", "seconds", "peak", "kept") if fine else ():
+            values = [v for o in fine if (v := getattr(o, key)) is not None]
+            row[key] = statistics.median(values) if values else None
+        row["chosen"] = sorted({o.chosen for o in fine if o.chosen})
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
+    """``summarize``'s rows as a Markdown table."""
+    heads = ["method", *metrics, "seeds", "trained", "seconds", "peak MiB", "kept KiB"]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    for row in rows:
+        name = row["method"] + (f" ({', '.join(row['chosen'])})" if row["chosen"] else "")
+        if not row["seeds"]:
+            lines.append(f"| {name} | {row['failure']} |{' |' * (len(heads) - 2)}")
+            continue
+        cells = []
+        for metric in metrics:
+            spread = row[f"{metric}_sd"]
+            cells.append(f"{row[metric]:.4f}" + (f" ± {spread:.4f}" if spread is not None else ""))
+        peak = "" if row["peak"] is None else f"{row['peak'] / 2**20:.1f}"
+        cells += [str(row["seeds"]), f"{row['parameters']:,.0f}", f"{row['seconds']:.1f}", peak]
+        cells.append(f"{row['kept'] / 1024:,.1f}")
+        lines.append(f"| {' | '.join([name, *cells])} |")
+    return "\n".join(lines)
+
+
+def write(comparison: Comparison, outcomes: Sequence[Outcome], out: Path) -> str:
+    """``out`` gets comparison.json, .md and .png. Returns the table."""
+    from beft_ext.plots import methods
+
+    metrics = comparison.source.task.metrics
+    rows = summarize(outcomes, metrics)
+    found = table(rows, metrics)
+    write_json(out / "comparison.json", rows)
+    with whole_file(out / "comparison.md") as temporary:
+        temporary.write_text(found + "\n", encoding="utf-8")
+    methods(outcomes, metrics[0], out / "comparison.png")
+    return found
+
+
+def _line(outcome: Outcome) -> str:
+    found = "  ".join(f"{k} {v:.4f}" for k, v in outcome.metrics.items())
+    chosen = f" ({outcome.chosen})" if outcome.chosen else ""
+    return f"{outcome.method}{chosen}, seed {outcome.seed}: {outcome.failure or found}"
+
+
+def _read(path: Path, setup: Mapping[str, Any]) -> list[Outcome]:
+    if not path.is_file():
+        return []
+    outcomes = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+            there, outcome = record.pop("setup"), Outcome(**record)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise WorkflowError(f"{path} is not a file of compare: use another --out") from error
+        if differing := [k for k in setup if there.get(k) != setup[k]]:
+            key = differing[0]
+            raise WorkflowError(
+                f"{path} holds another comparison: its {key} is {there.get(key)}, here it is "
+                f"{setup[key]}; use another --out"
+            )
+        outcomes.append(outcome)
+    return outcomes
+
+
+def _write(path: Path, setup: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
+    with whole_file(path) as temporary:
+        lines = (json.dumps(asdict(o) | {"setup": dict(setup)}) + "\n" for o in outcomes)
+        temporary.write_text("".join(lines), encoding="utf-8")

@@ -1,0 +1,218 @@
+"""``beft-ext``'s verbs as functions: select, tune, evaluate, merge."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from beft_ext.commands.loading import (
+    Asking,
+    Source,
+    WorkflowError,
+    classes_of,
+    goes_left_to_right,
+    load_model,
+    pretrained,
+)
+from beft_ext.files import whole_file
+from beft_ext.models import find_biases
+from beft_ext.selection import SETTLE, Selection, automatic, read_selection, select
+from beft_ext.tasks import Batches, Objective, subset
+from beft_ext.tasks.metrics import measure
+from beft_ext.training.tuning import Recipe, tune
+
+EVALUATION_BATCH = 64
+
+
+def write_json(path: Path, record: Any) -> None:
+    """``record`` as a whole file of indented JSON; NaN is refused."""
+    with whole_file(path) as temporary:
+        text = json.dumps(record, indent=2, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The arguments that select and tune share, named as on the command line."""
+
+    train_size: int | None = None
+    batch_size: int = 16
+    epochs: int = 1
+    lr: float = 1e-3
+    warmup: float = 0.0
+    clip: float = 1.0
+    group_by_length: bool = False
+    seed: int = 0
+
+    @classmethod
+    def of(cls, arguments: Any) -> Settings:
+        """From an argparse namespace. Raises WorkflowError for a number out of range."""
+        made = cls(**{f.name: getattr(arguments, f.name) for f in fields(cls)})
+        for name in ("batch_size", "epochs"):
+            if getattr(made, name) < 1:
+                raise WorkflowError(f"--{name.replace('_', '-')} must be at least 1")
+        if not 0 < made.lr < math.inf:
+            raise WorkflowError(f"--lr must be a positive number, but is {made.lr}")
+        if not 0 <= made.warmup <= 1 or not 0 <= made.clip < math.inf:
+            raise WorkflowError("--warmup must be within 0 and 1, --clip 0 (none) or more")
+        return made
+
+    def recipe(self, **options: bool) -> Recipe:
+        """What tune is told."""
+        return Recipe(self.epochs, self.lr, self.warmup, 0.0, self.clip, self.seed, **options)
+
+    def batches(self, objective: Objective, examples: Sequence[Any]) -> Batches:
+        """Training batches: a seeded subset in seeded order."""
+        train = subset(examples, self.train_size, self.seed)
+        return objective.training(train, self.batch_size, self.seed, self.group_by_length)
+
+
+def run_select(
+    source: Source,
+    asking: Asking,
+    settings: Settings,
+    terms: Sequence[str] | None = None,
+    method: str = "beft",
+    steps: int | None = None,
+    settle: float = 0.0,
+) -> Selection:
+    """``beft-ext select``, up to the result."""
+    train = source.read("train")
+    if source.validation_file is not None:
+        source.read("validation")  # not needed here, but better found broken before the run
+    model, objective = asking.load(source.task, classes_of(train))
+    loader = settings.batches(objective, train)
+    _tell(objective)
+    options = {"terms": terms, "method": method, "steps": steps, "settle": settle}
+    return _select(model, objective, loader, settings, **options)
+
+
+def _select(
+    model: nn.Module, objective: Objective, loader: Batches, settings: Settings, **options: Any
+) -> Selection:
+    return select(
+        model,
+        loader,
+        loss=objective.loss,
+        epochs=settings.epochs,
+        lr=settings.lr,
+        warmup=settings.warmup,
+        clip=settings.clip,
+        seed=settings.seed,
+        progress=sys.stderr.isatty(),
+        **options,
+    )
+
+
+def _tell(objective: Objective) -> None:
+    """How many examples were left out or shortened."""
+    for what, count in objective.notes.items():
+        print(f"note: {count} {what}", file=sys.stderr)
+
+
+def run_tune(
+    source: Source,
+    asking: Asking,
+    settings: Settings,
+    terms: str,
+    out: Path,
+    *,
+    resume: bool = False,
+    save_every: int = 50,
+    **options: bool,
+) -> None:
+    """``beft-ext tune``: ``out`` gets adapter/, log.jsonl, learning_curve.png and, for terms
+    'auto', selection/. Prints what trains and each evaluation. options: of Recipe."""
+    from beft_ext.adapters import save_adapter
+    from beft_ext.plots import learning_curve
+    from beft_ext.training.preparation import prepare
+
+    train, validation, task = source.read("train"), source.read("validation"), source.task
+    model, objective = asking.load(task, classes_of(train, validation))
+    loader = settings.batches(objective, train)
+    held_out = objective.held_out(validation, EVALUATION_BATCH)
+    _tell(objective)
+    selected = None
+    if terms == "auto":
+        selected = out / "selection" / "selection.json"
+        if not (resume and selected.is_file()):
+            once = replace(settings, epochs=1, warmup=0.0)
+            found = _select(model, objective, loader, once, settle=SETTLE)
+            print(found)
+            found.save(selected.parent)
+        term, reason = automatic(read_selection(selected))
+        print(f"\nauto: '{term}': {reason}\n")
+        chosen = [term]
+    else:
+        chosen = list(find_biases(model).terms) if terms == "all" else terms.split(",")
+    print(prepare(model, chosen), "\n")
+    progress = tune(
+        model,
+        loader,
+        lambda m: objective.evaluate(m, held_out, validation)[task.metric],
+        out,
+        settings.recipe(**options),
+        loss=objective.loss,
+        metric=task.metric,
+        resume=resume,
+        save_every=save_every,
+        progress=sys.stderr.isatty(),
+    )
+    for record in progress.history:
+        print("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+    learning_curve(progress.history, task.metric, out / "learning_curve.png")
+    save_adapter(model, out / "adapter", selection=selected)
+    print(f"\nthe adapter is in {out / 'adapter'}")
+
+
+def run_evaluate(
+    source: Source, asking: Asking, adapter: Path | None, split: str = "validation"
+) -> dict[str, Any]:
+    """``beft-ext evaluate``: metrics and every prediction, of a model with or without adapter."""
+    from beft_ext.adapters import head_classes, load_adapter
+
+    examples, task = source.read(split), source.task
+    # A folder that was trained to the end says itself how many classes it has.
+    known = None if adapter else pretrained(asking.model, "AutoConfig").num_labels
+    classes = (head_classes(adapter) if adapter else known) or classes_of(examples)
+    model, objective = asking.load(task, classes)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    held_out = objective.held_out(examples, EVALUATION_BATCH)
+    _tell(objective)
+    found = objective.predict(model, held_out)
+    return {
+        "model": asking.model,
+        "adapter": None if adapter is None else str(adapter),
+        "metrics": measure(task.metrics, found, examples),
+        "examples": len(examples),
+        "predictions": found,
+    }
+
+
+def run_merge(model: str, adapter: Path, out: Path) -> None:
+    """``beft-ext merge``: ``out`` is a folder that transformers loads without us."""
+    from beft_ext.adapters import head_classes, load_adapter, merge_adapter, model_class
+
+    classes = head_classes(adapter)
+    tokenizer = pretrained(model, "AutoTokenizer")
+    decoder = goes_left_to_right(pretrained(model, "AutoConfig"))
+    auto = "AutoModelForCausalLM" if decoder else "AutoModelForSequenceClassification"
+    options = {"num_labels": classes} if classes else {}
+    loaded = load_model(model, model_class(adapter) or auto, tokenizer, **options)
+    load_adapter(loaded, adapter)
+    merge_adapter(loaded)
+    with tempfile.TemporaryDirectory(dir=out) as temporary:
+        loaded.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+        # The configuration last: without it the folder is no model.
+        for path in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "config.json"):
+            path.replace(out / path.name)

@@ -1,0 +1,61 @@
+"""The model inside of what others wrap around it, and what cannot be worked on at all.
+
+Names, classes, heads and records are those of the model inside. A wrapper that spreads the
+parameters over processes or devices is refused: its parts are not the values that they seem.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from beft_ext.errors import BeftError
+
+
+def inside(model: nn.Module) -> nn.Module:
+    """The model inside of torch.compile, DataParallel, DDP and sentence-transformers."""
+    while True:
+        if "_orig_mod" in model._modules:  # torch.compile, told without importing its compiler
+            model = model.get_submodule("_orig_mod")
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif _from(model, "sentence_transformers") and hasattr(model, "__getitem__"):
+            model = model[0].auto_model
+        else:
+            return model
+
+
+def whole(model: nn.Module, error: type[BeftError]) -> nn.Module:
+    """The model inside, where all of it lies in this process and on real devices.
+
+    Raises ``error`` under DDP, FSDP, tensor parallelism, PEFT, and where parameters are on the
+    meta device (offloaded).
+    """
+    found = _spread(model) or _spread(inside(model))
+    if found is not None:
+        raise error(f"{found}: pass the plain model, in one process and on its devices")
+    return inside(model)
+
+
+def _spread(model: nn.Module) -> str | None:
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return "this model is wrapped in DistributedDataParallel"
+    if _from(model, "torch.distributed.fsdp") or hasattr(model, "_get_fsdp_state"):
+        return "this model is sharded by FSDP"
+    if _from(model, "peft"):
+        return "this model is wrapped by PEFT (its merge_and_unload() gives the model inside)"
+    if getattr(model, "_tp_size", None) not in (None, 1):
+        return "this model is split by tensor parallelism"
+    for name, parameter in model.named_parameters():
+        if type(parameter.data).__module__.startswith("torch.distributed"):
+            return f"parameter '{name}' is sharded over processes"
+        if parameter.is_meta:
+            return f"parameter '{name}' is offloaded (on the meta device)"
+    return None
+
+
+def _from(model: nn.Module, package: str) -> bool:
+    """Whether the class of ``model`` or one that it inherits from is of ``package``."""
+    return any(
+        c.__module__.split(".")[: package.count(".") + 1] == package.split(".")
+        for c in type(model).__mro__
+    )

@@ -1,0 +1,31 @@
+"""Examples: rows of a task in words, whatever the kind of task."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from beft_ext.tasks.rows import DataError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row, in words. label: class, choice or number; right: every choice that is right."""
+
+    text: str
+    pair: str | None
+    prompt: str
+    options: tuple[str, ...]
+    label: float
+    right: tuple[int, ...]
+    answers: tuple[str, ...]
+
+
+def subset(examples: Sequence[Example], size: int | None, seed: int) -> list[Example]:
+    """``size`` examples drawn without replacement, in a seeded order (the low-data regime)."""
+    if size is None:
+        return list(examples)
+    if not 0 < size <= len(examples):
+        raise DataError(f"--train-size {size} must be 1 to {len(examples)}, the number of rows")
+    return random.Random(seed).sample(list(examples), size)

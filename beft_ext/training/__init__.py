@@ -1,0 +1,1 @@
+"""Act: what trains, the loss, the optimizer, the steps and the loop."""

@@ -1,0 +1,259 @@
+"""``prepare`` a model for training chosen bias terms and the head alone; ``restore`` undoes it.
+
+What trains are plain parameters with ``requires_grad``, so any training loop works. A slice of a
+fused QKV parameter trains through its whole parameter, whose gradient a hook zeroes elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.errors import BeftError
+from beft_ext.models import (
+    TERMS,
+    Bias,
+    BiasError,
+    Projection,
+    add_bias,
+    find_projections,
+    head_parameters,
+    state,
+)
+
+
+class PrepareError(BeftError, ValueError):
+    """A model that cannot be prepared or restored as asked; it is as it was before."""
+
+
+@dataclass
+class Prepared(state.Record):
+    """What ``prepare`` made trainable.
+
+    initial: each bias's value ``(H,)`` before training, by ``Bias.name``; zero for added ones.
+    added: names of the parameters that were added. head: names of the head's parameters,
+    head_initial their values before training. hooks: on fused parameters; a deep copy of the
+    model has none.
+    """
+
+    model_type: str
+    terms: tuple[str, ...]
+    layers: tuple[int, ...]
+    biases: list[Bias]
+    added: list[str]
+    initial: dict[str, Tensor] = field(repr=False)
+    head: list[str]
+    head_initial: dict[str, Tensor] = field(repr=False)
+    parameters: int
+    adapter_bytes: int
+    required: dict[str, bool] = field(repr=False)
+    hooks: list[Any] = field(default_factory=list, repr=False)
+
+    def claim(self) -> str:
+        return "this model is prepared already: call restore(model) first"
+
+    def __str__(self) -> str:
+        lines = [f"{'trains':<18}{'layers':>7}{'elements':>11}  first parameter"]
+        for term in self.terms:
+            own = [b for b in self.biases if b.term == term]
+            elements = sum(b.width for b in own)
+            note = " (added)" if own[0].parameter in self.added else ""
+            lines.append(f"{term:<18}{len(own):>7}{elements:>11}  {own[0].parameter}{note}")
+        head = sum(t.numel() for t in self.head_initial.values())
+        lines.append(f"{'head':<18}{'':>7}{head:>11}  {', '.join(self.head) or 'none'}")
+        biases = sum(b.width for b in self.biases)
+        share = 100 * biases / self.parameters
+        lines.append(
+            f"biases: {biases:,} of {self.parameters:,} parameters ({share:.4f} %); with the "
+            f"head {biases + head:,}; adapter {self.adapter_bytes:,} bytes"
+        )
+        return "\n".join(lines)
+
+
+def prepare(
+    model: nn.Module,
+    terms: str | Sequence[str] = "value",
+    layers: Iterable[int] | None = None,
+    biases: Iterable[Bias] | None = None,
+) -> Prepared:
+    """Freeze everything but the biases of ``terms`` and the task head.
+
+    terms: one of the eight terms, or several. layers: numbers from 0; all by default.
+    biases: the biases to choose from, such as ``find_biases(model, names=...)`` for an
+        architecture that is not known; by default those of every known projection.
+    A projection without a bias (LLaMA, Mistral, Gemma, GPT-J, T5) gets one of zeros, ``(H,)`` in
+    the weight's dtype. The mark that this leaves on the model is not in its ``state_dict``.
+    An optimizer's weight decay still reaches all of a fused QKV parameter: keep it at zero
+    there, as BiasAdamW does by default.
+    Raises PrepareError for an unknown term, a layer out of range, a norm that has no bias
+    (RMSNorm), a quantised head, or a model that is prepared or carries an active adapter.
+    """
+    wanted = (terms,) if isinstance(terms, str) else tuple(dict.fromkeys(terms))
+    _check_free(model)
+    chosen = _choose(model, wanted, layers, biases)
+    required = {n: p.requires_grad for n, p in model.named_parameters()}
+    head = _head(model)
+    total = sum(p.numel() for p in model.parameters())
+    added = [p.bias for p in chosen if not p.has_bias]
+    for bias in added:
+        add_bias(model.get_submodule(bias.module))
+    # Tied projections hold one parameter under several modules: it is one bias here.
+    own = list({(p.bias.parameter, p.bias.term): p.bias for p in chosen}.values())
+    prepared = Prepared(
+        model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
+        terms=tuple(t for t in TERMS if t in wanted),
+        layers=tuple(sorted({b.layer for b in own})),
+        biases=own,
+        added=[b.parameter for b in added],
+        initial={b.name: b.read(model.get_parameter(b.parameter)) for b in own},
+        head=list(head),
+        head_initial={n: p.detach().clone() for n, p in head.items()},
+        parameters=total + sum(b.width for b in added),
+        adapter_bytes=_adapter_bytes(model, own, head.values()),
+        required=required,
+    )
+    mark(model, prepared)
+    return prepared
+
+
+def restore(model: nn.Module) -> None:
+    """Undo ``prepare``: ``requires_grad`` is as before, hooks and added biases are gone.
+
+    Trained values of biases that the model had, and of the head, stay; those of added biases
+    are lost: save or merge the adapter first. Raises PrepareError if not prepared.
+    """
+    prepared = unmark(model)
+    for name in prepared.added:
+        model.get_submodule(name.removesuffix(".bias")).bias = None
+
+
+def trained_slices(model: nn.Module) -> list[tuple[str, nn.Parameter, Bias | None]]:
+    """Every parameter that requires grad, by name, with the part of it that trains.
+
+    One entry per prepared bias (``bias.view(parameter)`` is the part); None as the bias for all
+    of a parameter: the head's, or any of a model that was never prepared.
+    """
+    prepared = prepared_of(model)
+    biases: dict[str, list[Bias]] = {}
+    for bias in prepared.biases if prepared is not None else ():
+        biases.setdefault(bias.parameter, []).append(bias)
+    parts: list[tuple[str, nn.Parameter, Bias | None]] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parts += [(name, parameter, b) for b in biases.get(name, [None])]
+    return parts
+
+
+def prepared_of(model: nn.Module) -> Prepared | None:
+    """What ``prepare`` left on the model, or None."""
+    return state.get(model, Prepared)
+
+
+def mark(model: nn.Module, prepared: Prepared) -> None:
+    """Set ``requires_grad`` and the hooks that ``prepared`` asks for, and leave it on the model."""
+    model.requires_grad_(False)
+    for name in (*prepared.head, *(b.parameter for b in prepared.biases)):
+        model.get_parameter(name).requires_grad_(True)
+    by_parameter: dict[str, list[Bias]] = {}
+    for bias in prepared.biases:
+        by_parameter.setdefault(bias.parameter, []).append(bias)
+    for name, own in by_parameter.items():
+        parameter = model.get_parameter(name)
+        if sum(b.width for b in own) < parameter.numel():
+            prepared.hooks.append(parameter.register_hook(_Outside(parameter, own)))
+    state.put(model, prepared)
+
+
+def unmark(model: nn.Module) -> Prepared:
+    """Take ``mark``'s doing away; values stay. Raises PrepareError if not prepared."""
+    prepared = prepared_of(model)
+    if prepared is None:
+        raise PrepareError("this model is not prepared: there is nothing to restore")
+    for hook in prepared.hooks:
+        hook.remove()
+    prepared.hooks.clear()
+    as_before = any(prepared.required.values())
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(prepared.required.get(name, as_before))
+        if not parameter.requires_grad:
+            parameter.grad = None
+    state.take(model, Prepared)
+    return prepared
+
+
+class _Outside:
+    """A gradient hook: zero outside the trained slices of a fused parameter ``(P,)``."""
+
+    def __init__(self, parameter: Tensor, biases: list[Bias]) -> None:
+        self.inside = torch.zeros_like(parameter, dtype=torch.bool, requires_grad=False)
+        for bias in biases:
+            bias.view(self.inside).fill_(True)
+
+    def __call__(self, grad: Tensor) -> Tensor:
+        if self.inside.device != grad.device:
+            self.inside = self.inside.to(grad.device)
+        # Not a product: what is not finite outside must not reach the norm of the gradient.
+        return grad.where(self.inside, 0)
+
+
+def _check_free(model: nn.Module) -> None:
+    for why in state.claims(model):
+        raise PrepareError(why)
+    # The base values that an inactive adapter is added to would be wrong after training.
+    state.clear(model)
+
+
+def _choose(
+    model: nn.Module,
+    terms: tuple[str, ...],
+    layers: Iterable[int] | None,
+    biases: Iterable[Bias] | None,
+) -> list[Projection]:
+    if not terms or any(t not in TERMS for t in terms):
+        wrong = next((t for t in terms if t not in TERMS), "")
+        raise PrepareError(f"unknown term '{wrong}': use {', '.join(TERMS)}")
+    try:
+        found = (
+            find_projections(model)
+            if biases is None
+            else [Projection(b, has_bias=True, linear=True) for b in biases]
+        )
+    except BiasError as error:
+        raise PrepareError(str(error)) from error
+    present = [t for t in TERMS if any(p.bias.term == t for p in found)]
+    for term in terms:
+        if term not in present:
+            raise PrepareError(f"the model has no term '{term}': it has {', '.join(present)}")
+    count = 1 + max(p.bias.layer for p in found)
+    chosen_layers = set(range(count)) if layers is None else set(layers)
+    if out := sorted(chosen_layers - set(range(count))):
+        raise PrepareError(f"layer {out[0]} is out of range: the model has 0 to {count - 1}")
+    chosen = [p for p in found if p.bias.term in terms and p.bias.layer in chosen_layers]
+    for term in terms:
+        if not any(p.bias.term == term for p in chosen):
+            raise PrepareError(f"term '{term}' is in none of the layers asked for")
+    if lacking := next((p.bias for p in chosen if not (p.has_bias or p.linear)), None):
+        raise PrepareError(
+            f"'{lacking.module}' is a norm without a bias (RMSNorm), and none is added there: "
+            "choose the term of a linear projection"
+        )
+    return chosen
+
+
+def _head(model: nn.Module) -> dict[str, nn.Parameter]:
+    try:
+        ids = {id(p) for p in head_parameters(model)}
+    except BiasError as error:
+        raise PrepareError(str(error)) from error
+    return {n: p for n, p in model.named_parameters() if id(p) in ids}
+
+
+def _adapter_bytes(model: nn.Module, biases: list[Bias], head: Iterable[Tensor]) -> int:
+    """Bytes of the saved tensors: whole fp32 vectors of the biased modules, and the head."""
+    modules = {b.module: model.get_parameter(b.parameter) for b in biases}
+    vectors = sum(p.numel() * max(4, p.element_size()) for p in modules.values())
+    return vectors + sum(p.numel() * p.element_size() for p in head)

@@ -1,0 +1,178 @@
+"""One training step: forward, backward and optimizer; run eagerly, or replayed as a CUDA graph.
+
+A graph is captured for each shape of batch. Texts are padded up to a multiple of ``LENGTHS``, so
+that a data set has few shapes. The first batch of a shape runs eagerly, which is the warm-up
+that a capture needs; its second is captured and replayed; so every batch trains exactly once,
+with the random numbers that it would have without graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.errors import BeftError
+from beft_ext.ops import dispatch
+from beft_ext.training.loss import Loss, model_loss
+from beft_ext.training.optim import BiasAdamW
+
+LENGTHS = 32
+MOST = 16  # graphs kept: each holds the addresses of a whole step's kernels
+
+# What an input is filled up with; labels only where there is one for each token.
+FILLS = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+class StepError(BeftError, RuntimeError):
+    """A step that cannot be captured."""
+
+
+class EagerStep:
+    """Called with a batch on the model's device and a learning rate, gives the loss and the
+    gradient's norm before clipping, as scalars on the device. bf16: autocast of the forward."""
+
+    def __init__(
+        self, model: nn.Module, optimizer: BiasAdamW, loss: Loss = model_loss, bf16: bool = False
+    ) -> None:
+        self.model, self.optimizer, self.loss, self.bf16 = model, optimizer, loss, bf16
+
+    def __call__(self, batch: Mapping[str, Tensor], rate: float) -> tuple[Tensor, Tensor]:
+        # In single precision, as a graph's kernels read it: with and without graphs the same.
+        rate = float(torch.tensor(rate, dtype=torch.float32))
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad()
+        return self.work(batch)
+
+    def work(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Forward, backward and optimizer's step."""
+        device = next(iter(batch.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            loss = self.loss(self.model, batch)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach(), self.optimizer.grad_norm
+
+
+class GraphedStep(EagerStep):
+    """The same numbers, with the launches of a whole step replaced by one.
+
+    pad: token that fills up ``input_ids``. capture: makes a replay of what it runs; CUDA's by
+    default. Batches beyond ``MOST`` shapes run eagerly. Raises StepError without a CUDA device
+    or the compiled CUDA kernels, or where the model's own code cannot be captured.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: BiasAdamW,
+        loss: Loss = model_loss,
+        bf16: bool = False,
+        pad: int = 0,
+        capture: Capture | None = None,
+    ) -> None:
+        super().__init__(model, optimizer, loss, bf16)
+        self.device = next(model.parameters()).device
+        self.fills = FILLS | {"input_ids": pad}
+        if capture is None:
+            self._require_cuda()
+        self.capture: Capture = capture or _CudaCapture()
+        # Kernels read the rate from here: a number would be frozen into the graph.
+        self.rate = torch.zeros((), device=self.device)
+        self.seen: set[Any] = set()
+        self.graphs: dict[Any, _Replay] = {}
+
+    def __call__(self, batch: Mapping[str, Tensor], rate: float) -> tuple[Tensor, Tensor]:
+        batch = self.padded(batch)
+        shape = tuple((k, tuple(v.shape), v.dtype) for k, v in batch.items())
+        self.rate.fill_(rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+        if shape not in self.graphs and (shape not in self.seen or len(self.graphs) == MOST):
+            self.seen.add(shape)
+            self.optimizer.zero_grad()
+            return self.warm_up(batch)
+        if shape not in self.graphs:
+            self.graphs[shape] = _Replay(self, batch)
+        return self.graphs[shape](batch)
+
+    def warm_up(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """An eager step, beside the stream that captures wait for."""
+        if self.device.type != "cuda":
+            return self.work(batch)
+        side, main = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        side.wait_stream(main)
+        with torch.cuda.stream(side):
+            found = self.work(batch)
+        main.wait_stream(side)
+        return found
+
+    def padded(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """``batch`` with its texts filled up to the next length; as it is where it has no
+        attention mask, or other inputs as long as the texts."""
+        ids = batch.get("input_ids")
+        if ids is None or "attention_mask" not in batch:
+            return dict(batch)
+        length = ids.shape[-1]
+        texts = {k for k, v in batch.items() if v.ndim >= 2 and v.shape[-1] == length}
+        more = -length % LENGTHS
+        if not texts <= set(self.fills) or not more:
+            return dict(batch)
+        pad = nn.functional.pad
+        return {k: pad(v, (0, more), value=self.fills[k]) if k in texts else v
+                for k, v in batch.items()}  # fmt: skip
+
+    def _require_cuda(self) -> None:
+        if self.device.type != "cuda":
+            raise StepError("CUDA graphs need a model on a CUDA device")
+        if dispatch.choose("cuda") != "cuda":
+            raise StepError(
+                "CUDA graphs need the compiled CUDA kernels: see 'beft-ext doctor' for what is "
+                "missing"
+            )
+
+
+class _Replay:
+    """One captured step, its inputs and outputs at fixed addresses."""
+
+    def __init__(self, step: GraphedStep, batch: Mapping[str, Tensor]) -> None:
+        self.inputs = {k: v.clone() for k, v in batch.items()}
+        self.outputs: tuple[Tensor, Tensor]
+        step.optimizer.zero_grad()  # gradients are to be of the graph's own memory
+
+        def work() -> None:
+            self.outputs = step.work(self.inputs)
+
+        try:
+            self.replay = step.capture(work)
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise StepError(
+                f"this model's step cannot be captured ({reason}): run without graphs"
+            ) from error
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        for name, tensor in self.inputs.items():
+            tensor.copy_(batch[name])
+        self.replay()
+        # Graphs share their memory: what is read later must not lie in it.
+        loss, norm = self.outputs
+        return loss.clone(), norm.clone()
+
+
+class _CudaCapture:
+    """Captures into one pool of memory: graphs are replayed one after another."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            work()
+        return graph.replay

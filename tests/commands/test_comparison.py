@@ -1,0 +1,130 @@
+"""compare: every method on a tiny encoder and decoder; tables, resuming, failures as results."""
+
+import json
+
+import pytest
+import torch
+from conftest import tiny
+
+from beft_ext.commands.cli import main
+from beft_ext.commands.demo import DATA
+from beft_ext.commands.methods import METHODS, MethodError, kept_bytes, method, trained
+from beft_ext.models import find_projections, head_parameters
+
+FILES = ["--train-file", str(DATA / "train.jsonl")]
+FILES += ["--validation-file", str(DATA / "validation.jsonl")]
+SHORT = ["--train-size", "16", "--epochs", "1", "--seeds", "2", "--lr", "1e-2"]
+QUESTION = {"text": "{sentence}", "prompt": "{sentence} It was", "options": [" terrible", " great"]}
+
+
+def compare(model, out, methods, *more):
+    names = ["--methods", ",".join(methods), "--out", str(out)]
+    return main(["compare", "--model", model, *FILES, *SHORT, *names, *more])
+
+
+def test_every_method_of_an_encoder(tiny_folder, tmp_path, capsys):
+    pytest.importorskip("peft", reason="peft is not installed")
+    methods = [m for m in METHODS if m not in ("zero-shot", "in-context", "prefix")]
+    assert compare(tiny_folder, tmp_path, [*methods, "query+value", "zero-shot"]) == 0
+    rows = {r["method"]: r for r in json.loads((tmp_path / "comparison.json").read_text())}
+    failed = {name: row["failure"] for name, row in rows.items() if row["failure"]}
+    assert list(failed) == ["zero-shot"] and "use a decoder" in failed["zero-shot"]
+    head = 32 * 32 + 32 + 32 * 2 + 2  # BERT's classifier alone: the pooler is of the base model
+    assert rows["head"]["parameters"] < head < rows["full"]["parameters"]
+    assert rows["query+value"]["parameters"] == rows["head"]["parameters"] + 2 * 2 * 32
+    assert rows["random-mask"]["parameters"] == rows["head"]["parameters"] + 2 * 32
+    assert rows["peft-beft"]["parameters"] == rows["random-mask"]["parameters"]
+    assert rows["auto"]["chosen"] and all(r["peak"] > 0 for r in rows.values() if r["seeds"])
+    assert rows["full"]["kept"] > rows["lora"]["kept"] > rows["auto"]["kept"] > 0
+    assert "± " in (tmp_path / "comparison.md").read_text()
+    assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_every_method_of_a_decoder(tiny_decoder, tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    config = tmp_path / "task.json"
+    config.write_text(json.dumps(QUESTION))
+    methods = [m for m in METHODS if m != "head"]
+    assert compare(tiny_decoder, tmp_path, [*methods, "head"], "--task-config", str(config)) == 0
+    rows = {r["method"]: r for r in json.loads((tmp_path / "comparison.json").read_text())}
+    failed = {name: row["failure"] for name, row in rows.items() if row["failure"]}
+    assert list(failed) == ["head"] and "no task head" in failed["head"]
+
+
+def test_what_is_there_is_not_run_again(tiny_folder, tmp_path, capsys):
+    assert compare(tiny_folder, tmp_path, ["value"]) == 0
+    lines = (tmp_path / "runs.jsonl").read_text().splitlines()
+    assert compare(tiny_folder, tmp_path, ["value", "query"]) == 0
+    assert (tmp_path / "runs.jsonl").read_text().splitlines()[:2] == lines
+    assert compare(tiny_folder, tmp_path, ["value"], "--clip", "2") == 2
+    assert "holds another comparison: its clip is 1.0" in capsys.readouterr().err
+
+
+def test_lora_on_one_projection_reaches_that_one_alone():
+    pytest.importorskip("peft", reason="peft is not installed")
+    model = method("lora:key").setup(tiny("bert"), 0)
+    trained_names = {n for n, p in model.named_parameters() if p.requires_grad}
+    inside = [n for n in trained_names if "lora" in n]
+    assert inside and all(".key." in n for n in inside)
+
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "gpt-neox", "llama"])
+def test_a_low_rank_change_of_a_bias_changes_that_slice_alone(family):
+    """Oracle: the same change added to the output of the projection by hand."""
+    model, ids = tiny(family), torch.arange(3, 10).view(1, 7)
+    place = next(p.bias for p in find_projections(model) if p.bias.term == "value")
+    projection = model.get_submodule(place.module)
+    seen = []
+    projection.register_forward_hook(lambda _, __, output: seen.append(output.detach().clone()))
+    method("low-rank:value").setup(model, 0)
+    projection.register_forward_hook(lambda _, __, output: seen.append(output.detach().clone()))
+    model(input_ids=ids)
+    assert torch.equal(seen[0], seen[1])  # B is zero at first
+    change = projection.low_rank_value
+    torch.nn.init.normal_(change.b)
+    model(input_ids=ids)
+    differing = (seen[3] - seen[2])[0, 0].detach()
+    matrix = sum(torch.outer(change.a[r], change.b[:, r]) for r in range(8)) / 8
+    assert torch.allclose(place.read(differing.clone()), matrix.flatten(), atol=1e-5)
+    assert int((differing != 0).sum()) == place.width
+    changes = [p for n, p in model.named_parameters() if "low_rank" in n]
+    expected = sum(p.numel() for p in (*changes, *head_parameters(model)))
+    assert trained(model) == expected and kept_bytes(model) == 4 * expected
+
+
+def test_a_variant_has_the_size_that_is_asked_for():
+    model = method("random-mask:77").setup(tiny("bert"), 0)
+    assert trained(model) == 77 + sum(p.numel() for p in head_parameters(model))
+    assert method("in-context:32").shots == 32
+    for wrong in ("random-mask:0", "in-context:x", "lora:valu", "low-rank:", "full:1"):
+        with pytest.raises(MethodError):
+            method(wrong)
+    with pytest.raises(MethodError, match="larger than the model"):
+        method(f"random-mask:{10**9}").setup(tiny("bert"), 0)
+
+
+@pytest.mark.parametrize(
+    ("methods", "more", "message"),
+    [
+        (["valu"], [], "unknown method 'valu'"),
+        (["value"], ["--rates", "lora=1"], "'lora', which is not compared"),
+        (["value"], ["--rates", "value"], "not METHOD=RATE"),
+        (["value"], ["--rates", "value=-1"], "positive"),
+        (["value"], ["--seeds", "0"], "--seeds"),
+    ],
+)
+def test_bad_input_is_one_line(tiny_folder, tmp_path, capsys, methods, more, message):
+    assert compare(tiny_folder, tmp_path, methods, *more) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+def test_the_random_mask_trains_its_places_alone():
+    model = method("random-mask").setup(tiny("bert"), 0)
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    ids = torch.randint(0, 64, (4, 7), generator=torch.Generator().manual_seed(0))
+    model(input_ids=ids, labels=torch.tensor([0, 1, 1, 0])).loss.backward()
+    optimizer.step()
+    moved = sum(int((p != before[n]).sum()) for n, p in model.named_parameters())
+    assert 0 < moved <= trained(model) and kept_bytes(model) == 8 * trained(model)

@@ -1,0 +1,168 @@
+"""The Triton kernels: right under the interpreter, and compilable for the GPUs we name.
+
+The interpreter needs TRITON_INTERPRET set before triton is imported, so it runs in a process
+of its own, which writes inputs and outputs to files; the float64 oracle is here.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: its kernels can't be checked")
+
+SOURCE = Path(__file__).parents[2] / "beft_ext" / "ops" / "triton_bias_grad_stats.py"
+SCALE = -0.625
+UNIT = 2.0**-24  # of fp32
+
+LOAD = f"""
+import importlib.util
+spec = importlib.util.spec_from_file_location("triton_bias_grad_stats", {str(SOURCE)!r})
+kernels = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(kernels)
+"""
+
+RUNNER = (
+    LOAD
+    + """
+import json, sys
+import numpy as np, torch
+
+layouts = {
+    "contiguous": lambda *shape: torch.randn(*shape),
+    "transposed": lambda *shape: torch.randn(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2),
+    "tokens_first": lambda b, t, h: torch.randn(t, b, h).transpose(0, 1),
+    "every_other": lambda *shape: torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2],
+    "expanded": lambda *shape: torch.randn(()).expand(shape),
+}
+folder, scale, cases = sys.argv[1], float(sys.argv[2]), json.loads(sys.argv[3])
+for name, (shape, dtype, layout, offsets) in cases.items():
+    torch.manual_seed(0)
+    x = layouts[layout](*shape).to(getattr(torch, dtype))
+    start = torch.randn(2, shape[-1])
+    if offsets is not None:
+        offsets = torch.tensor(offsets)
+    runs = []
+    for _ in range(2):
+        grad, (total, squares) = torch.full((shape[-1],), torch.nan), start.clone()
+        kernels.bias_grad_stats_triton(x, offsets, scale, grad, total, squares)
+        runs.append(torch.stack([grad, total, squares]).numpy())
+    np.savez(f"{folder}/{name}.npz", x=x.double().numpy(), start=start.double().numpy(), runs=runs)
+"""
+)
+
+CASES = {  # name: (shape, dtype, layout, example offsets)
+    "odd": ((3, 7, 5), "float32", "contiguous", None),
+    "prime": ((2, 131, 257), "float32", "contiguous", None),
+    "one_long_example": ((1, 1009, 33), "float32", "contiguous", None),
+    "width_1": ((4, 67, 1), "float32", "contiguous", None),
+    "one_row": ((1, 1, 1), "float32", "contiguous", None),
+    "batch_0": ((0, 4, 3), "float32", "contiguous", None),
+    "tokens_0": ((2, 0, 3), "float32", "contiguous", None),
+    "width_0": ((2, 3, 0), "float32", "contiguous", None),
+    "bf16": ((3, 65, 131), "bfloat16", "contiguous", None),
+    "fp16": ((3, 65, 131), "float16", "contiguous", None),
+    "transposed": ((3, 37, 19), "float32", "transposed", None),
+    "tokens_first": ((3, 37, 19), "bfloat16", "tokens_first", None),
+    "every_other": ((3, 37, 19), "float16", "every_other", None),
+    "expanded": ((3, 37, 19), "float32", "expanded", None),
+    "packed": ((211, 17), "float32", "contiguous", [0, 5, 5, 150, 211]),
+    "packed_transposed": ((211, 17), "bfloat16", "transposed", [0, 0, 199, 211]),
+    "packed_nothing": ((0, 17), "float32", "contiguous", [0]),
+    "packed_all_empty": ((0, 17), "float32", "contiguous", [0, 0, 0]),
+}
+
+
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("interpreted")
+    subprocess.run(
+        [sys.executable, "-c", RUNNER, str(folder), str(SCALE), json.dumps(CASES)],
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        check=True,
+    )
+    return folder
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_kernels_match_float64(interpreted, name):
+    (*_, offsets) = CASES[name]
+    saved = np.load(interpreted / f"{name}.npz")
+    x, (sum_before, squares_before), (run, again) = saved["x"], saved["start"], saved["runs"]
+    width = x.shape[-1]
+    examples = [x[a:b] for a, b in itertools.pairwise(offsets)] if offsets else list(x)
+    per_example = np.array([e.sum(axis=0) for e in examples]).reshape(len(examples), width)
+    magnitude = np.array([np.abs(e).sum(axis=0) for e in examples]).reshape(len(examples), width)
+
+    # A compensated sum errs by about one unit of the sum of absolute values at the very most;
+    # squaring doubles that, and each product and addition after it rounds once.
+    grad = per_example.sum(axis=0)
+    grad_bound = 2 * UNIT * magnitude.sum(axis=0)
+    sum_bound = 4 * UNIT * (np.abs(sum_before) + abs(SCALE) * magnitude.sum(axis=0))
+    squares = (SCALE * per_example) ** 2
+    squares_bound = 8 * UNIT * (np.abs(squares_before) + ((SCALE * magnitude) ** 2).sum(axis=0))
+
+    assert run.tobytes() == again.tobytes()
+    if width == 0:
+        return
+    assert (np.abs(run[0] - grad) <= grad_bound).all()
+    assert (np.abs(run[1] - (sum_before + SCALE * grad)) <= sum_bound).all()
+    assert (np.abs(run[2] - (squares_before + squares.sum(axis=0))) <= squares_bound).all()
+
+
+COMPILER = (
+    LOAD
+    + """
+import json, sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+capability, dtype, packed = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "packed"
+
+def compiled_bytes(kernel, pointers, scalars, constants, warps):
+    kinds = {**pointers, **scalars, **dict.fromkeys(constants, "constexpr")}
+    signature = {name: kinds[name] for name in kernel.arg_names}
+    source = ASTSource(kernel, signature, constexprs=constants)
+    options = {"num_warps": warps, "enable_fp_fusion": False}
+    return len(triton.compile(source, target=GPUTarget("cuda", capability, 32),
+                              options=options).asm["cubin"])
+
+pointers = {"grad_output": f"*{dtype}", "sums": "*fp32", "errors": "*fp32"}
+constants = {"stride_h": 1, "BLOCK_T": kernels.BLOCK_T, "BLOCK_H": kernels.MAX_BLOCK_H}
+if packed:
+    pointers["example_offsets"] = "*i64"
+else:
+    constants["example_offsets"] = None
+ints = dict.fromkeys(["tokens", "width", "stride_b", "stride_t"], "i32")
+first = compiled_bytes(kernels.partial_sums_kernel, pointers, ints, constants, 8)
+
+pointers = dict.fromkeys(["sums", "errors", "grad", "sum_out", "sum_sq_out"], "*fp32")
+ints = dict.fromkeys(["batch", "chunks", "width"], "i32")
+second = compiled_bytes(kernels.finish_columns_kernel, pointers, {**ints, "scale": "fp32"},
+                        {"BLOCK_H": kernels.MAX_BLOCK_H}, 4)
+print(json.dumps([first, second]))
+"""
+)
+
+
+@pytest.mark.parametrize("layout", ["padded", "packed"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("capability", [80, 90])
+def test_kernels_compile_to_cubins(tmp_path, capability, dtype, layout):
+    # An empty cache, so that this compiles; no interpreter, which would replace the compiler.
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILER, str(capability), dtype, layout],
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert all(size > 0 for size in json.loads(done.stdout))

@@ -1,0 +1,162 @@
+"""prepare and restore: what trains, what does not, and that nothing else of the model moved."""
+
+import copy
+
+import pytest
+import torch
+from conftest import inputs, tiny, train, values
+from torch import nn
+
+from beft_ext import PrepareError, find_biases, prepare, restore
+from beft_ext.models import head_parameters
+from beft_ext.training.preparation import prepared_of, trained_slices
+
+
+def test_only_the_chosen_bias_and_the_head_move(family):
+    model = tiny(family)
+    before, own = values(model), find_biases(model)
+    head = {id(p) for p in head_parameters(model)}
+    prepared = prepare(model, "value")
+    assert list(model.state_dict()) == list(before)
+    train(model)
+    head_names = {n for n, p in model.named_parameters() if id(p) in head}
+    assert head_names == set(prepared.head)
+    for name, after in model.state_dict().items():
+        changed = after != before[name]
+        slices = [b for b in own if b.parameter == name and b.term == "value"]
+        for bias in slices:
+            assert bias.view(changed).all()
+            bias.view(changed).fill_(False)
+        assert name in head_names or not changed.any(), name
+
+
+def test_restore_takes_back_all_but_the_trained_values(family):
+    model = tiny(family)
+    next(model.parameters()).requires_grad_(False)
+    required = [p.requires_grad for p in model.parameters()]
+    keys = list(model.state_dict())
+    prepare(model, ("query", "value"), layers=[0])
+    train(model)
+    trained = values(model)
+    restore(model)
+    assert [p.requires_grad for p in model.parameters()] == required
+    assert list(model.state_dict()) == keys and prepared_of(model) is None
+    assert all(torch.equal(t, trained[n]) for n, t in model.state_dict().items())
+    assert not any(p._backward_hooks for p in model.parameters())
+
+
+def test_a_bias_is_added_where_there_is_none(bias_free_family):
+    model = tiny(bias_free_family)
+    data = inputs(model)
+    logits, keys = model(**data).logits, list(model.state_dict())
+    prepared = prepare(model, "value")
+    layers = 4 if bias_free_family == "t5" else 2
+    assert len(prepared.added) == len(prepared.biases) == layers
+    assert all(not t.any() for t in prepared.initial.values())
+    torch.testing.assert_close(model(**data).logits, logits, rtol=0, atol=1e-6)
+    train(model)
+    for bias in prepared.biases:
+        assert model.get_parameter(bias.parameter).abs().min() > 0
+    assert str(prepared.biases[0].parameter) in str(prepared) and "(added)" in str(prepared)
+    restore(model)
+    assert list(model.state_dict()) == keys
+
+
+def test_added_biases_follow_the_weight():
+    model = tiny("llama").bfloat16()
+    prepared = prepare(model, ["value", "mlp_down"])
+    assert all(model.get_parameter(n).dtype == torch.bfloat16 for n in prepared.added)
+    assert len(prepared.added) == 4
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox"])
+def test_gradient_outside_a_slice_is_zero_even_where_it_would_not_be_finite(name):
+    model = tiny(name)
+    prepared = prepare(model, "value")
+    bias = prepared.biases[0]
+    parameter = model.get_parameter(bias.parameter)
+    (parameter * torch.full_like(parameter, float("inf"))).sum().backward()
+    assert bias.view(parameter.grad).isinf().all()
+    bias.view(parameter.grad).zero_()
+    assert not parameter.grad.any()
+
+
+def test_trained_slices():
+    model = tiny("gpt2")
+    assert all(bias is None for _, _, bias in trained_slices(model))
+    prepared = prepare(model, ("query", "value"), layers=[1])
+    slices = trained_slices(model)
+    assert [b.term for _, _, b in slices if b] == ["query", "value"]
+    assert [n for n, _, b in slices if b is None] == prepared.head == ["score.weight"]
+    assert all(model.get_parameter(n) is p for n, p, _ in slices)
+
+
+def test_the_printed_counts():
+    model = tiny("bert")
+    total = sum(p.numel() for p in model.parameters())
+    text = str(prepare(model, ("value", "query")))
+    assert f"biases: 128 of {total:,} parameters ({12800 / total:.4f} %)" in text
+    assert f"with the head {128 + 66:,}; adapter {4 * 194:,} bytes" in text
+    assert "classifier.weight, classifier.bias" in text
+
+
+def test_the_mark_is_not_part_of_the_model(tmp_path):
+    model = tiny("bert")
+    prepare(model)
+    names = {n for n, _ in model.named_modules()}
+    assert not any("beft" in n for n in names | set(model.state_dict()))
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    assert prepared_of(again) is None
+    assert prepared_of(copy.deepcopy(model)).biases == prepared_of(model).biases
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("bert", {"terms": "valu"}, "unknown term 'valu': use query"),
+        ("bert", {"terms": ()}, "unknown term"),
+        ("bert", {"layers": [2]}, "layer 2 is out of range: the model has 0 to 1"),
+        ("bert", {"layers": [-1]}, "layer -1 is out of range"),
+        ("bert", {"layers": []}, "none of the layers"),
+        ("llama", {"terms": "mlp_norm"}, "RMSNorm"),
+        ("t5", {"terms": "mlp_norm"}, "has no term 'mlp_norm': it has query"),
+    ],
+)
+def test_what_cannot_be_prepared_is_named_and_nothing_changes(name, options, message):
+    model = tiny(name)
+    keys = list(model.state_dict())
+    with pytest.raises(PrepareError, match=message) as caught:
+        prepare(model, **options)
+    assert "\n" not in str(caught.value)
+    assert all(p.requires_grad for p in model.parameters())
+    assert list(model.state_dict()) == keys and prepared_of(model) is None
+
+
+def test_twice_and_never():
+    model = tiny("bert")
+    with pytest.raises(PrepareError, match="not prepared"):
+        restore(model)
+    prepare(model)
+    with pytest.raises(PrepareError, match=r"restore\(model\) first"):
+        prepare(model)
+    restore(model)
+    prepare(model, "query")
+
+
+def test_an_architecture_that_is_not_known():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.wq, self.wv = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    model = nn.Module()
+    model.blocks = nn.ModuleList([Block(), Block()])
+    with pytest.raises(PrepareError, match="names="):
+        prepare(model)
+    prepared = prepare(model, biases=find_biases(model, names={"query": "wq", "value": "wv"}))
+    assert [b.parameter for b in prepared.biases] == ["blocks.0.wv.bias", "blocks.1.wv.bias"]
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        "blocks.0.wv.bias",
+        "blocks.1.wv.bias",
+    ]

@@ -1,0 +1,108 @@
+"""Steps as CUDA graphs. Without a GPU a stand-in for the capture runs the step again at each
+replay, on the same fixed buffers: shapes, padding, rates and buffers are tested, not CUDA."""
+
+import pytest
+import torch
+from conftest import batch, tiny
+
+from beft_ext import BiasAdamW, prepare
+from beft_ext.training.steps import LENGTHS, EagerStep, GraphedStep, StepError
+from beft_ext.training.tuning import Recipe, TuningError, tune
+
+
+def again(work):
+    """Runs ``work`` anew. A graph writes its gradients anew at each replay, so it does too."""
+
+    def replay():
+        again.step.optimizer.zero_grad()
+        work()
+
+    return replay
+
+
+def made(kind, device="cpu", **options):
+    model = tiny("bert").to(device)
+    prepare(model, "value")
+    model.train()
+    again.step = kind(model, BiasAdamW(model, lr=1.0, max_norm=1.0), **options)
+    return again.step
+
+
+def losses(step, batches, device="cpu"):
+    torch.manual_seed(0)
+    rates = (1e-2 / (1 + i) for i in range(len(batches)))
+    found = []
+    for one, rate in zip(batches, rates, strict=True):
+        loss, norm = step({k: v.to(device) for k, v in one.items()}, rate)
+        found.append((float(loss), float(norm)))
+    return found
+
+
+def mixed():
+    """Three lengths within two buckets, and a short last batch."""
+    shapes = [(4, 9), (4, 40), (4, 20), (4, 9), (4, 33), (4, 20), (2, 9)]
+    return [batch(rows, tokens, seed=i) for i, (rows, tokens) in enumerate(shapes)]
+
+
+def test_graphed_steps_are_the_eager_ones():
+    eager, graphed = made(EagerStep), made(GraphedStep, capture=again)
+    batches = mixed()
+    found = losses(graphed, batches)
+    assert found == losses(eager, [graphed.padded(b) for b in batches])
+    assert len(graphed.graphs) == 2 and len(graphed.seen) == 3
+    for a, b in zip(graphed.model.parameters(), eager.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_padding_changes_no_loss():
+    graphed, eager = made(GraphedStep, capture=again), made(EagerStep)
+    for step in (graphed, eager):
+        step.model.eval()
+    short = batch(4, 9)
+    assert graphed.padded(short)["input_ids"].shape == (4, LENGTHS)
+    found, plain = losses(graphed, [short]), losses(eager, [short])
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_padded_is_left_as_it_is():
+    step = made(GraphedStep, capture=again)
+    assert step.padded({"input_ids": torch.ones(2, 5)})["input_ids"].shape == (2, 5)
+    strange = batch(2, 5) | {"spans": torch.ones(2, 5)}
+    assert step.padded(strange)["input_ids"].shape == (2, 5)
+    tokens = batch(2, 5) | {"labels": torch.ones(2, 5, dtype=torch.long)}
+    assert step.padded(tokens)["labels"][:, 5:].eq(-100).all()
+
+
+def test_a_bounded_number_of_graphs(monkeypatch):
+    monkeypatch.setattr("beft_ext.training.steps.MOST", 1)
+    step = made(GraphedStep, capture=again)
+    losses(step, [batch(rows, 9) for rows in (2, 3, 2, 3, 3)])
+    assert len(step.graphs) == 1
+
+
+def test_without_a_gpu_it_says_so(tmp_path):
+    model = tiny("bert")
+    prepare(model, "value")
+    with pytest.raises(StepError, match="CUDA device"):
+        tune(model, [batch()], lambda _: 0.0, tmp_path, Recipe(graphs=True))
+    with pytest.raises(TuningError, match="do not go together"):
+        tune(model, [batch()], lambda _: 0.0, tmp_path, Recipe(graphs=True, compile=True))
+
+
+def test_a_step_that_cannot_be_captured_is_named():
+    def refused(work):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    step = made(GraphedStep, capture=refused)
+    with pytest.raises(StepError, match=r"cannot be captured \(operation not permitted"):
+        losses(step, [batch(), batch()])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("bf16", [False, True])
+def test_graphs_on_a_gpu_train_to_the_same_losses(bf16):
+    graphed, eager = (made(kind, "cuda", bf16=bf16) for kind in (GraphedStep, EagerStep))
+    batches = mixed()
+    found = losses(graphed, batches, "cuda")
+    plain = losses(eager, [graphed.padded(b) for b in batches], "cuda")
+    assert found == pytest.approx(plain, rel=1e-6) and graphed.graphs

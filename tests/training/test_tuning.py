@@ -1,0 +1,171 @@
+"""tune: the best epoch is kept, and a killed run goes on to the same bits."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import batch, tiny
+from safetensors.torch import load_file
+
+from beft_ext.training.optim import rate_factor
+from beft_ext.training.tuning import CHECKPOINT, Recipe, TuningError, tune
+
+RECIPE = Recipe(epochs=3, lr=1e-2)
+
+
+def prepared():
+    model = tiny("bert").requires_grad_(False)
+    for name, p in model.named_parameters():
+        p.requires_grad_("value.bias" in name or name.startswith("classifier"))
+    return model
+
+
+def loader():
+    return [batch(seed=i) for i in range(5)]
+
+
+def falling_loss(model):
+    """A metric: minus the loss on one batch."""
+    model.eval()
+    with torch.no_grad():
+        return -float(model(**batch(seed=99)).loss)
+
+
+def test_trains_only_what_requires_grad_and_logs_each_epoch(tmp_path):
+    model = prepared()
+    before = {n: p.clone() for n, p in model.named_parameters()}
+    progress = tune(model, loader(), falling_loss, tmp_path, RECIPE, metric="minus loss")
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != p.requires_grad
+    lines = [json.loads(x) for x in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert lines == progress.history and [x["epoch"] for x in lines] == [1, 2, 3]
+    assert falling_loss(model) == max(x["minus loss"] for x in lines)
+
+
+def test_without_decay_the_rate_stays(tmp_path):
+    """Oracle: torch's AdamW in a loop of its own, the rate never touched."""
+    ours, oracle = prepared(), prepared()
+    recipe = Recipe(epochs=1, lr=1e-2, warmup=0.0, decay=False)
+    tune(ours, loader(), falling_loss, tmp_path, recipe)
+    torch.manual_seed(recipe.seed)
+    parameters = [p for p in oracle.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    oracle.train()
+    for inputs in loader():
+        optimizer.zero_grad()
+        oracle(**inputs).loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+    for a, b in zip(ours.parameters(), oracle.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+class Killed(Exception):
+    pass
+
+
+def test_resumed_after_any_step_it_ends_in_the_same_bits(tmp_path):
+    whole = prepared()
+    tune(whole, loader(), falling_loss, tmp_path / "whole", RECIPE, save_every=1)
+
+    class Stopping(list):
+        """Stands for a kill: stops the run in the middle of an epoch."""
+
+        left = 7
+
+        def __iter__(self):
+            for item in super().__iter__():
+                if Stopping.left == 0:
+                    raise Killed
+                Stopping.left -= 1
+                yield item
+
+    folder = tmp_path / "parts"
+    for _ in range(20):
+        model = prepared()
+        Stopping.left = 7
+        try:
+            tune(model, Stopping(loader()), falling_loss, folder, RECIPE, save_every=2, resume=True)
+            break
+        except Killed:
+            torch.manual_seed(12345)  # whatever ran in between must not matter
+    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert (folder / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+SCRIPT = """
+import sys; sys.path[:0] = sys.argv[2:]
+from test_tuning import *
+recipe = Recipe(epochs=8, lr=1e-2)
+model = prepared()
+tune(model, loader(), falling_loss, sys.argv[1], recipe, save_every=1, resume=True)
+from safetensors.torch import save_file
+save_file({n: p.detach().clone() for n, p in model.named_parameters()}, sys.argv[1] + "/done")
+"""
+
+
+def test_killed_by_the_system_it_goes_on(tmp_path):
+    def start(folder):
+        here = Path(__file__).parent
+        command = [sys.executable, "-c", SCRIPT, folder, here, here.parent]
+        return subprocess.Popen(command)
+
+    assert start(tmp_path / "whole").wait() == 0
+    folder = tmp_path / "killed"
+    process = start(folder)
+    while not (folder / CHECKPOINT).exists() and process.poll() is None:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert start(folder).wait() == 0
+    a, b = load_file(tmp_path / "whole" / "done"), load_file(folder / "done")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    assert not list(folder.glob(".partial*"))
+
+
+def test_compiled_and_bf16_runs_have_the_losses_of_the_plain_one(tmp_path):
+    histories = []
+    for options in ({}, {"compile": True}, {"bf16": True}):
+        recipe = Recipe(epochs=2, lr=1e-2, **options)
+        folder = tmp_path / str(len(histories))
+        histories.append(tune(prepared(), loader(), falling_loss, folder, recipe).history)
+    plain, compiled, bf16 = ([h["loss"] for h in history] for history in histories)
+    assert compiled == pytest.approx(plain, rel=1e-4)
+    assert bf16 == pytest.approx(plain, rel=2**-6)  # bf16 has 8 bits, activations are a few deep
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=1))
+    with pytest.raises(TuningError, match="epochs is 1, here it is 2"):
+        tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=2), resume=True)
+    (tmp_path / CHECKPOINT).write_bytes(b"broken")
+    with pytest.raises(TuningError, match="no checkpoint"):
+        tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=1), resume=True)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    with pytest.raises(TuningError, match="not finite at step"):
+        tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=9, lr=1e30, clip=0))
+
+
+def test_nothing_to_train(tmp_path):
+    with pytest.raises(TuningError, match="save_every must be at least 1"):
+        tune(prepared(), loader(), falling_loss, tmp_path, save_every=0)
+    with pytest.raises(TuningError, match="prepare"):
+        tune(tiny("bert").requires_grad_(False), loader(), falling_loss, tmp_path)
+    with pytest.raises(TuningError, match="empty"):
+        tune(prepared(), [], falling_loss, tmp_path)
+
+
+def test_the_schedule_rises_then_falls_to_zero_behind_the_last_step():
+    factors = [rate_factor(i, 10, 0.3, True) for i in range(10)]
+    assert factors[:3] == [1 / 3, 2 / 3, 1.0]
+    assert factors[3:] == sorted(factors[3:], reverse=True) and factors[-1] > 0
+    assert rate_factor(0, 1, 0.06, True) == rate_factor(9, 10, 0.0, False) == 1.0
