@@ -13,6 +13,7 @@ from torch import nn
 
 from beft_ext.errors import BeftError
 from beft_ext.tasks import (
+    Column,
     DataError,
     Example,
     HeadObjective,
@@ -59,8 +60,8 @@ class Source:
             return named_task(self.name)
         if self.config is not None:
             return read_task(self.config)
-        pair = None if self.pair is None else f"{{{self.pair}}}"
-        return Task(text=f"{{{self.text}}}", pair=pair, label=self.label)
+        pair = None if self.pair is None else Column(self.pair)
+        return Task(text=Column(self.text), pair=pair, label=self.label)
 
     def read(self, split: str) -> list[Example]:
         """The examples of 'train', 'validation' or another split of a named task."""

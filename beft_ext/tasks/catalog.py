@@ -5,11 +5,11 @@ Prompts and verbalisers are those of the paper's decoder experiments where it ha
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
+from beft_ext.tasks.cells import DataError, Row, shown, text, texts
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.rows import DataError, Row, hub_rows, read_rows
+from beft_ext.tasks.rows import hub_rows, read_rows
 from beft_ext.tasks.task import Task
 
 YES_NO, NO_YES = ("Yes", "No"), ("No", "Yes")
@@ -37,11 +37,12 @@ def named_task(name: str) -> Task:
 
 
 def _copa(row: Row) -> Row:
-    premise = row["premise"].rstrip().removesuffix(".")
-    joined = {"cause": "because", "effect": "so"}.get(row["question"])
+    premise = text(row, "premise").rstrip().removesuffix(".")
+    asked = text(row, "question")
+    joined = {"cause": "because", "effect": "so"}.get(asked)
     if joined is None:
-        raise DataError(f"question '{row['question']}' is neither 'cause' nor 'effect'")
-    choices = [_continued(row[c]) for c in ("choice1", "choice2")]
+        raise DataError(f"question '{shown(asked)}' is neither 'cause' nor 'effect'")
+    choices = [_continued(text(row, c)) for c in ("choice1", "choice2")]
     return row | {"opening": f"{premise} {joined}", "choices": choices}
 
 
@@ -53,27 +54,28 @@ def _continued(sentence: str) -> str:
 
 def _record(row: Row) -> Row:
     """Each entity in the query's gap is an option; the right ones are those of the answers."""
-    entities = list(dict.fromkeys(row["entities"]))
-    if unknown := [a for a in row["answers"] if a not in entities]:
-        raise DataError(f"answer '{unknown[0]}' is not among the entities")
-    passage = row["passage"].replace("@highlight\n", "- ")
-    options = [row["query"].replace("@placeholder", e) for e in entities]
-    right = sorted({entities.index(a) for a in row["answers"]})
+    entities = list(dict.fromkeys(texts(row, "entities")))
+    answers = texts(row, "answers", alone=True)
+    if unknown := [a for a in answers if a not in entities]:
+        raise DataError(f"answer '{shown(unknown[0])}' is not among the entities")
+    passage = text(row, "passage").replace("@highlight\n", "- ")
+    options = [text(row, "query").replace("@placeholder", e) for e in entities]
+    right = sorted({entities.index(a) for a in answers})
     return row | {"story": passage, "choices": options, "right": right}
 
 
 def _boolq(row: Row) -> Row:
-    question = row["question"].rstrip("?") + "?"
+    question = text(row, "question").rstrip("?") + "?"
     return row | {"asked": question[:1].upper() + question[1:]}
 
 
 def _wsc(row: Row) -> Row:
-    return row | {"pronoun": row["span2_text"].lower()}
+    return row | {"pronoun": text(row, "span2_text").lower()}
 
 
 def _stripped(row: Row) -> Row:
     """GLUE's sentences end with a space here and there: a prompt must not."""
-    return {k: re.sub(r"\s+$", "", v) if isinstance(v, str) else v for k, v in row.items()}
+    return {k: v.rstrip() if isinstance(v, str) else v for k, v in row.items()}
 
 
 def _glue(name: str) -> tuple[str, str | None]:
@@ -193,6 +195,7 @@ TASKS = {
     "copa": Task(
         text="{opening}",
         kind="choice",
+        classes=("choice1", "choice2"),
         prompt="{opening} ",
         options="choices",
         learn="answer",

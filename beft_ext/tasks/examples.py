@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from beft_ext.tasks.rows import DataError
+from beft_ext.tasks.cells import DataError
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from beft_ext.tasks.cells import DataError, reason
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.rows import DataError
 
 
 def measure(
@@ -26,7 +27,11 @@ def _accuracy(predictions: Sequence[Any], examples: Sequence[Example]) -> float:
 def _counted(name: str, **options: Any) -> Callable[[Sequence[Any], Sequence[Example]], float]:
     def score(predictions: Sequence[Any], examples: Sequence[Example]) -> float:
         labels = [int(e.label) for e in examples]
-        return float(getattr(_library("sklearn.metrics"), name)(labels, predictions, **options))
+        counted = getattr(_library("sklearn.metrics"), name)
+        try:
+            return float(counted(labels, predictions, **options))
+        except ValueError as error:  # f1 of a model that says a third class
+            raise DataError(f"{name} cannot be counted: {reason(error)}") from error
 
     return score
 
@@ -34,6 +39,8 @@ def _counted(name: str, **options: Any) -> Callable[[Sequence[Any], Sequence[Exa
 def _correlation(name: str) -> Callable[[Sequence[Any], Sequence[Example]], float]:
     def score(predictions: Sequence[Any], examples: Sequence[Example]) -> float:
         labels = [e.label for e in examples]
+        if wrong := [p for p in predictions if not math.isfinite(p)]:
+            raise DataError(f"the model predicts {wrong[0]}: its training has diverged")
         if len(set(predictions)) < 2 or len(set(labels)) < 2:
             return 0.0  # a constant does not correlate with anything
         return float(getattr(_library("scipy.stats"), name)(labels, predictions).statistic)

@@ -1,85 +1,134 @@
-"""Rows of labelled data: local files of four kinds, or a data set of the hub."""
+"""Rows of labelled data: local files of five kinds, compressed or not, or a data set of the hub.
+
+The same rows mean the same in every kind. A csv or tsv file knows texts alone: nothing in it is
+taken for a number or for a missing value. ``cells.py`` says what a value means.
+"""
 
 from __future__ import annotations
 
-import csv
-import json
-from collections.abc import Callable, Iterable
+import bz2
+import gzip
+import lzma
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-from beft_ext.errors import BeftError
-
-Row = dict[str, Any]
+from beft_ext.tasks.cells import DataError, Row, decoded, distinct, parse_json, reason
+from beft_ext.tasks.separated import separated
 
 
-class DataError(BeftError, ValueError):
-    """Data that is missing, empty or not as described."""
+def read_rows(path: Path | str) -> list[Row]:
+    """The rows of a file.
 
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a csv, tsv, jsonl or parquet file. Raises DataError."""
-    reader = _READERS.get(path.suffix.lower())
+    Args:
+        path: a csv, tsv, json, jsonl or parquet file, which may be compressed: ``x.csv.gz``.
+    Returns: one dict per row, with the file's columns as keys. Rows count from 1 in messages;
+        blank lines and the header do not count.
+    Raises:
+        DataError: one line with the file's name, and the row's number where there is one.
+    """
+    path = Path(path)
+    suffixes = [s.lower() for s in path.suffixes]
+    unpack = _UNPACKERS.get(suffixes[-1]) if suffixes else None
+    kind = "".join(suffixes[-2:-1] if unpack else suffixes[-1:])
+    reader = _READERS.get(kind)
     if reader is None:
-        raise DataError(f"{path}: unknown kind of file; use {', '.join(_READERS)}")
+        raise DataError(
+            f"{path}: unknown kind of file; use {', '.join(_READERS)}, alone or before "
+            f"{', '.join(_UNPACKERS)}"
+        )
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     try:
-        rows = list(reader(path))
-    except (ValueError, csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
+        data = path.read_bytes()
+        rows = reader(unpack(data) if unpack else data)
+    except ModuleNotFoundError as error:
+        raise DataError(f"{path}: {kind} needs {error.name}: pip install {error.name}") from error
+    except Exception as error:  # readers of damaged files raise many unrelated types
+        raise DataError(f"{path}: cannot be read as {kind[1:]}: {reason(error)}") from error
     if not rows:
         raise DataError(f"{path}: there are no rows")
     return rows
 
 
 def hub_rows(path: str, name: str | None, split: str) -> list[Row]:
-    """The rows of one split of a hub's data set. Raises DataError."""
+    """The rows of one split of a hub's data set; a class is given by its name.
+
+    Raises:
+        DataError: if ``datasets`` is not installed, or the hub cannot be reached.
+    """
     try:
         import datasets
     except ImportError as error:
         message = "reading the hub needs datasets: pip install 'beft-ext[data]', or give --data DIR"
         raise DataError(message) from error
     try:
-        return list(datasets.load_dataset(path, name, split=split))
+        found = datasets.load_dataset(path, name, split=split, trust_remote_code=False)
+        rows = list(found)
     except Exception as error:  # the hub's client raises many unrelated types
-        reason = str(error).splitlines()[0]
         wanted = path if name is None else f"{path}, {name}"
         raise DataError(
-            f"the hub's '{wanted}' could not be read ({reason}): give --data DIR"
+            f"the hub's '{wanted}' could not be read ({reason(error)}): give --data DIR"
         ) from error
-
-
-def _jsonl(path: Path) -> Iterable[Row]:
-    with path.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError(f"line {number} is not an object")
-                yield row
-
-
-def _separated(delimiter: str) -> Callable[[Path], Iterable[Row]]:
-    def read(path: Path) -> Iterable[Row]:
-        with path.open(encoding="utf-8-sig", newline="") as lines:
-            yield from csv.DictReader(lines, delimiter=delimiter)
-
-    return read
-
-
-def _parquet(path: Path) -> Iterable[Row]:
-    try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise DataError("parquet needs pyarrow: pip install 'beft-ext[data]'") from error
-    rows: list[Row] = pyarrow.parquet.read_table(path).to_pylist()
+    features = getattr(found, "features", None) or {}
+    for column, names in ((c, f.names) for c, f in features.items() if hasattr(f, "names")):
+        for row in rows:  # -1, the hub's mark of a hidden class, is no value
+            known = row[column] is not None and 0 <= row[column] < len(names)
+            row[column] = names[row[column]] if known else None
     return rows
 
 
-_READERS: dict[str, Callable[[Path], Iterable[Row]]] = {
-    ".jsonl": _jsonl,
-    ".csv": _separated(","),
-    ".tsv": _separated("\t"),
+def _json(data: bytes) -> list[Row]:
+    """A list of objects, or one object per line."""
+    text = decoded(data)
+    if text.lstrip().startswith("["):
+        found = list(parse_json(text))
+    else:
+        found = []
+        for line in filter(str.strip, text.split("\n")):
+            try:
+                found.append(parse_json(line))
+            except DataError as error:
+                raise DataError(f"row {len(found) + 1}: {error}") from error
+    for number, row in enumerate(found, 1):
+        if not isinstance(row, dict):
+            raise DataError(f"row {number} is not an object")
+    return found
+
+
+def _parquet(data: bytes) -> list[Row]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    table = ParquetFile(pyarrow.BufferReader(data)).read()
+    distinct(table.column_names)
+    for i, field in enumerate(table.schema):
+        if field.type in (pyarrow.float16(), pyarrow.float32()):
+            # By its shortest text: 0.1 is 0.1, as every other kind of file would have it.
+            exact = table[i].cast(pyarrow.string()).cast(pyarrow.float64())
+            table = table.set_column(i, field.name, exact)
+    rows: list[Row] = table.to_pylist()
+    return rows
+
+
+def _zstd(data: bytes) -> bytes:
+    import pyarrow
+
+    with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
+        found: bytes = stream.read()
+    return found
+
+
+_READERS: dict[str, Callable[[bytes], list[Row]]] = {
+    ".csv": partial(separated, delimiter=","),
+    ".tsv": partial(separated, delimiter="\t"),
+    ".json": _json,
+    ".jsonl": _json,
     ".parquet": _parquet,
+}
+_UNPACKERS: dict[str, Callable[[bytes], bytes]] = {
+    ".gz": gzip.decompress,
+    ".bz2": bz2.decompress,
+    ".xz": lzma.decompress,
+    ".zst": _zstd,
 }

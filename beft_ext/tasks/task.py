@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
+from decimal import Decimal
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from beft_ext.tasks.cells import (
+    DataError,
+    Row,
+    decoded,
+    key,
+    keys,
+    number,
+    parse_json,
+    shown,
+    texts,
+)
 from beft_ext.tasks.examples import Example
 from beft_ext.tasks.metrics import METRICS, SUITABLE
-from beft_ext.tasks.rows import DataError, Row
+from beft_ext.tasks.templates import fill, parse
 
 KINDS = ("classification", "regression", "choice", "generation")
 
@@ -20,8 +32,9 @@ class Task:
     """A kind of question, and where its parts are in a row. Templates name columns in braces.
 
     text, pair: templates of what a model with a task head reads.
-    label: column of the class (a number from 0, or one of ``classes``), of the choice (or list
-        of right ones) or of the number to be predicted.
+    label: column of the class, of the choice (or the list of right ones), or of the number to be
+        predicted. Classes are named as in ``classes``, or counted from 0 where no number is a
+        name; ``1``, ``1.0`` and ``"1"`` are one class, and so are ``true`` and ``"True"``.
     prompt: template of what a language model reads. options: one template per class or choice
         of what it may say next, or the name of a column that holds the list.
     answers: column with the text or texts that a generated answer is held against.
@@ -63,6 +76,18 @@ class Task:
         missing = {"choice": "options", "generation": "answers"}.get(self.kind)
         if missing and not getattr(self, missing):
             raise DataError(f"a {self.kind} task needs '{missing}'")
+        for template in self._templates():
+            parse(template)
+        if len(self._numbers) < len(self.classes):
+            raise DataError(f"classes {', '.join(self.classes)}: two of them are the same")
+        if "f1" in self.metrics and len(self.classes) > 2:
+            raise DataError("metric 'f1' is for two classes: use f1_macro")
+        fixed = isinstance(self.options, tuple) and self.options and self.classes
+        if fixed and len(self.options) != len(self.classes):
+            raise DataError(
+                f"there are {len(self.classes)} classes and {len(self.options)} options: give one "
+                "option for each class"
+            )
 
     @property
     def metric(self) -> str:
@@ -72,71 +97,87 @@ class Task:
     def examples(self, rows: Iterable[Row], where: str) -> list[Example]:
         """Raises DataError, with ``where`` and the row's number, for what is missing or wrong."""
         made = []
-        for number, row in enumerate(rows, 1):
+        for row_number, row in enumerate(rows, 1):
             try:
                 made.append(self._example(self.reshape(row) if self.reshape else row))
-            except KeyError as error:
-                raise DataError(
-                    f"{where}, row {number}: no column '{error.args[0]}'; it has {', '.join(row)}"
-                ) from error
-            except (DataError, TypeError, ValueError, IndexError, AttributeError) as error:
-                raise DataError(f"{where}, row {number}: {error}") from error
+            except DataError as error:
+                raise DataError(f"{where}, row {row_number}: {error}") from error
         return made
 
     def _example(self, row: Row) -> Example:
-        def text(template: str) -> str:
-            try:
-                return template.format_map(_Present(row))
-            except DataError:
-                raise
-            except (ValueError, AttributeError, TypeError, IndexError) as error:
-                raise DataError(f"template '{template}': {error}") from error
-
         if isinstance(self.options, str):
-            options = tuple(str(o) for o in _column(row, self.options))
+            options = texts(row, self.options)
         else:
-            options = tuple(text(o) for o in self.options)
+            options = tuple(fill(o, row) for o in self.options)
         right: tuple[int, ...] = ()
         answers: tuple[str, ...] = ()
         label = 0.0
         if self.kind == "generation":
-            answers = _texts(_column(row, self.answers))
+            answers = texts(row, self.answers, alone=True)
         elif self.kind == "regression":
-            label = float(_column(row, self.label))
+            label = number(row, self.label)
         else:
-            value = _column(row, self.label)
-            right = tuple(self._class(v) for v in (value if _listed(value) else [value]))
-            count = len(options) or len(self.classes)
-            if not right or (count and max(right) >= count):
-                raise DataError(f"label '{value}' is outside the {count} options (0..{count - 1})")
+            right = self._right(row, len(options) or len(self.classes))
             label = right[0]
-        pair = None if self.pair is None else text(self.pair)
-        return Example(text(self.text), pair, text(self.prompt), options, label, right, answers)
+        pair = None if self.pair is None else fill(self.pair, row)
+        return Example(
+            fill(self.text, row), pair, fill(self.prompt, row), options, label, right, answers
+        )
 
-    def _class(self, value: Any) -> int:
-        if value in self.classes:
-            return self.classes.index(value)
-        try:
-            label = int(value)
-            if label != float(value) or label < 0:
-                raise ValueError
-        except (TypeError, ValueError, OverflowError) as error:
-            known = f" nor one of {', '.join(self.classes)}" if self.classes else ""
-            raise DataError(f"label '{value}' is not a class number 0, 1, 2, ...{known}") from error
-        return label
+    def _right(self, row: Row, count: int) -> tuple[int, ...]:
+        """The class, or the choices that are right. count: how many there are, 0 if unknown."""
+        right = tuple(self._class(k) for k in keys(row, self.label))
+        if not right or len(set(right)) < len(right):
+            raise DataError(f"column '{self.label}' must list every right option once")
+        if count and max(right) >= count:
+            raise DataError(f"label '{max(right)}' is outside the {count} options (0..{count - 1})")
+        if len(right) > 1 and self.kind == "classification":
+            raise DataError(
+                f"column '{self.label}' lists {len(right)} classes, and a classification has one "
+                "right class per row: ask for each class by rows of its own"
+            )
+        if len(right) > 1 and self.metrics != ("accuracy",):
+            raise DataError(
+                f"column '{self.label}' lists {len(right)} right options, of which only accuracy "
+                "counts each as right"
+            )
+        if "f1" in self.metrics and max(right) > 1:
+            raise DataError(f"label '{max(right)}': 'f1' is for classes 0 and 1, use f1_macro")
+        return right
+
+    def _class(self, asked: str | Decimal) -> int:
+        if (place := self._numbers.get(asked)) is not None:
+            return place
+        named = ", ".join(self.classes)
+        if any(isinstance(k, Decimal) for k in self._numbers):
+            raise DataError(f"label '{shown(asked)}' is none of the classes {named}")
+        if isinstance(asked, str) or not 0 <= asked < 2**53 or asked % 1:
+            known = f" nor one of {named}" if self.classes else ""
+            raise DataError(f"label '{shown(asked)}' is not a class number 0, 1, 2, ...{known}")
+        return int(asked)
+
+    @cached_property
+    def _numbers(self) -> dict[str | Decimal, int]:
+        """Each class's number, by what classes are compared by."""
+        return {key(name): i for i, name in enumerate(self.classes)}
+
+    def _templates(self) -> Iterator[str]:
+        yield from (t for t in (self.text, self.pair, self.prompt) if t is not None)
+        if not isinstance(self.options, str):
+            yield from self.options
 
 
 def read_task(path: Path) -> Task:
     """A task of one's own from a JSON object with Task's fields (but reshape). Raises DataError."""
     known = {f.name for f in fields(Task)} - {"reshape", "hub"}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        found = parse_json(decoded(path.read_bytes()))
+    except (OSError, DataError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({error})") from error
     if not isinstance(found, dict) or "text" not in found:
         raise DataError(f'{path}: a task is an object with at least "text"')
     if wrong := sorted(set(found) - known):
-        raise DataError(f"{path}: unknown key '{wrong[0]}': use {', '.join(sorted(known))}")
+        raise DataError(f"{path}: unknown key '{shown(wrong[0])}': use {', '.join(sorted(known))}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
     for name, value in values.items():
         _check_type(path, name, value)
@@ -156,34 +197,3 @@ def _check_type(path: Path, name: str, value: Any) -> None:
             raise DataError(f"{path}: 'splits' must be an object")
     elif not isinstance(value, str) and not (name == "pair" and value is None):
         raise DataError(f"{path}: '{name}' must be a text")
-
-
-class _Present(dict[str, Any]):
-    """A row for ``format_map``. None is no text: csv gives it for what a short line lacks."""
-
-    def __getitem__(self, key: str) -> Any:
-        value = super().__getitem__(key)
-        if value is None:
-            raise DataError(f"column '{key}' has no value")
-        return value
-
-
-def _column(row: Row, path: str) -> Any:
-    """The value at ``path``; dots lead into nested objects (SQuAD's ``answers.text``)."""
-    value: Any = row
-    for part in path.split("."):
-        value = value[part]
-        if value is None:
-            raise DataError(f"column '{path}' has no value")
-    return value
-
-
-def _listed(value: Any) -> bool:
-    return isinstance(value, (list, tuple))
-
-
-def _texts(value: Any) -> tuple[str, ...]:
-    found = tuple(str(v) for v in (value if _listed(value) else [value]))
-    if not found:
-        raise DataError("there is no answer")
-    return found

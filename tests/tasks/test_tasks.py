@@ -52,7 +52,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path, kind):
         ("x.jsonl", "[1]", "not an object"),
         ("x.jsonl", "\xff\xfe", "cannot be read"),
         ("x.csv", "", "no rows"),
-        ("x.csv", "a,b,y\nt,u", "row 1: column 'y' has no value"),
+        ("x.csv", "a,b,y\nt,u", "row 1 has 2 cells, and the header has 3$"),
         ("x.jsonl", '{"a": null, "b": "u", "y": 1}', "row 1: column 'a' has no value"),
         ("x.jsonl", '{"a": "t", "b": "u", "y": NaN}', "not a class number"),
         ("x.jsonl", '{"a": "t", "b": "u", "y": Infinity}', "not a class number"),
@@ -90,9 +90,9 @@ def test_every_kind_of_task_has_its_own_metric():
 
 
 def test_a_template_that_is_none_is_named():
-    for template in ("{a", "{}", "{a.b.c}"):
-        with pytest.raises(DataError, match=r"row 1: template '\{"):
-            Task(text=template).examples([{"a": "t", "label": 1}], "here")
+    for template in ("{a", "{}", "a}", "{a{b}}"):
+        with pytest.raises(DataError, match=r"^template '\{?a?"):
+            Task(text=template)
 
 
 def test_a_mark_at_the_beginning_of_a_file_is_no_part_of_it(tmp_path):
