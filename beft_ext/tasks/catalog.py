@@ -9,20 +9,25 @@ from pathlib import Path
 
 from beft_ext.tasks.cells import DataError, Row, shown, text, texts
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.rows import hub_rows, read_rows
+from beft_ext.tasks.rows import find_file, hub_rows, read_rows
 from beft_ext.tasks.task import Task
 
 YES_NO, NO_YES = ("Yes", "No"), ("No", "Yes")
 
 
 def load_task(name: str, split: str, folder: Path | None = None) -> list[Example]:
-    """One split of a named task, from ``folder/<name>/<split>.jsonl`` or else the hub.
+    """One split of a named task.
 
-    Raises DataError for an unknown task, a missing file or package, or a hub out of reach.
+    Args:
+        folder: holds a folder of the task's name, and in it a file of the split's name, such as
+            ``train.jsonl``. Without it the rows come from the hub.
+
+    Raises:
+        DataError: for an unknown task, a missing file or package, or a hub out of reach.
     """
     task = named_task(name)
     if folder is not None:
-        path = folder / name / f"{split}.jsonl"
+        path = find_file(folder / name, split)
         return task.examples(read_rows(path), str(path))
     assert task.hub is not None
     rows = hub_rows(*task.hub, task.splits.get(split, split))

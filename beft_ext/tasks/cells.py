@@ -138,7 +138,9 @@ def shown(value: Any) -> str:
 
 
 def reason(error: Exception) -> str:
-    """The first line of what another library says."""
+    """What an error says in one line: ours as it is, another library's by its first line."""
+    if isinstance(error, DataError):
+        return str(error)
     return shown((str(error).strip() or type(error).__name__).splitlines()[0])
 
 

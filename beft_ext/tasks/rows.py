@@ -28,9 +28,7 @@ def read_rows(path: Path | str) -> list[Row]:
         DataError: one line with the file's name, and the row's number where there is one.
     """
     path = Path(path)
-    suffixes = [s.lower() for s in path.suffixes]
-    unpack = _UNPACKERS.get(suffixes[-1]) if suffixes else None
-    kind = "".join(suffixes[-2:-1] if unpack else suffixes[-1:])
+    kind, unpack = _kind(path)
     reader = _READERS.get(kind)
     if reader is None:
         raise DataError(
@@ -51,6 +49,16 @@ def read_rows(path: Path | str) -> list[Row]:
     return rows
 
 
+def find_file(folder: Path, name: str) -> Path:
+    """The file in a folder that is called ``name`` but for its kind; ``name.jsonl`` if there is
+    none. Raises DataError if there are two."""
+    known = [folder / f"{name}{kind}{packed}" for kind in _READERS for packed in ("", *_UNPACKERS)]
+    found = [path for path in known if path.is_file()]
+    if len(found) > 1:
+        raise DataError(f"{found[0]}: {found[1].name} is beside it: keep one of the two")
+    return found[0] if found else folder / f"{name}.jsonl"
+
+
 def hub_rows(path: str, name: str | None, split: str) -> list[Row]:
     """The rows of one split of a hub's data set; a class is given by its name.
 
@@ -64,18 +72,26 @@ def hub_rows(path: str, name: str | None, split: str) -> list[Row]:
         raise DataError(message) from error
     try:
         found = datasets.load_dataset(path, name, split=split, trust_remote_code=False)
-        rows = list(found)
+        features = getattr(found, "features", None) or {}
+        named = {c: f.names for c, f in features.items() if hasattr(f, "names")}
+        return [r | {c: _class_name(r[c], names) for c, names in named.items()} for r in found]
     except Exception as error:  # the hub's client raises many unrelated types
         wanted = path if name is None else f"{path}, {name}"
         raise DataError(
             f"the hub's '{wanted}' could not be read ({reason(error)}): give --data DIR"
         ) from error
-    features = getattr(found, "features", None) or {}
-    for column, names in ((c, f.names) for c, f in features.items() if hasattr(f, "names")):
-        for row in rows:  # -1, the hub's mark of a hidden class, is no value
-            known = row[column] is not None and 0 <= row[column] < len(names)
-            row[column] = names[row[column]] if known else None
-    return rows
+
+
+def _class_name(number: int | None, names: list[str]) -> str | None:
+    """-1 is the hub's mark of a hidden class."""
+    return names[number] if number is not None and 0 <= number < len(names) else None
+
+
+def _kind(path: Path) -> tuple[str, Callable[[bytes], bytes] | None]:
+    """The suffix that tells how a file is read, and what unpacks it."""
+    suffixes = ["", "", *(s.lower() for s in path.suffixes)]
+    unpack = _UNPACKERS.get(suffixes[-1])
+    return suffixes[-2 if unpack else -1], unpack
 
 
 def _json(data: bytes) -> list[Row]:

@@ -26,6 +26,8 @@ def separated(data: bytes, delimiter: str) -> list[Row]:
             column is named twice, or the file is not UTF-8.
     """
     text = decoded(data)
+    if "\0" in text.partition("\n")[0]:
+        raise DataError("its header holds NUL characters: save the file as UTF-8")
     quotes = '"' in text
     if quotes and delimiter == "\t":
         quotes = _tabs_are_quoted(text)
@@ -35,8 +37,6 @@ def separated(data: bytes, delimiter: str) -> list[Row]:
             "comma; write a quote within a quoted cell twice"
         )
     header, *rows = _cut(text, delimiter, quotes) or [()]
-    if any("\0" in name for name in header):
-        raise DataError("its header holds NUL characters: save the file as UTF-8")
     distinct(header)
     return [dict(zip(header, row, strict=True)) for row in rows]
 
@@ -80,7 +80,7 @@ def _cut(text: str, delimiter: str, quotes: bool) -> list[tuple[str, ...]]:
         row = misfits[0]
         more = delimiter == "," and row.actual_columns > row.expected_columns
         raise DataError(
-            f"row {row.number - 1} has {row.actual_columns} cells, and the header has "
+            f"row {row.number - 1} does not fit the header: it has {row.actual_columns} cells, not "
             f"{row.expected_columns}" + "; put quotes around a text that holds a comma" * more
         )
     return list(zip(*(c.to_pylist() for c in table.columns), strict=True))

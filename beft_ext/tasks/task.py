@@ -64,6 +64,7 @@ class Task:
             raise DataError(f"unknown kind of task '{self.kind}': use {', '.join(KINDS)}")
         suitable = SUITABLE[self.kind]
         # Past the dataclass's own refusal: it is frozen.
+        object.__setattr__(self, "classes", tuple(map(str, self.classes)))
         object.__setattr__(self, "metrics", self.metrics or suitable[:1])
         if wrong := [m for m in self.metrics if m not in METRICS]:
             raise DataError(f"unknown metric '{wrong[0]}': use {', '.join(METRICS)}")
