@@ -108,7 +108,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
     parser.add_argument("--task", metavar="NAME", help=", ".join(TASKS))
     parser.add_argument("--data", type=Path, metavar="DIR", help="holds NAME/train.jsonl")
-    parser.add_argument("--train-file", type=Path, metavar="F", help="csv, tsv, jsonl, parquet")
+    parser.add_argument(
+        "--train-file", type=Path, metavar="F", help="csv, tsv, json, jsonl, parquet; .gz too"
+    )
     parser.add_argument("--validation-file", type=Path, metavar="F")
     parser.add_argument("--text-column", default="sentence")
     parser.add_argument("--text-pair-column")

@@ -128,19 +128,21 @@ class Task:
     def _right(self, row: Row, count: int) -> tuple[int, ...]:
         """The class, or the choices that are right. count: how many there are, 0 if unknown."""
         right = tuple(self._class(k) for k in keys(row, self.label))
-        if not right or len(set(right)) < len(right):
-            raise DataError(f"column '{self.label}' must list every right option once")
-        if count and max(right) >= count:
-            raise DataError(f"label '{max(right)}' is outside the {count} options (0..{count - 1})")
+        if not right:
+            raise DataError(f"column '{self.label}' lists no class")
         if len(right) > 1 and self.kind == "classification":
             raise DataError(
                 f"column '{self.label}' lists {len(right)} classes, and a classification has one "
                 "right class per row: ask for each class by rows of its own"
             )
-        if len(right) > 1 and self.metrics != ("accuracy",):
+        if count and max(right) >= count:
+            raise DataError(f"label '{max(right)}' is outside the {count} options (0..{count - 1})")
+        if twice := [r for r in right if right.count(r) > 1]:
+            raise DataError(f"column '{self.label}' lists option {twice[0]} twice")
+        if len(right) > 1 and (others := [m for m in self.metrics if m != "accuracy"]):
             raise DataError(
-                f"column '{self.label}' lists {len(right)} right options, of which only accuracy "
-                "counts each as right"
+                f"column '{self.label}' lists {len(right)} right options, and '{others[0]}' counts "
+                "one alone: use accuracy"
             )
         if "f1" in self.metrics and max(right) > 1:
             raise DataError(f"label '{max(right)}': 'f1' is for classes 0 and 1, use f1_macro")
