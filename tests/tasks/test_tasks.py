@@ -52,7 +52,7 @@ def test_every_kind_of_file_reads_the_same(tmp_path, kind):
         ("x.jsonl", "[1]", "not an object"),
         ("x.jsonl", "\xff\xfe", "cannot be read"),
         ("x.csv", "", "no rows"),
-        ("x.csv", "a,b,y\nt,u", "row 1 has 2 cells, and the header has 3$"),
+        ("x.csv", "a,b,y\nt,u", "row 1 does not fit the header: it has 2 cells, not 3$"),
         ("x.jsonl", '{"a": null, "b": "u", "y": 1}', "row 1: column 'a' has no value"),
         ("x.jsonl", '{"a": "t", "b": "u", "y": NaN}', "not a class number"),
         ("x.jsonl", '{"a": "t", "b": "u", "y": Infinity}', "not a class number"),
@@ -105,6 +105,8 @@ def test_subsets_are_seeded(tmp_path):
     rows = examples(write(tmp_path, "jsonl"))
     assert subset(rows, 3, 0) == subset(rows, 3, 0) != subset(rows, 3, 1)
     assert subset(rows, None, 0) == rows
+    for size, seed in ((1, 0), (3, 1), (7, 2)):
+        assert len({e.text for e in subset(rows, size, seed)}) == size
     for size in (0, 8):
         with pytest.raises(DataError, match="1 to 7"):
             subset(rows, size, 0)
@@ -125,13 +127,20 @@ def test_subsets_are_seeded(tmp_path):
         ('{"text": "{a}", "reshape": "x"}', "unknown key 'reshape'"),
         ('{"prompt": "{a}"}', 'at least "text"'),
         ("{", "cannot be read as JSON"),
+        ("[" * 100_000, "cannot be read as JSON .it is nested too deeply"),
+        ('{"text": "{a}", "text": "{b}"}', "column 'text' is there twice"),
+        ('{"text": "{a", "label": "b"}', "task.json: template '{a': a brace without its other"),
+        ('{"text": "{a}", "hub": ["a", "b"]}', "unknown key 'hub'"),
+        ('{"text": "\xff"}', "line 1 is not UTF-8"),
     ],
 )
 def test_a_task_of_ones_own_is_checked(tmp_path, written, message):
     path = tmp_path / "task.json"
-    path.write_text(written)
+    path.write_bytes(written.encode("latin-1"))
     with pytest.raises(DataError, match=message):
         read_task(path)
+    with pytest.raises(DataError, match=r"^[^\n]*: cannot be read as JSON"):
+        read_task(tmp_path)
 
 
 def test_a_task_of_ones_own_names_classes_and_columns(tmp_path):
@@ -193,7 +202,10 @@ def test_metrics_against_their_formulas():
     assert scored("f1", said, right) == pytest.approx(2 * tp / (2 * tp + fp + fn))
     root = ((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn)) ** 0.5
     assert scored("matthews", said, right) == pytest.approx((tp * tn - fp * fn) / root)
-    assert scored("f1_macro", said, right) == pytest.approx(0.75)
+    three = [0, 1, 2, 2], [0, 2, 2, 2]  # F1 by class: 1, 0, 0.8
+    assert scored("f1_macro", three[1], three[0]) == pytest.approx(1.8 / 3)
+    biased = [0, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]  # tp 3, fp 2, fn 0, tn 1
+    assert scored("matthews", biased[1], biased[0]) == pytest.approx(3 / (5 * 3 * 3 * 1) ** 0.5)
     x, y = torch.randn(2, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = float(torch.corrcoef(torch.stack([x, y]))[0, 1])
     assert scored("pearson", x.tolist(), y.tolist()) == pytest.approx(expected)
@@ -201,11 +213,22 @@ def test_metrics_against_their_formulas():
     expected = float(torch.corrcoef(ranks)[0, 1])
     assert scored("spearman", x.tolist(), y.tolist()) == pytest.approx(expected)
     assert scored("spearman", [1.0, 1.0], [0.0, 2.0]) == 0.0
+    assert scored("pearson", [0.0, 2.0], [1.0, 1.0]) == 0.0
 
 
 def test_answers_are_compared_as_squad_does():
     task = Task(text="", kind="generation", answers="a", metrics=("exact_match", "token_f1"))
-    rows = [{"a": ["The Eiffel Tower!", "Paris"]}, {"a": "in nineteen ninety"}, {"a": ["x"]}]
-    found = measure(task.metrics, ["eiffel tower", "nineteen", ""], task.examples(rows, ""))
-    assert found["exact_match"] == pytest.approx(1 / 3)
-    assert found["token_f1"] == pytest.approx((1 + 2 * 1 / (1 + 3) + 0) / 3)
+    scores = {  # by answers and what was said: exact match, and F1 of the words
+        (("The Eiffel Tower!", "Paris"), "an eiffel  tower"): (1, 1),
+        (("Paris", "The Eiffel Tower!"), "eiffel tower"): (1, 1),
+        (("in nineteen ninety",), "nineteen"): (0, 2 * 1 / (1 + 3)),
+        (("ha ha ho",), "ha ha ha"): (0, 2 * 2 / (3 + 3)),
+        (("x",), ""): (0, 0),
+        (("the",), "A."): (1, 1),
+    }
+    for (answers, said), (exact, f1) in scores.items():
+        found = measure(task.metrics, [said], task.examples([{"a": answers}], ""))
+        assert found == pytest.approx({"exact_match": exact, "token_f1": f1})
+    rows = [{"a": answers} for answers, _ in scores]
+    found = measure(task.metrics, [said for _, said in scores], task.examples(rows, ""))
+    assert found["exact_match"] == pytest.approx(3 / 6)
