@@ -66,19 +66,6 @@ BEFT_HD void finish_column(Compensated grad, Compensated squares, float scale, f
   sum_sq += squares.value();
 }
 
-// Into how many contiguous chunks of rows each example is cut: enough for about 1024 blocks of
-// 128 columns, none shorter than 64 rows on average. Depends on the shape alone, never on the
-// device, so that the order of additions is the same everywhere.
-BEFT_HD int64_t chunk_count(int64_t batch, int64_t tokens, int64_t width) {
-  const int64_t blocks = batch * ((width + 127) / 128);
-  if (blocks <= 0 || blocks >= 1024) return 1;
-  int64_t chunks = (1024 + blocks - 1) / blocks;
-  const int64_t most = (tokens + 63) / 64;
-  if (chunks > most) chunks = most;
-  if (chunks > 256) chunks = 256;
-  return chunks < 1 ? 1 : chunks;
-}
-
 struct Rows {
   int64_t begin, end;
 };

@@ -24,7 +24,7 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void stats_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
+bool stats_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
                int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets, float scale,
                int threads, uintptr_t grad, uintptr_t sum, uintptr_t sum_sq) {
   beft::GradView view{pointer<const void>(data),
@@ -37,8 +37,8 @@ void stats_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t
                       stride_h,
                       pointer<const int64_t>(offsets)};
   py::gil_scoped_release release;
-  beft::bias_grad_stats_cpu(view, scale, threads, pointer<float>(grad), pointer<float>(sum),
-                            pointer<float>(sum_sq));
+  return beft::bias_grad_stats_cpu(view, scale, threads, pointer<float>(grad), pointer<float>(sum),
+                                   pointer<float>(sum_sq));
 }
 
 // A method of torch.Tensor, found once: looking it up by name takes as long as the call.
@@ -128,12 +128,13 @@ double adamw_cpu(const py::bytes& params, const py::bytes& grads, const std::vec
 #ifdef BEFT_WITH_CUDA
 void stats_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
                 int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets,
-                float scale, uintptr_t workspace, uintptr_t grad, uintptr_t sum, uintptr_t sum_sq,
-                uintptr_t stream) {
+                int64_t chunks, float scale, uintptr_t workspace, uintptr_t grad, uintptr_t sum,
+                uintptr_t sum_sq, uintptr_t stream) {
   cudaError_t status = beft_bias_grad_stats_cuda(
       pointer<const void>(data), dtype, batch, tokens, width, stride_b, stride_t, stride_h,
-      pointer<const int64_t>(offsets), scale, pointer<float>(workspace), pointer<float>(grad),
-      pointer<float>(sum), pointer<float>(sum_sq), pointer<CUstream_st>(stream));
+      pointer<const int64_t>(offsets), chunks, scale, pointer<float>(workspace),
+      pointer<float>(grad), pointer<float>(sum), pointer<float>(sum_sq),
+      pointer<CUstream_st>(stream));
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("bias_grad_stats on CUDA: ") + cudaGetErrorString(status));
 }
@@ -172,7 +173,7 @@ void adamw_cuda(const py::bytes& params, const py::bytes& grads, const std::vect
                                       static_cast<int>(tensors.size())};
   cudaError_t status =
       beft_cuda::bias_adamw_step(tensors.data(), own.data(), static_cast<int>(own.size()), tables,
-                            pointer<CUstream_st>(stream));
+                                 pointer<CUstream_st>(stream));
   if (status != cudaSuccess)
     throw std::runtime_error(std::string("bias_adamw_step on CUDA: ") + cudaGetErrorString(status));
 }
@@ -191,7 +192,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("bias_adamw_cuda", &adamw_cuda);
   m.attr("bias_adamw_limits") =
       py::make_tuple(int{beft_cuda::kMaxTensors}, int{beft_cuda::kMaxGroups});
-  m.def("bias_grad_stats_workspace", &beft_bias_grad_stats_workspace);
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from beft_ext.ops import dispatch, reference
-
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+from beft_ext.ops import checks, dispatch, reference
+from beft_ext.ops.checks import DTYPE_CODES, OperatorError
 
 
 @torch.library.custom_op("beft_ext::bias_grad_stats", mutates_args=("grad_sum", "grad_sum_sq"))
@@ -22,22 +22,23 @@ def _op(
     return _run(grad_output, example_offsets, scale, grad_sum, grad_sum_sq)
 
 
-def _run(
+@_op.register_fake
+def _fake(
     grad_output: Tensor,
     example_offsets: Tensor | None,
     scale: float,
     grad_sum: Tensor,
     grad_sum_sq: Tensor,
 ) -> Tensor:
-    grad = torch.empty_like(grad_sum)
-    backend = _BACKENDS[_backend(grad_output)]
-    backend(grad_output, example_offsets, scale, grad, grad_sum, grad_sum_sq)
-    return grad
-
-
-@_op.register_fake
-def _(grad_output, example_offsets, scale, grad_sum, grad_sum_sq):  # type: ignore[no-untyped-def]
+    # Dynamo would bury the error in a page of its own: a compiled call is refused when it runs.
+    if TracingContext.try_get() is None:
+        _check(grad_output, example_offsets, grad_sum, grad_sum_sq)
     return torch.empty_like(grad_sum)
+
+
+# torch's own handling of the negative bit ends in an internal assertion for what is mutated.
+_LIBRARY = torch.library.Library("beft_ext", "FRAGMENT")
+_LIBRARY.impl("bias_grad_stats", torch.library.fallthrough_kernel, "Negative")
 
 
 def bias_grad_stats(
@@ -48,21 +49,33 @@ def bias_grad_stats(
     example_offsets: Tensor | None = None,
     scale: float = 1.0,
 ) -> Tensor:
-    """Bias gradient of a projection, and its per-example statistics, in one read.
+    """Bias gradient of a projection and its per-example statistics, from one read.
 
-    grad_output: ``(B, T, H)``, or ``(N, H)`` with ``example_offsets``; any strides;
-        fp32, bf16 or fp16 (fp64 runs on the reference backend).
-    grad_sum, grad_sum_sq: ``(H,)`` contiguous fp32 (fp64 for fp64 input), added to in place:
-        ``sum_i scale*g_i`` and ``sum_i (scale*g_i)^2`` with ``g_i = sum_t grad_output[i, t]``.
-    example_offsets: ``(B + 1,)`` int64, ascending, within ``[0, N]``; example i is rows
-        ``offsets[i]:offsets[i + 1]``; rows outside belong to no example and are not summed.
-    scale: undoes the loss's mean (``B`` for a mean over examples).
-    Returns ``sum_i g_i``, ``(H,)`` in the buffers' dtype, unscaled. Bitwise reproducible.
-    Raises ValueError for shapes, dtypes, devices or offsets that do not fit.
-    Source: DESIGN section 3, per-example Fisher; Huang et al. 2025 (arXiv 2509.15974).
+    With ``g_i = sum_t grad_output[i, t]``, the gradient of example ``i``, the operator returns
+    ``sum_i g_i`` and adds ``sum_i scale * g_i`` and ``sum_i (scale * g_i)^2`` to two buffers.
+    The result is the same to the bit on every run.
+
+    Args:
+        grad_output: gradient at the projection's output, fp32, bf16 or fp16, any strides. fp64
+            runs on the reference backend.
+        grad_sum, grad_sum_sq: contiguous fp32 (fp64 for fp64 input), added to in place. They
+            must not overlap.
+        example_offsets: int64, ascending, within ``[0, N]``. Example ``i`` is the rows
+            ``offsets[i]:offsets[i + 1]``; other rows belong to no example and are left out.
+            On a GPU wrong values are clamped to this range, since to read them would make the
+            host wait.
+        scale: the number that the loss was divided by (``B`` for a mean over examples).
+    Shape:
+        grad_output ``(B, T, H)``, or ``(N, H)`` beside example_offsets ``(B + 1,)``;
+        grad_sum, grad_sum_sq ``(H,)``.
+    Returns:
+        The bias gradient ``(H,)``, unscaled, in the buffers' dtype.
+    Raises:
+        OperatorError: (a ValueError) for shapes, dtypes, devices or offsets that do not fit.
+        BackendError: where a forced backend does not read this device's memory.
+    Source: Huang et al. 2025 (arXiv 2509.15974); per-example Fisher information.
     """
-    _check(grad_output, grad_sum, grad_sum_sq, example_offsets)
-    if _needs_dispatcher(grad_output):
+    if _needs_dispatcher(grad_output, grad_sum, grad_sum_sq):
         grad: Tensor = _op(grad_output, example_offsets, scale, grad_sum, grad_sum_sq)
         return grad
     grad = _run(grad_output, example_offsets, scale, grad_sum, grad_sum_sq)
@@ -71,73 +84,109 @@ def bias_grad_stats(
     return grad
 
 
-def _needs_dispatcher(grad_output: Tensor) -> bool:
+def _needs_dispatcher(grad_output: Tensor, grad_sum: Tensor, grad_sum_sq: Tensor) -> bool:
     """Whether someone listens to operators: a compiler, autograd (which then refuses to go back
     through this one), a tensor subclass or a mode. For a small bias the dispatcher's wrapper costs
     several times the work itself."""
     return (
         torch.compiler.is_compiling()
-        or (grad_output.requires_grad and torch.is_grad_enabled())
         or type(grad_output) is not Tensor
+        or type(grad_sum) is not Tensor
+        or type(grad_sum_sq) is not Tensor
+        or (grad_output.requires_grad and torch.is_grad_enabled())
+        or grad_output.is_meta
         or is_in_torch_dispatch_mode()
     )
 
 
-def _check(dy: Tensor, grad_sum: Tensor, grad_sum_sq: Tensor, offsets: Tensor | None) -> None:
-    expected = 3 if offsets is None else 2
-    if dy.ndim != expected:
+def _run(
+    grad_output: Tensor,
+    example_offsets: Tensor | None,
+    scale: float,
+    grad_sum: Tensor,
+    grad_sum_sq: Tensor,
+) -> Tensor:
+    _check(grad_output, example_offsets, grad_sum, grad_sum_sq)
+    name = dispatch.choose(grad_output.device.type)
+    backend = _BACKENDS[name if grad_output.dtype in DTYPE_CODES else "reference"]
+    grad = torch.empty_like(grad_sum)
+    backend(grad_output.resolve_neg(), example_offsets, scale, grad, grad_sum, grad_sum_sq)
+    return grad
+
+
+def _check(dy: Tensor, offsets: Tensor | None, grad_sum: Tensor, grad_sum_sq: Tensor) -> None:
+    """Everything but the values of the offsets: those are read beside the kernels."""
+    if dy.layout is not torch.strided or dy.ndim != (3 if offsets is None else 2):
         shape = "(B, T, H)" if offsets is None else "(N, H) beside example_offsets"
-        raise ValueError(f"grad_output must be {shape}, but its shape is {tuple(dy.shape)}")
-    if dy.dtype not in _DTYPES and dy.dtype != torch.float64:
-        raise ValueError(f"grad_output must be a float tensor, but its dtype is {dy.dtype}")
-    dtype = torch.float64 if dy.dtype == torch.float64 else torch.float32
-    for name, buffer in (("grad_sum", grad_sum), ("grad_sum_sq", grad_sum_sq)):
-        if tuple(buffer.shape) != tuple(dy.shape[-1:]) or not buffer.is_contiguous():
-            raise ValueError(
-                f"{name} must be contiguous of shape ({dy.shape[-1]},), "
-                f"but its shape is {tuple(buffer.shape)}"
+        raise OperatorError(
+            f"grad_output must be dense of shape {shape}, but is {checks.described(dy)}"
+        )
+    dtype = torch.float32
+    if dy.dtype not in DTYPE_CODES:
+        dtype = torch.float64
+        if dy.dtype is not dtype:
+            raise OperatorError(f"grad_output must be a float tensor, but its dtype is {dy.dtype}")
+    device, width = dy.device, dy.shape[2 if offsets is None else 1]
+    checks.require("grad_sum", grad_sum, (width,), dtype, device)
+    checks.require("grad_sum_sq", grad_sum_sq, (width,), dtype, device)
+    if torch._C._overlaps(grad_sum, grad_sum_sq):
+        raise OperatorError("grad_sum and grad_sum_sq must not share memory")
+    if offsets is not None:
+        if offsets.ndim != 1 or offsets.shape[0] == 0:
+            raise OperatorError(
+                "example_offsets must be a vector of B + 1 entries, "
+                f"but its shape is {tuple(offsets.shape)}"
             )
-        if buffer.dtype != dtype or buffer.device != dy.device:
-            raise ValueError(
-                f"{name} must be {dtype} on {dy.device}, but is {buffer.dtype} on {buffer.device}"
-            )
-    if offsets is not None and not torch.compiler.is_compiling():
-        _check_offsets(offsets, dy)
+        checks.require("example_offsets", offsets, offsets.shape, torch.int64, device)
 
 
-def _check_offsets(offsets: Tensor, dy: Tensor) -> None:
-    if offsets.dtype != torch.int64 or offsets.ndim != 1 or not offsets.is_contiguous():
-        raise ValueError("example_offsets must be a contiguous int64 vector of B + 1 entries")
-    if len(offsets) == 0 or offsets.device != dy.device:
-        raise ValueError(f"example_offsets needs at least one entry, on {dy.device}")
-    if offsets.is_cuda:
-        return  # reading them would make the host wait for the GPU; the kernels clamp instead
-    if offsets[0] < 0 or offsets[-1] > len(dy) or bool((offsets.diff() < 0).any()):
-        raise ValueError(f"example_offsets must ascend within [0, {len(dy)}]")
+def _bad_offsets(rows: int) -> OperatorError:
+    return OperatorError(f"example_offsets must ascend within [0, {rows}], the rows there are")
 
 
-def _backend(grad_output: Tensor) -> str:
-    if grad_output.dtype == torch.float64:
-        return "reference"
-    return dispatch.choose(grad_output.device.type)
+def chunk_count(batch: int, tokens: int, width: int) -> int:
+    """Chunks of rows into which the GPU kernels cut each example.
+
+    Enough for about 1024 blocks of 128 columns, none shorter than 64 rows on average. It depends
+    on the shape alone, never on the device: the order of additions is the same everywhere.
+    """
+    blocks = batch * _ceil(width, 128)
+    if blocks == 0 or blocks >= 1024:
+        return 1
+    return max(1, min(_ceil(1024, blocks), _ceil(tokens, 64), 256))
+
+
+def _ceil(n: int, of: int) -> int:
+    return -(-n // of)
 
 
 def _layout(dy: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
     """dtype, batch, tokens, width, the three strides, and the offsets' address (0: none)."""
-    dtype = _DTYPES[dy.dtype]
+    dtype = DTYPE_CODES[dy.dtype]
     if offsets is None:
         return (dtype, *dy.shape, *dy.stride(), 0)
     return (dtype, len(offsets) - 1, *dy.shape, 0, *dy.stride(), offsets.data_ptr())
+
+
+def _reference(
+    dy: Tensor, offsets: Tensor | None, scale: float, grad: Tensor, total: Tensor, total_sq: Tensor
+) -> None:
+    if offsets is not None:
+        inside = offsets[0] >= 0 and offsets[-1] <= len(dy)
+        if not inside or bool((offsets.diff() < 0).any()):
+            raise _bad_offsets(len(dy))
+    reference.bias_grad_stats(dy, offsets, scale, grad, total, total_sq)
 
 
 def _cpu(
     dy: Tensor, offsets: Tensor | None, scale: float, grad: Tensor, total: Tensor, total_sq: Tensor
 ) -> None:
     assert dispatch.native is not None
-    pointers = [t.data_ptr() for t in (grad, total, total_sq)]
-    dispatch.native.bias_grad_stats_cpu(
-        dy.data_ptr(), *_layout(dy, offsets), scale, torch.get_num_threads(), *pointers
-    )
+    data, *out = checks.addresses(dy, grad, total, total_sq)
+    if not dispatch.native.bias_grad_stats_cpu(
+        data, *_layout(dy, offsets), scale, torch.get_num_threads(), *out
+    ):
+        raise _bad_offsets(len(dy))
 
 
 def _cuda(
@@ -145,12 +194,14 @@ def _cuda(
 ) -> None:
     assert dispatch.native is not None
     layout = _layout(dy, offsets)
+    chunks = chunk_count(*layout[1:4])
     with torch.cuda.device(dy.device):
-        floats = dispatch.native.bias_grad_stats_workspace(*layout[1:4])
-        workspace = torch.empty(floats, dtype=torch.float32, device=dy.device)
-        pointers = [t.data_ptr() for t in (workspace, grad, total, total_sq)]
+        # Per chunk and column a sum and its error.
+        size = 2 * layout[1] * chunks * layout[3]
+        workspace = torch.empty(size, dtype=torch.float32, device=dy.device)
+        data, *out = checks.addresses(dy, workspace, grad, total, total_sq)
         stream = torch.cuda.current_stream().cuda_stream
-        dispatch.native.bias_grad_stats_cuda(dy.data_ptr(), *layout, scale, *pointers, stream)
+        dispatch.native.bias_grad_stats_cuda(data, *layout, chunks, scale, *out, stream)
 
 
 def _triton(
@@ -158,12 +209,8 @@ def _triton(
 ) -> None:
     from beft_ext.ops.triton_bias_grad_stats import bias_grad_stats_triton
 
-    bias_grad_stats_triton(dy, offsets, scale, grad, total, total_sq)
+    chunks = chunk_count(*_layout(dy, offsets)[1:4])
+    bias_grad_stats_triton(dy, offsets, chunks, scale, grad, total, total_sq)
 
 
-_BACKENDS = {
-    "reference": reference.bias_grad_stats,
-    "cpu": _cpu,
-    "triton": _triton,
-    "cuda": _cuda,
-}
+_BACKENDS = {"reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}

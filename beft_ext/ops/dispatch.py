@@ -8,12 +8,12 @@ from types import ModuleType
 
 from beft_ext.errors import BeftError
 
-NAMES = ("reference", "cpu", "triton", "cuda")
-_forced: str | None = os.environ.get("BEFT_BACKEND") or None
+# Backend -> the type of device whose memory its kernels read; '' for any, by torch's own kernels.
+DEVICES = {"reference": "", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
 class BackendError(BeftError, RuntimeError):
-    """A backend was asked for that cannot run here."""
+    """A backend was asked for that cannot run here, or not on the tensors at hand."""
 
 
 def _load_native() -> tuple[ModuleType | None, str]:
@@ -40,31 +40,49 @@ def backends() -> dict[str, str]:
     return {"reference": "", "cpu": _why_no_native, "triton": triton, "cuda": cuda}
 
 
-def set_backend(name: str | None) -> None:
-    """Force one backend for every call (None: choose by device again).
-
-    Raises BackendError for an unknown name, or one that cannot run here.
-    The environment variable ``BEFT_BACKEND`` does the same at import.
-    """
-    global _forced
-    if name is not None:
-        require(name)
-    _forced = name
-
-
-def require(name: str) -> None:
+def require(name: str, source: str = "") -> None:
     """Raise BackendError, with the reason, unless backend ``name`` can run here."""
     usable = backends()
     if name not in usable:
-        raise BackendError(f"unknown backend '{name}': choose one of {', '.join(NAMES)}")
+        raise BackendError(f"unknown backend '{name}'{source}: choose one of {', '.join(DEVICES)}")
     if usable[name]:
-        raise BackendError(f"backend '{name}' cannot run here: {usable[name]}")
+        raise BackendError(f"backend '{name}'{source} cannot run here: {usable[name]}")
+
+
+def set_backend(name: str | None) -> None:
+    """Force one backend for every call (None: choose by device again).
+
+    The environment variable ``BEFT_BACKEND`` does the same from the start.
+
+    Raises:
+        BackendError: for an unknown name, or a backend that cannot run here.
+    """
+    global _forced, _from_environment
+    if name is not None:
+        require(name)
+    _forced, _from_environment = name, False
+
+
+_forced = os.environ.get("BEFT_BACKEND") or None
+_from_environment = _forced is not None  # and so not yet checked: that would import torch
 
 
 def choose(device_type: str) -> str:
-    """The backend for a tensor on ``device_type``: the forced one, else the fastest usable."""
+    """The backend for tensors on ``device_type``: the forced one, else the fastest usable.
+
+    Raises:
+        BackendError: where the forced one does not exist, cannot run, or reads other memory.
+    """
+    global _from_environment
     if _forced is not None:
-        require(_forced)
+        if _from_environment:
+            require(_forced, " (from the environment variable BEFT_BACKEND)")
+            _from_environment = False
+        if DEVICES[_forced] not in ("", device_type):
+            raise BackendError(
+                f"backend '{_forced}' takes tensors on {DEVICES[_forced]}, but these are on "
+                f"{device_type}: move them, or call set_backend(None)"
+            )
         return _forced
     if device_type == "cpu":
         return "cpu" if native is not None else "reference"

@@ -7,7 +7,7 @@ Stage 1, grid (strips * B, chunks): a program reads one chunk of rows of one exa
 BLOCK_H columns and writes BLOCK_H sums and their errors. Stage 2, grid (strips,): a program
 reads those for BLOCK_H columns, examples in order, chunks in order, and writes the results.
 Deterministic: no atomics; row t goes to slot t mod BLOCK_T of a program, and the slots merge
-as a binary tree; chunks follow from (B, T, H) alone.
+as a binary tree; the caller's number of chunks follows from (B, T, H) alone.
 Moves at least B*T*H*itemsize + 20*H bytes, plus 16*B*chunks*H for the partial sums.
 """
 
@@ -144,17 +144,10 @@ def finish_columns_kernel(
     tl.store(sum_sq_out + columns, before + _value(squares, squares_error), mask=inside)
 
 
-def chunk_count(batch: int, tokens: int, width: int) -> int:
-    """Chunks of rows per example, from the shape alone; as in csrc/bias_grad_stats.h."""
-    blocks = batch * triton.cdiv(width, 128)
-    if blocks <= 0 or blocks >= 1024:
-        return 1
-    return max(1, min(triton.cdiv(1024, blocks), triton.cdiv(tokens, 64), 256))
-
-
 def bias_grad_stats_triton(
     grad_output: torch.Tensor,
     example_offsets: torch.Tensor | None,
+    chunks: int,
     scale: float,
     grad: torch.Tensor,
     sum: torch.Tensor,
@@ -163,7 +156,8 @@ def bias_grad_stats_triton(
     """Writes ``grad`` and adds to ``sum`` and ``sum_sq``, in place.
 
     grad_output: ``(B, T, H)``, or ``(N, H)`` with example_offsets ``(B + 1,)`` int64; fp32,
-    bf16 or fp16, any strides. grad, sum, sum_sq: ``(H,)`` fp32, contiguous.
+    bf16 or fp16, any strides. chunks: into how many each example is cut. grad, sum, sum_sq:
+    ``(H,)`` fp32, contiguous.
     """
     width = grad_output.shape[-1]
     if width == 0:
@@ -174,7 +168,6 @@ def bias_grad_stats_triton(
     else:
         batch, tokens = example_offsets.numel() - 1, grad_output.shape[0]
         stride_b, (stride_t, stride_h) = 0, grad_output.stride()
-    chunks = chunk_count(batch, tokens, width)
     block_h = min(MAX_BLOCK_H, max(16, triton.next_power_of_2(width)))
     strips = triton.cdiv(width, block_h)
     sums, errors = torch.empty(

@@ -211,6 +211,10 @@ decltype(&sum_chunk_f32) chunk_summer(DType dtype) {
   return sum_chunk_f16;
 }
 
+bool ascend(const int64_t* offsets, int64_t count, int64_t last) {
+  return offsets[0] >= 0 && offsets[count - 1] <= last && std::is_sorted(offsets, offsets + count);
+}
+
 std::vector<Chunk> cut(const GradView& v) {
   std::vector<Chunk> chunks;
   for (int64_t i = 0; i < v.batch; ++i) {
@@ -250,8 +254,9 @@ BEFT_CLONES void finish_columns(const Sums& s, int64_t first) {
 
 }  // namespace
 
-void bias_grad_stats_cpu(const GradView& v, float scale, int threads, float* grad, float* sum,
+bool bias_grad_stats_cpu(const GradView& v, float scale, int threads, float* grad, float* sum,
                          float* sum_sq) {
+  if (v.offsets && !ascend(v.offsets, v.batch + 1, v.tokens)) return false;
   const std::vector<Chunk> chunks = cut(v);
   const int64_t count = static_cast<int64_t>(chunks.size());
   const std::unique_ptr<float[]> partial(new float[count * v.width]);
@@ -265,6 +270,7 @@ void bias_grad_stats_cpu(const GradView& v, float scale, int threads, float* gra
   const int64_t work = count * v.width * static_cast<int64_t>(sizeof(float));
   const int wide = static_cast<int>(std::min<int64_t>(threads, 1 + work / BYTES_PER_THREAD));
   parallel(strips, wide, [&](int64_t strip) { finish_columns(sums, strip * COLUMNS); });
+  return true;
 }
 
 }  // namespace beft

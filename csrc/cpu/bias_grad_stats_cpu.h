@@ -14,8 +14,9 @@ struct GradView {
   const int64_t* offsets;  // (batch + 1,), or null
 };
 
-// grad (width,) is written; sum and sum_sq (width,) are added to.
-void bias_grad_stats_cpu(const GradView& view, float scale, int threads, float* grad, float* sum,
+// grad (width,) is written; sum and sum_sq (width,) are added to. Returns false, and reads and
+// writes nothing but the offsets, where these do not ascend within [0, tokens].
+bool bias_grad_stats_cpu(const GradView& view, float scale, int threads, float* grad, float* sum,
                          float* sum_sq);
 
 }  // namespace beft

@@ -5,7 +5,7 @@
 // strip of columns and writes one row of `partial`. Stage 2, grid (ceil(H / 32)): a block reads
 // `partial` for 32 columns and writes grad, sum and sum_sq there.
 // Deterministic: no atomics; which thread adds which row, and the tree that merges threads,
-// follow from (B, T, H) alone. Vector and scalar loads add in the same order, bit for bit.
+// follow from (B, chunks, T, H) alone. Vector and scalar loads add in the same order, bit for bit.
 // Moves at least B*T*H*itemsize + 20*H bytes, plus 16*B*chunks*H for `partial`.
 
 #include <cuda_runtime.h>
@@ -179,11 +179,6 @@ void partial_sums_of(const void* grad_output, const Shape& s, const int64_t* exa
 
 }  // namespace
 
-// Floats of workspace that beft_bias_grad_stats_cuda needs, 8-byte aligned; contents don't matter.
-int64_t beft_bias_grad_stats_workspace(int64_t batch, int64_t tokens, int64_t width) {
-  return 2 * batch * beft::chunk_count(batch, tokens, width) * width;
-}
-
 // Packed input (example_offsets not null): batch is the number of examples, tokens is N,
 // stride_b is ignored. Strides count elements. Asynchronous on `stream`.
 cudaError_t beft_bias_grad_stats_cuda(
@@ -192,18 +187,19 @@ cudaError_t beft_bias_grad_stats_cuda(
     int64_t batch, int64_t tokens, int64_t width, int64_t stride_b, int64_t stride_t,
     int64_t stride_h,
     const int64_t* example_offsets,  // (B + 1,) on the device, or null
+    int64_t chunks,                  // of rows, into which each example is cut
     float scale,
-    float* workspace,  // (beft_bias_grad_stats_workspace(B, T, H),)
+    float* workspace,  // (2, B, chunks, H), 8-byte aligned
     float* grad,       // (H,), written
     float* sum,        // (H,), added to
     float* sum_sq,     // (H,), added to
     cudaStream_t stream) {
-  if (batch < 0 || tokens < 0 || width < 0 || dtype < 0 || dtype > 2) return cudaErrorInvalidValue;
+  if (batch < 0 || tokens < 0 || width < 0 || dtype < 0 || dtype > 2 || chunks < 1)
+    return cudaErrorInvalidValue;
   if (width == 0) return cudaSuccess;
   if ((width + kLanes - 1) / kLanes > INT32_MAX / (batch > 0 ? batch : 1))
     return cudaErrorInvalidValue;  // more blocks than a grid holds
 
-  const int64_t chunks = beft::chunk_count(batch, tokens, width);
   if (batch > 0) {
     using Launch =
         void (*)(const void*, const Shape&, const int64_t*, int64_t, float*, cudaStream_t);

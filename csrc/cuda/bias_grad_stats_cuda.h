@@ -4,10 +4,9 @@
 
 #include <cstdint>
 
-int64_t beft_bias_grad_stats_workspace(int64_t batch, int64_t tokens, int64_t width);
-
 cudaError_t beft_bias_grad_stats_cuda(const void* grad_output, int dtype, int64_t batch,
                                       int64_t tokens, int64_t width, int64_t stride_b,
                                       int64_t stride_t, int64_t stride_h,
-                                      const int64_t* example_offsets, float scale, float* workspace,
-                                      float* grad, float* sum, float* sum_sq, cudaStream_t stream);
+                                      const int64_t* example_offsets, int64_t chunks, float scale,
+                                      float* workspace, float* grad, float* sum, float* sum_sq,
+                                      cudaStream_t stream);

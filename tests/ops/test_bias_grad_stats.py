@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
-from beft_ext.ops import backends, bias_grad_stats, set_backend
+from beft_ext.ops import OperatorError, backends, bias_grad_stats, set_backend
 
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 USABLE = [name for name in DEVICES if not backends()[name]]
@@ -148,17 +150,152 @@ def test_a_tracer_sees_the_operator():
     assert "beft_ext.bias_grad_stats" in traced.code
 
 
-@pytest.mark.parametrize(
-    ("dy", "offsets", "message"),
-    [
-        (torch.zeros(2, 3), None, "must be \\(B, T, H\\)"),
-        (torch.zeros(1, 2, 3, dtype=torch.int32), None, "float"),
-        (torch.zeros(1, 2, 4), None, "grad_sum"),
-        (torch.zeros(4, 3), torch.tensor([0, 9]), "ascend"),
-        (torch.zeros(4, 3), torch.tensor([2, 1]), "ascend"),
-        (torch.zeros(4, 3), torch.tensor([0.0]), "int64"),
-    ],
-)
-def test_bad_input_is_named(dy, offsets, message):
-    with pytest.raises(ValueError, match=message):
-        bias_grad_stats(dy, torch.zeros(3), torch.zeros(3), example_offsets=offsets)
+def bad_calls():
+    """What does not fit, each with a word of the sentence that says so."""
+    dy, rows, buffers = torch.randn(2, 3, 5), torch.randn(6, 5), (torch.zeros(5), torch.zeros(5))
+    wide = torch.zeros(20)
+    for name, wrong in {
+        "wider": wide[:6],
+        "narrower": wide[:4],
+        "half precision": torch.zeros(5, dtype=torch.bfloat16),
+        "double": torch.zeros(5, dtype=torch.float64),
+        "integers": torch.zeros(5, dtype=torch.int32),
+        "strided": wide[:10:2],
+        "expanded": wide[:1].expand(5),
+        "two axes": wide[:5].view(1, 5),
+        "another device": torch.zeros(5, device="meta"),
+        "negative bit": torch._neg_view(torch.zeros(5)),
+        "sparse": torch.zeros(5).to_sparse(),
+    }.items():
+        yield f"sum {name}", (dy, None, 1.0, wrong, buffers[1]), "grad_sum "
+        yield f"squares {name}", (dy, None, 1.0, buffers[0], wrong), "grad_sum_sq"
+    yield "one buffer twice", (dy, None, 1.0, buffers[0], buffers[0]), "share memory"
+    yield "buffers overlap", (dy, None, 1.0, wide[:5], wide[4:9]), "share memory"
+    yield "two axes", (rows, None, 1.0, *buffers), r"\(B, T, H\)"
+    yield "three axes packed", (dy, torch.tensor([0, 2]), 1.0, *buffers), r"\(N, H\)"
+    yield "integers", (dy.int(), None, 1.0, *buffers), "float"
+    yield "complex", (dy.to(torch.complex64).conj(), None, 1.0, *buffers), "float"
+    yield "sparse", (dy.to_sparse(), None, 1.0, *buffers), "dense"
+    for name, offsets in {
+        "int32": torch.tensor([0, 6], dtype=torch.int32),
+        "floats": torch.tensor([0.0, 6.0]),
+        "bool": torch.tensor([False, True]),
+        "no entry": torch.tensor([], dtype=torch.int64),
+        "a number": torch.tensor(6),
+        "two axes": torch.tensor([[0, 6]]),
+        "strided": torch.tensor([0, 3, 6, 6])[::2],
+        "another device": torch.tensor([0, 6], device="meta"),
+        "beyond the rows": torch.tensor([0, 7]),
+        "far beyond": torch.tensor([0, 2**62]),
+        "beyond in between": torch.tensor([0, 7, 6]),
+        "negative": torch.tensor([-1, 6]),
+        "far below": torch.tensor([-(2**62), 6]),
+        "descending": torch.tensor([0, 4, 3, 6]),
+    }.items():
+        yield f"offsets {name}", (rows, offsets, 1.0, *buffers), "example_offsets"
+
+
+BAD = {name: (call, message) for name, call, message in bad_calls()}
+VALUES = ("beyond", "far", "negative", "descending")  # of offsets: a fake tensor has none
+
+
+def same_as_before(call, before):
+    pairs = zip(before, call[3:], strict=True)
+    return all(torch.equal(b.to_dense(), a.to_dense()) for b, a in pairs if not a.is_meta)
+
+
+@pytest.mark.parametrize("backend", [b for b in USABLE if DEVICES[b] == "cpu"])
+@pytest.mark.parametrize("name", BAD)
+def test_what_does_not_fit_is_refused_and_nothing_written(name, backend):
+    call, message = BAD[name]
+    set_backend(backend)
+    before = [b.clone() for b in call[3:]]
+    with pytest.raises(OperatorError, match=message) as error:
+        torch.ops.beft_ext.bias_grad_stats(*call)
+    assert isinstance(error.value, ValueError)
+    assert "\n" not in str(error.value)
+    dy, offsets, scale, *buffers = call
+    with pytest.raises(OperatorError, match=message):
+        bias_grad_stats(dy, *buffers, example_offsets=offsets, scale=scale)
+    assert same_as_before(call, before)
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_fake_call_is_refused_as_well(name):
+    call, message = BAD[name]
+    if name.startswith("offsets") and name.split()[1] in VALUES:
+        return
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        if any(isinstance(t, Tensor) and (t.is_neg() or t.is_sparse) for t in call):
+            return  # no faithful fake of these
+        fakes = [mode.from_tensor(t) if isinstance(t, Tensor) else t for t in call]
+        if name in ("one buffer twice", "buffers overlap"):
+            whole = torch.zeros(20)
+            fakes[3:] = whole[:5], whole[4:9]
+        with pytest.raises(OperatorError, match=message):
+            torch.ops.beft_ext.bias_grad_stats(*fakes)
+
+
+COMPILED = ["sum wider", "sum half precision", "squares strided", "buffers overlap"]
+COMPILED += ["offsets " + n for n in ("int32", "no entry", "beyond the rows", "descending")]
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_a_compiled_call_is_refused_when_it_runs(name):
+    torch._dynamo.reset()
+    call, message = BAD[name]
+    compiled = torch.compile(
+        lambda *a: torch.ops.beft_ext.bias_grad_stats(*a), fullgraph=True, backend="aot_eager"
+    )
+    before = [b.clone() for b in call[3:]]
+    with pytest.raises(OperatorError, match=message):
+        compiled(*call)
+    assert same_as_before(call, before)
+
+
+def test_compiled_whole_is_the_same_as_eager():
+    torch._dynamo.reset()
+
+    def both(dy, offsets, *buffers):
+        return bias_grad_stats(dy, *buffers, example_offsets=offsets, scale=3.0) * 2
+
+    compiled = torch.compile(both, fullgraph=True)
+    for rows, edges in ((6, [0, 2, 2, 6]), (9, [1, 4, 8])):
+        dy, offsets = torch.randn(rows, 5), torch.tensor(edges)
+        runs = []
+        for call in (both, compiled):
+            buffers = torch.ones(5), torch.ones(5)
+            runs.append([call(dy, offsets, *buffers), *buffers])
+        assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("backend", USABLE)
+def test_the_negative_bit_counts(backend):
+    set_backend(backend)
+    stored = torch.randn(2, 3, 5, dtype=torch.complex64, device=DEVICES[backend])
+    dy = stored.conj().imag
+    assert dy.is_neg()
+    check(dy, None, [(0, 3), (3, 6)], 1.5, 3)
+    buffers = [torch.zeros(5, device=dy.device) for _ in range(2)]
+    grad = torch.ops.beft_ext.bias_grad_stats(dy, None, 1.0, *buffers)
+    torch.testing.assert_close(grad, -stored.imag.sum((0, 1)))
+
+
+def test_a_tensor_whose_memory_was_freed_is_refused():
+    dy, buffers = torch.randn(2, 3, 5), (torch.zeros(5), torch.zeros(5))
+    zero = torch._efficientzerotensor((2, 3, 5))
+    dy.untyped_storage().resize_(0)
+    for freed in (dy, zero):
+        with pytest.raises(OperatorError, match="no memory"):
+            bias_grad_stats(freed, *buffers)
+    empty = torch.empty(2, 0, 5)
+    assert not bias_grad_stats(empty, *buffers).any()
+
+
+def test_a_buffer_that_shares_memory_with_what_is_read():
+    # Everything is read before the first write.
+    stored = torch.randn(2, 3, 5)
+    want = stored.sum((0, 1)), stored[0, 0] + stored.sum((0, 1))
+    buffers = stored[0, 0], torch.zeros(5)
+    torch.testing.assert_close(bias_grad_stats(stored, *buffers), want[0])
+    torch.testing.assert_close(buffers[0], want[1])

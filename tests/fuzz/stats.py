@@ -1,0 +1,122 @@
+"""Rounds of ``bias_grad_stats``: by its function, as an operator, compiled."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from draw import EPS, FLOATS, Draw, Fault, Refused, attempt
+
+from beft_ext.ops import bias_grad_stats
+
+
+def stats_round(draw: Draw) -> None:
+    packed, dtype = draw.chance(0.5), draw.choice(FLOATS)
+    width = draw.choice([0, 1, 3, 16, 33, 64, 130, 300])
+    batch, tokens = draw.randint(0, 5), draw.choice([0, 1, 7, 8, 64, 129, 300])
+    rows = batch * tokens
+    dy = draw.strided(*((rows, width) if packed else (batch, tokens, width)), dtype=dtype)
+    offsets = None
+    if packed:
+        edges = sorted(draw.randint(0, rows) for _ in range(batch + 1))
+        offsets = draw.fenced(torch.tensor(edges))
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    buffers = [draw.fenced(draw.normal(width, dtype=wide)) for _ in range(2)]
+    if draw.chance(0.4):
+        dy, offsets, buffers = draw.choice(STATS_FAULTS)(draw, dy, offsets, buffers)
+    scale = draw.choice([1.0, 16.0, 0.3])
+    call = draw.choice([eager_stats] * 6 + [torch.ops.beft_ext.bias_grad_stats] * 3)
+    if draw.chance(0.02):
+        torch._dynamo.reset()
+        backend = draw.choice(["aot_eager"] * 9 + ["inductor"])
+        call = torch.compile(eager_stats, fullgraph=True, backend=backend, dynamic=True)
+    before = [b.double().clone() for b in buffers]
+    try:
+        grad = attempt(lambda: call(dy, offsets, scale, *buffers))
+    except Refused:
+        if not all(torch.equal(b.double(), a) for b, a in zip(buffers, before, strict=True)):
+            raise Fault("a refused call wrote to a buffer") from None
+        raise
+    check_stats(dy, offsets, scale, before, [grad, *buffers])
+
+
+def eager_stats(dy, offsets, scale, *buffers):  # type: ignore[no-untyped-def]
+    return bias_grad_stats(dy, *buffers, example_offsets=offsets, scale=scale)
+
+
+def check_stats(dy, offsets, scale, before, found):  # type: ignore[no-untyped-def]
+    """Against loops over float64; raises Fault."""
+    if not dy.is_floating_point():
+        raise Fault(f"a gradient of {dy.dtype} was taken")
+    bounds = [(i * dy.shape[1], (i + 1) * dy.shape[1]) for i in range(len(dy))]
+    if offsets is not None:
+        edges = offsets.tolist()
+        if edges != sorted(edges) or not edges or edges[0] < 0 or edges[-1] > len(dy):
+            raise Fault(f"offsets {edges} were taken for {len(dy)} rows")
+        bounds = list(itertools.pairwise(edges))
+    rows = dy.double().reshape(-1, dy.shape[-1]) if dy.numel() else dy.new_zeros(0, dy.shape[-1])
+    rows = rows.double()
+    g = torch.stack([rows.new_zeros(dy.shape[-1]), *(rows[a:b].sum(0) for a, b in bounds)])
+    size = torch.stack([rows.new_zeros(dy.shape[-1]), *(rows[a:b].abs().sum(0) for a, b in bounds)])
+    wants = g.sum(0), before[0] + scale * g.sum(0), before[1] + (scale * g).square().sum(0)
+    # A plain sum of n terms errs by at most n roundings of the sum of absolute values.
+    longest = max((b - a for a, b in bounds), default=0)
+    bound = (longest + len(bounds) + 4) * EPS
+    sizes = size.sum(0), scale * size.sum(0) + before[0].abs(), (scale * size).square().sum(0) * 3
+    sizes = (*sizes[:2], sizes[2] + before[1].abs())
+    for name, want, have, extent in zip(
+        ("grad", "sum", "squares"), wants, found, sizes, strict=True
+    ):
+        if have.shape != want.shape:
+            raise Fault(f"{name} has shape {tuple(have.shape)}, not {tuple(want.shape)}")
+        if not bool(((have.double() - want).abs() <= bound * extent + 1e-37).all()):
+            raise Fault(f"{name} is wrong by {(have.double() - want).abs().max():.3g}")
+
+
+def other_buffer(draw, dy, offsets, buffers):  # type: ignore[no-untyped-def]
+    width, at = dy.shape[-1], draw.randint(0, 1)
+    kinds = {
+        "shape": lambda: draw.fenced(draw.normal(draw.choice([width + 1, width // 2, 1, 0]))),
+        "dtype": lambda: draw.fenced(draw.normal(width, dtype=draw.choice(FLOATS))),
+        "integers": lambda: torch.zeros(width, dtype=torch.int32),
+        "strides": lambda: draw.fenced(draw.normal(2 * width))[::2],
+        "negative": lambda: torch._neg_view(draw.fenced(draw.normal(width))),
+        "two axes": lambda: draw.fenced(draw.normal(1, width)),
+        "twice": lambda: buffers[1 - at],
+    }
+    buffers[at] = kinds[draw.choice(list(kinds))]()
+    return dy, offsets, buffers
+
+
+def overlapping(draw, dy, offsets, buffers):  # type: ignore[no-untyped-def]
+    width = dy.shape[-1]
+    both = draw.fenced(draw.normal(2 * width))
+    return dy, offsets, [both[:width], both[width // 2 : width // 2 + width]]
+
+
+def other_grad(draw, dy, offsets, buffers):  # type: ignore[no-untyped-def]
+    kinds = {
+        "negative": lambda: torch._neg_view(dy),
+        "imaginary": lambda: torch.complex(dy.float(), dy.float()).conj().imag.to(dy.dtype),
+        "conjugate": lambda: dy.to(torch.complex64).conj(),
+        "integers": lambda: dy.int(),
+        "sparse": lambda: dy.to_sparse(),
+        "fewer axes": lambda: dy[0] if len(dy) else dy.new_zeros(3),
+        "freed": lambda: torch._efficientzerotensor(dy.shape, dtype=dy.dtype),
+        "huge and empty": lambda: dy.new_zeros(()).expand(2**40, 0, dy.shape[-1]),
+    }
+    return kinds[draw.choice(list(kinds))](), offsets, buffers
+
+
+def other_offsets(draw, dy, offsets, buffers):  # type: ignore[no-untyped-def]
+    if offsets is None:
+        return dy, torch.tensor([0, len(dy)]), buffers
+    at = draw.randrange(len(offsets))
+    wrong = draw.choice([-1, len(dy) + 1, 2**40, -(2**40), 2**62, draw.randint(0, len(dy) + 9)])
+    changed = offsets.index_fill(0, torch.tensor(at), wrong)
+    kinds = [changed] * 4 + [offsets.int(), offsets.flip(0), offsets[:0], offsets.float()]
+    kinds += [offsets.repeat_interleave(2)[::2], offsets.unsqueeze(0)]
+    return dy, draw.choice(kinds), buffers
+
+
+STATS_FAULTS = [other_buffer, other_buffer, overlapping, other_grad, other_offsets, other_offsets]
