@@ -48,7 +48,9 @@ def check_stats(dy, offsets, scale, before, found):  # type: ignore[no-untyped-d
     """Against loops over float64; raises Fault."""
     if not dy.is_floating_point():
         raise Fault(f"a gradient of {dy.dtype} was taken")
-    bounds = [(i * dy.shape[1], (i + 1) * dy.shape[1]) for i in range(len(dy))]
+    bounds = []
+    if offsets is None and dy.numel():
+        bounds = [(i * dy.shape[1], (i + 1) * dy.shape[1]) for i in range(len(dy))]
     if offsets is not None:
         edges = offsets.tolist()
         if edges != sorted(edges) or not edges or edges[0] < 0 or edges[-1] > len(dy):
