@@ -1,12 +1,11 @@
-from typing import Any
+from collections.abc import Sequence
 
 from torch import Tensor
 
 has_cuda: bool
-bias_adamw_limits: tuple[int, int]
+bias_adamw_step_limits: tuple[int, int]
 
-def addresses(tensors: list[Tensor | None]) -> bytes: ...
-def gradients(params: list[Tensor]) -> tuple[list[Tensor | None], bytes | None]: ...
+def survey(params: list[Tensor], /) -> tuple[list[Tensor | None], bytes, bytes, bytes | None]: ...
 def bias_grad_stats_cpu(
     data: int,
     dtype: int,
@@ -43,5 +42,56 @@ def bias_grad_stats_cuda(
     stream: int,
     /,
 ) -> None: ...
-def bias_adamw_cpu(*args: Any) -> float: ...
-def bias_adamw_cuda(*args: Any) -> None: ...
+def bias_adamw_step_table_fits(
+    params: bytes,
+    grads: bytes,
+    forms: bytes,
+    blocks: int,
+    block_count: int,
+    first_blocks: int,
+    segments: int,
+    elements: int,
+    longest: int,
+    /,
+) -> bool: ...
+def bias_adamw_step_cpu(
+    params: bytes,
+    grads: bytes,
+    forms: bytes,
+    groups: Sequence[float],
+    blocks: int,
+    block_count: int,
+    state: int,
+    elements: int,
+    has_master: bool,
+    steps: int,
+    scores: int,
+    max_grad_norm: float,
+    global_norm: float,
+    inverse_scale: float,
+    threads: int,
+    /,
+) -> float: ...
+def bias_adamw_step_cuda(
+    params: bytes,
+    grads: bytes,
+    forms: bytes,
+    groups: Sequence[float],
+    blocks: int,
+    block_count: int,
+    first_blocks: int,
+    segments: int,
+    state: int,
+    elements: int,
+    steps: int,
+    scores: int,
+    workspace: int,
+    norm: int,
+    lr: int,
+    max_grad_norm: float,
+    global_norm: int,
+    grad_scale: int,
+    found_inf: int,
+    stream: int,
+    /,
+) -> None: ...

@@ -51,7 +51,7 @@ adamw: Callable[..., Optimizer] = functools.partial(
 )
 OPTIMIZERS: dict[str, Optimizer] = {
     "ours": functools.partial(BiasAdamW, lr=1e-3),
-    "ours, clipped": functools.partial(BiasAdamW, lr=1e-3, max_norm=1.0),
+    "ours, clipped": functools.partial(BiasAdamW, lr=1e-3, max_grad_norm=1.0),
     "torch for-loop": adamw(foreach=False),
     "torch foreach": adamw(foreach=True),
     "torch fused": adamw(fused=True),

@@ -23,6 +23,54 @@ struct AdamWBlock {
   int64_t tensor, segment, param_offset, grad_offset, flat_offset, length;
 };
 
+// One tensor of a step. Sizes count elements: those within reach of the parameter's address, and
+// the gradient's.
+struct AdamWTensor {
+  void* param;
+  const void* grad;  // null: not touched in this step
+  int64_t dtype;     // of both: 0 fp32, 1 bf16, 2 fp16
+  int64_t group, param_size, grad_size;
+};
+
+BEFT_HD int64_t within(int64_t x, int64_t low, int64_t high) {
+  return x < low ? low : x > high ? high : x;
+}
+
+// The part of `block` that lies inside of a parameter, a gradient and a state of these sizes: a
+// kernel that takes its table from anyone reads and writes nothing else.
+BEFT_HD AdamWBlock inside(AdamWBlock block, int64_t param_size, int64_t grad_size,
+                          int64_t elements) {
+  block.param_offset = within(block.param_offset, 0, param_size);
+  block.grad_offset = within(block.grad_offset, 0, grad_size);
+  block.flat_offset = within(block.flat_offset, 0, elements);
+  block.length = within(block.length, 0, param_size - block.param_offset);
+  block.length = within(block.length, 0, grad_size - block.grad_offset);
+  block.length = within(block.length, 0, elements - block.flat_offset);
+  return block;
+}
+
+// Whether a table of blocks keeps what the kernels take for granted: `first_blocks` ascends from
+// 0 to `count`, the blocks of a segment are those between two of its numbers and of one tensor,
+// and each block has 1 to `longest` elements, inside of everything that it names.
+inline bool table_fits(const AdamWBlock* blocks, int64_t count, const int64_t* first_blocks,
+                       int64_t segments, const AdamWTensor* tensors, int64_t tensor_count,
+                       int64_t elements, int64_t longest) {
+  if (first_blocks[0] != 0 || first_blocks[segments] != count) return false;
+  for (int64_t s = 0; s < segments; ++s) {
+    const int64_t begin = first_blocks[s], end = first_blocks[s + 1];
+    if (begin < 0 || begin > end || end > count) return false;
+    for (int64_t i = begin; i < end; ++i) {
+      const AdamWBlock& b = blocks[i];
+      if (b.segment != s || b.tensor < 0 || b.tensor >= tensor_count) return false;
+      if (b.tensor != blocks[begin].tensor || b.length < 1 || b.length > longest) return false;
+      const AdamWTensor& t = tensors[b.tensor];
+      if (inside(b, t.param_size, t.grad_size, elements).length != b.length) return false;
+      if (b.param_offset < 0 || b.grad_offset < 0 || b.flat_offset < 0) return false;
+    }
+  }
+  return true;
+}
+
 // What a tensor's elements share in one step.
 struct AdamWFactors {
   float grad, decay, beta1_rest, beta2, beta2_rest, inverse_root, eps, step_size;
@@ -52,24 +100,24 @@ BEFT_HD void adamw_element(float& b, float& m, float& v, float g, const AdamWFac
 }
 
 // Sums of one segment, with d = b - b0: every score follows without cancellation, as
-// <b, b0> = |b0|^2 + <d, b0> and |b|^2 = |b0|^2 + 2 <d, b0> + |d|^2.
+// <b, b0> = |b0|^2 + <d, b0> and |b|^2 = |b0|^2 + <d, b0> + <d, b>. The last is zero for b = 0.
 struct AdamWScores {
-  float change_abs = 0, change_dot_initial = 0, change_sq = 0, grad_sq = 0;
+  float change_abs = 0, change_dot_initial = 0, change_dot_current = 0, grad_sq = 0;
 
   BEFT_HD void add(float b, float b0, float g) {
     const float d = b - b0;
     change_abs += d < 0 ? -d : d;
     change_dot_initial += d * b0;
-    change_sq += d * d;
+    change_dot_current += d * b;
     grad_sq += g * g;
   }
 };
 
-// Factor that brings a gradient of norm `norm` to at most `max_norm` (torch's definition);
-// 1 where max_norm is 0: no clipping.
-BEFT_HD double clip_factor(double norm, double max_norm) {
-  const double factor = max_norm / (norm + 1e-6);
-  return max_norm <= 0 || factor > 1 ? 1.0 : factor;
+// Factor that brings a gradient of norm `norm` to at most `max_grad_norm` (torch's definition);
+// 1 where max_grad_norm is 0: no clipping.
+BEFT_HD double clip_factor(double norm, double max_grad_norm) {
+  const double factor = max_grad_norm / (norm + 1e-6);
+  return max_grad_norm <= 0 || factor > 1 ? 1.0 : factor;
 }
 
 }  // namespace beft

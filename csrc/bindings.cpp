@@ -8,6 +8,7 @@
 
 #include "cpu/bias_adamw_step_cpu.h"
 #include "cpu/bias_grad_stats_cpu.h"
+#include "tensor_views.h"
 #ifdef BEFT_WITH_CUDA
 #include <cuda_runtime.h>
 
@@ -41,88 +42,61 @@ bool stats_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t
                                    pointer<float>(sum_sq));
 }
 
-// A method of torch.Tensor, found once: looking it up by name takes as long as the call.
-PyObject* method(const char* name) {
-  return py::object(py::module_::import("torch").attr("Tensor").attr(name)).release().ptr();
+// Tensors of a step from packed words: addresses, 0 for no gradient; and of each tensor dtype,
+// group, and the sizes of parameter and gradient.
+std::vector<beft::AdamWTensor> tensors_of(const py::bytes& params, const py::bytes& grads,
+                                          const py::bytes& forms) {
+  auto words = [](const py::bytes& packed) {
+    return reinterpret_cast<const int64_t*>(PyBytes_AS_STRING(packed.ptr()));
+  };
+  const int64_t *p = words(params), *g = words(grads), *f = words(forms);
+  std::vector<beft::AdamWTensor> tensors(PyBytes_GET_SIZE(params.ptr()) / sizeof(int64_t));
+  for (size_t i = 0; i < tensors.size(); ++i, f += 4)
+    tensors[i] = {pointer<void>(p[i]), pointer<const void>(g[i]), f[0], f[1], f[2], f[3]};
+  return tensors;
 }
 
-py::object ask(PyObject* method, py::handle tensor) {
-  PyObject* answer = PyObject_CallOneArg(method, tensor.ptr());
-  if (!answer) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(answer);
-}
-
-uint64_t address_of(py::handle tensor) {
-  static PyObject* const data_ptr = method("data_ptr");
-  const uint64_t address = PyLong_AsUnsignedLongLong(ask(data_ptr, tensor).ptr());
-  if (PyErr_Occurred()) throw py::error_already_set();
-  return address;
-}
-
-py::bytes packed(const std::vector<uint64_t>& addresses) {
-  return py::bytes(reinterpret_cast<const char*>(addresses.data()),
-                   addresses.size() * sizeof(uint64_t));
-}
-
-const uint64_t* unpacked(const py::bytes& addresses) {
-  return reinterpret_cast<const uint64_t*>(PyBytes_AS_STRING(addresses.ptr()));
-}
-
-// Addresses of tensors, eight bytes each; 0 for None.
-py::bytes addresses(const py::list& tensors) {
-  std::vector<uint64_t> found;
-  for (py::handle tensor : tensors) found.push_back(tensor.is_none() ? 0 : address_of(tensor));
-  return packed(found);
-}
-
-// The gradients of parameters; and their addresses, or None where one is not contiguous.
-py::tuple gradients(const py::list& params) {
-  static PyObject* const grad = PyUnicode_InternFromString("grad");
-  static PyObject* const is_contiguous = method("is_contiguous");
-  std::vector<uint64_t> found(params.size());
-  py::list grads;
-  bool plain = true;
-  for (size_t i = 0; i < found.size(); ++i) {
-    const auto g = py::reinterpret_steal<py::object>(PyObject_GetAttr(params[i].ptr(), grad));
-    if (!g) throw py::error_already_set();
-    grads.append(g);
-    if (g.is_none()) continue;
-    plain = plain && ask(is_contiguous, g).ptr() == Py_True;
-    if (plain) found[i] = address_of(g);
+std::vector<beft::AdamWGroup> groups_of(const std::vector<double>& numbers) {
+  std::vector<beft::AdamWGroup> groups;
+  for (size_t i = 0; i + 6 <= numbers.size(); i += 6) {
+    const double* n = &numbers[i];
+    groups.push_back({n[0], n[1], n[2], n[3], n[4], n[5]});
   }
-  return py::make_tuple(grads, plain ? py::object(packed(found)) : py::none());
+  return groups;
 }
 
-// params, grads: packed addresses, 0 for no gradient, one a dtype; groups: six numbers each, as
-// in AdamWGroup. state: (rows, elements), its rows exp_avg, exp_avg_sq, initial and, where kept,
-// master.
-double adamw_cpu(const py::bytes& params, const py::bytes& grads, const std::vector<int>& dtypes,
-                 const std::vector<int64_t>& group_of, const std::vector<double>& groups,
-                 uintptr_t blocks, int64_t block_count, uintptr_t state, int64_t elements,
-                 bool has_master, uintptr_t steps, uintptr_t scores, double max_norm,
-                 double inverse_scale, int threads) {
+bool adamw_table_fits(const py::bytes& params, const py::bytes& grads, const py::bytes& forms,
+                      uintptr_t blocks, int64_t block_count, uintptr_t first_blocks,
+                      int64_t segments, int64_t elements, int64_t longest) {
+  const auto tensors = tensors_of(params, grads, forms);
+  return beft::table_fits(pointer<const beft::AdamWBlock>(blocks), block_count,
+                          pointer<const int64_t>(first_blocks), segments, tensors.data(),
+                          static_cast<int64_t>(tensors.size()), elements, longest);
+}
+
+// groups: six numbers each, as in AdamWGroup. state: (rows, elements), its rows exp_avg,
+// exp_avg_sq, initial and, where kept, master. global_norm: -1 for that of these gradients.
+double adamw_cpu(const py::bytes& params, const py::bytes& grads, const py::bytes& forms,
+                 const std::vector<double>& groups, uintptr_t blocks, int64_t block_count,
+                 uintptr_t state, int64_t elements, bool has_master, uintptr_t steps,
+                 uintptr_t scores, double max_grad_norm, double global_norm, double inverse_scale,
+                 int threads) {
   float* flat = pointer<float>(state);
-  beft::AdamWView view{{},
-                       {},
-                       pointer<const beft::AdamWBlock>(blocks),
-                       block_count,
-                       flat,
-                       flat + elements,
-                       flat + 2 * elements,
-                       has_master ? flat + 3 * elements : nullptr,
-                       pointer<float>(steps),
-                       pointer<float>(scores),
-                       max_norm,
-                       inverse_scale};
-  for (size_t i = 0; i < dtypes.size(); ++i)
-    view.tensors.push_back({pointer<void>(unpacked(params)[i]),
-                            pointer<const void>(unpacked(grads)[i]),
-                            static_cast<beft::DType>(dtypes[i]), group_of[i]});
-  for (size_t i = 0; i + 6 <= groups.size(); i += 6)
-    view.groups.push_back(
-        {groups[i], groups[i + 1], groups[i + 2], groups[i + 3], groups[i + 4], groups[i + 5]});
+  const beft::AdamWView view{tensors_of(params, grads, forms),
+                             groups_of(groups),
+                             pointer<const beft::AdamWBlock>(blocks),
+                             block_count,
+                             flat,
+                             flat + elements,
+                             flat + 2 * elements,
+                             has_master ? flat + 3 * elements : nullptr,
+                             pointer<float>(steps),
+                             pointer<float>(scores),
+                             max_grad_norm,
+                             global_norm,
+                             inverse_scale};
   py::gil_scoped_release release;
-  return beft::bias_adamw_cpu(view, threads);
+  return beft::bias_adamw_step_cpu(view, threads);
 }
 
 #ifdef BEFT_WITH_CUDA
@@ -141,20 +115,14 @@ void stats_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_
 
 // As adamw_cpu; addresses of the device. workspace: 4 * block_count + segments + 1 zeros before
 // the first call.
-void adamw_cuda(const py::bytes& params, const py::bytes& grads, const std::vector<int>& dtypes,
-                const std::vector<int>& group_of, const std::vector<double>& groups,
-                uintptr_t blocks, int block_count, uintptr_t first_blocks, int segments,
-                uintptr_t state, int64_t elements, uintptr_t steps, uintptr_t scores,
-                uintptr_t workspace, uintptr_t norm, uintptr_t lr, double max_norm,
-                uintptr_t grad_scale, uintptr_t found_inf, uintptr_t stream) {
-  std::vector<beft_cuda::AdamWTensor> tensors;
-  for (size_t i = 0; i < dtypes.size(); ++i)
-    tensors.push_back({pointer<void>(unpacked(params)[i]), pointer<const void>(unpacked(grads)[i]),
-                       dtypes[i], group_of[i]});
-  std::vector<beft::AdamWGroup> own;
-  for (size_t i = 0; i + 6 <= groups.size(); i += 6)
-    own.push_back(
-        {groups[i], groups[i + 1], groups[i + 2], groups[i + 3], groups[i + 4], groups[i + 5]});
+void adamw_cuda(const py::bytes& params, const py::bytes& grads, const py::bytes& forms,
+                const std::vector<double>& groups, uintptr_t blocks, int block_count,
+                uintptr_t first_blocks, int segments, uintptr_t state, int64_t elements,
+                uintptr_t steps, uintptr_t scores, uintptr_t workspace, uintptr_t norm,
+                uintptr_t lr, double max_grad_norm, uintptr_t global_norm, uintptr_t grad_scale,
+                uintptr_t found_inf, uintptr_t stream) {
+  const auto tensors = tensors_of(params, grads, forms);
+  const auto own = groups_of(groups);
   const beft_cuda::AdamWTables tables{pointer<const beft::AdamWBlock>(blocks),
                                       pointer<const int64_t>(first_blocks),
                                       pointer<float>(state),
@@ -163,11 +131,12 @@ void adamw_cuda(const py::bytes& params, const py::bytes& grads, const std::vect
                                       pointer<const float>(lr),
                                       pointer<const float>(grad_scale),
                                       pointer<const float>(found_inf),
+                                      pointer<const float>(global_norm),
                                       pointer<float4>(workspace),
                                       pointer<unsigned>(workspace) + 4 * int64_t{block_count},
                                       pointer<float>(norm),
                                       elements,
-                                      max_norm,
+                                      max_grad_norm,
                                       block_count,
                                       segments,
                                       static_cast<int>(tensors.size())};
@@ -182,15 +151,15 @@ void adamw_cuda(const py::bytes& params, const py::bytes& grads, const std::vect
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.def("addresses", &addresses);
-  m.def("gradients", &gradients);
+  m.def("survey", &beft::survey);
   m.def("bias_grad_stats_cpu", &stats_cpu);
-  m.def("bias_adamw_cpu", &adamw_cpu);
+  m.def("bias_adamw_step_cpu", &adamw_cpu);
+  m.def("bias_adamw_step_table_fits", &adamw_table_fits);
 #ifdef BEFT_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("bias_grad_stats_cuda", &stats_cuda);
-  m.def("bias_adamw_cuda", &adamw_cuda);
-  m.attr("bias_adamw_limits") =
+  m.def("bias_adamw_step_cuda", &adamw_cuda);
+  m.attr("bias_adamw_step_limits") =
       py::make_tuple(int{beft_cuda::kMaxTensors}, int{beft_cuda::kMaxGroups});
 #else
   m.attr("has_cuda") = false;

@@ -24,13 +24,15 @@ def inside(model: nn.Module) -> nn.Module:
             return model
 
 
-def whole(model: nn.Module, error: type[BeftError]) -> nn.Module:
+def whole(model: nn.Module, error: type[BeftError], *, adapted: bool = False) -> nn.Module:
     """The model inside, where all of it lies in this process and on real devices.
 
-    Raises ``error`` under DDP, FSDP, tensor parallelism, PEFT, and where parameters are on the
-    meta device (offloaded).
+    Raises ``error`` under DDP, FSDP, tensor parallelism, PEFT (unless ``adapted``: names do not
+    matter), and where parameters are on the meta device (offloaded).
     """
     found = _spread(model) or _spread(inside(model))
+    if not found and not adapted and _from(inside(model), "peft"):
+        found = "this model is wrapped by PEFT (its merge_and_unload() gives the model inside)"
     if found is not None:
         raise error(f"{found}: pass the plain model, in one process and on its devices")
     return inside(model)
@@ -41,8 +43,6 @@ def _spread(model: nn.Module) -> str | None:
         return "this model is wrapped in DistributedDataParallel"
     if _from(model, "torch.distributed.fsdp") or hasattr(model, "_get_fsdp_state"):
         return "this model is sharded by FSDP"
-    if _from(model, "peft"):
-        return "this model is wrapped by PEFT (its merge_and_unload() gives the model inside)"
     if getattr(model, "_tp_size", None) not in (None, 1):
         return "this model is split by tensor parallelism"
     for name, parameter in model.named_parameters():

@@ -2,75 +2,83 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from array import array
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
-from beft_ext.ops import dispatch, reference
+from beft_ext.ops import checks, dispatch, reference
+from beft_ext.ops.checks import DTYPE_CODES, OperatorError
 
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-# A definition of its own, not torch.library.custom_op: that one's wrapper costs more than the step.
-_LIBRARY = torch.library.Library("beft_ext", "FRAGMENT")
-_LIBRARY.define(
-    "bias_adamw_step(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!) state, Tensor(c!) steps, "
-    "Tensor(d!) scores, Tensor blocks, Tensor first_blocks, int[] group_of, float[] groups, "
-    "Tensor? lr, float max_norm, Tensor? grad_scale, Tensor? found_inf, "
-    "Tensor(e!) workspace) -> Tensor"
-)
+BLOCK = 1024  # elements of one entry of ``blocks`` at most
 
 
-def _step(  # type: ignore[no-untyped-def]
-    params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-    max_norm, grad_scale, found_inf, workspace,
-) -> Tensor:  # fmt: skip
-    run = _BACKENDS["reference" if state.dtype == torch.float64 else _backend(state)]
-    return run(
-        params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-        max_norm, grad_scale, found_inf, workspace,
-    )  # fmt: skip
+class AdamWTables(NamedTuple):
+    """All that one step reads and writes, on one device; the operator's arguments in order.
 
+    Args:
+        params: fp32, bf16 or fp16 (fp64 beside an fp64 state: reference backend), updated.
+        grads: one a parameter, contiguous, of its dtype and size. None leaves the parameter
+            alone and does not count the step.
+        state: fp32 rows ``exp_avg``, ``exp_avg_sq``, ``initial`` over all elements, updated. A
+            fourth row holds the fp32 master copies where a parameter is half precision. A master
+            that does not round to its parameter is out of date: the parameter holds.
+        steps: fp32, how many steps each tensor has taken, updated.
+        scores: fp32, written for segments that have a gradient. With ``d = b - b0``:
+            ``sum |d|``, ``<d, b0>``, ``<d, b>``, and ``|g|^2`` unscaled and before clipping.
+        blocks: int64, the unit of work, at most ``BLOCK`` elements: tensor, segment, offsets
+            into parameter, gradient and flat state, length. Those of a segment are consecutive.
+        first_blocks: int64, the first block of each segment, and the number of blocks.
+        group_of: the parameter group of each tensor.
+        groups: six numbers a group: lr, beta1, beta2, eps, weight decay; -1 to maximise or 1.
+        lr: fp32, the groups' rates in place of their own numbers; a CUDA graph reads it anew.
+        max_grad_norm: clips the global norm of the gradients; 0 for no clipping.
+        grad_scale: fp32 scalar that the gradients are divided by.
+        found_inf: fp32 scalar; where it is not zero nothing is updated.
+        workspace: fp32 scratch, zero before the first call.
+        global_norm: fp32 scalar to clip by, where other devices hold gradients too.
+    Shape:
+        state ``(3 or 4, N)``, steps ``(tensors,)``, scores ``(segments, 4)``, blocks
+        ``(blocks, 6)``, first_blocks ``(segments + 1,)``, lr ``(groups,)``, workspace
+        ``(workspace_size(blocks, segments),)``.
+    """
 
-_LIBRARY.impl("bias_adamw_step", _step, "CompositeExplicitAutograd")
-
-
-def _fake(params, grads, state, *_: object) -> Tensor:  # type: ignore[no-untyped-def]
-    norm: Tensor = state.new_empty(())
-    return norm
-
-
-torch.library.register_fake("beft_ext::bias_adamw_step", _fake, lib=_LIBRARY)
+    params: list[Tensor]
+    grads: Sequence[Tensor | None]
+    state: Tensor
+    steps: Tensor
+    scores: Tensor
+    blocks: Tensor
+    first_blocks: Tensor
+    group_of: Sequence[int]
+    groups: Sequence[float]
+    lr: Tensor | None
+    max_grad_norm: float
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    workspace: Tensor
+    global_norm: Tensor | None = None
 
 
 class Located(list[Any]):
-    """Tensors, or None, with the addresses at which they lie: asking each costs as much as the
-    kernel's work on it, so it is asked once a step."""
+    """Tensors, or None, with the addresses at which they lie (eight bytes each, 0 for None) and,
+    for parameters, what else the kernels are told of each. To ask torch costs as much as the
+    kernel's work, so it is asked once."""
 
-    def __init__(self, tensors: Iterable[Tensor | None], addresses: bytes) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[Tensor | None],
+        addresses: bytes | None = None,
+        forms: bytes = b"",
+    ) -> None:
         super().__init__(tensors)
-        self.addresses = addresses
-
-
-def locate(tensors: list[Tensor | None]) -> bytes:
-    """Where tensors lie now, eight bytes each; 0 for None."""
-    if dispatch.native is not None:
-        return dispatch.native.addresses(tensors)
-    return array("Q", [0 if t is None else t.data_ptr() for t in tensors]).tobytes()
-
-
-def gradients(params: list[Tensor]) -> list[Tensor | None]:
-    """Each parameter's gradient or None; Located where all are known to be contiguous."""
-    if dispatch.native is None:
-        return [p.grad for p in params]
-    grads, addresses = dispatch.native.gradients(params)
-    return grads if addresses is None else Located(grads, addresses)
-
-
-def _addresses(tensors: list[Tensor | None]) -> bytes:
-    return tensors.addresses if isinstance(tensors, Located) else locate(tensors)
+        self.addresses = _addresses(tensors) if addresses is None else addresses
+        self.forms = forms
 
 
 def workspace_size(blocks: int, segments: int) -> int:
@@ -78,136 +86,274 @@ def workspace_size(blocks: int, segments: int) -> int:
     return 4 * blocks + segments + 1
 
 
-def bias_adamw_step(
-    params: list[Tensor],
-    grads: Sequence[Tensor | None],
-    state: Tensor,
-    steps: Tensor,
-    scores: Tensor,
-    blocks: Tensor,
-    first_blocks: Tensor,
-    group_of: Sequence[int],
-    groups: Sequence[float],
-    workspace: Tensor,
-    *,
-    lr: Tensor | None = None,
-    max_norm: float = 0.0,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> Tensor:
-    """One step of all tensors of a device. Everything is checked by the caller, BiasAdamW.
+def locate(params: Sequence[Tensor], group_of: Sequence[int]) -> Located:
+    """Parameters as the kernels need them."""
+    forms = [
+        (DTYPE_CODES.get(p.dtype, -1), group, reach(p), p.numel())
+        for p, group in zip(params, group_of, strict=True)
+    ]
+    return Located(params, forms=_words(itertools.chain(*forms)))
 
-    params, grads: fp32, bf16 or fp16; a gradient has its parameter's dtype, is contiguous, or
-        is None: that tensor is left alone and its step not counted.
-    state: ``(3, N)`` fp32 rows ``exp_avg``, ``exp_avg_sq``, ``initial``; a fourth row, the fp32
-        master copies, where a parameter is half precision. Updated in place.
-    steps: ``(tensors,)`` fp32, counts of steps taken. scores: ``(segments, 4)`` fp32, written:
-        ``sum|d|``, ``<d, b0>``, ``|d|^2`` with ``d = b - b0``, and ``|g|^2`` (unscaled, before
-        clipping), per segment.
-    blocks: ``(blocks, 6)`` int64: tensor, segment, offsets into parameter, gradient and flat
-        state, length (at most 1024); those of one segment are consecutive.
-        first_blocks: ``(segments + 1,)`` int64.
-    groups: six numbers a parameter group: lr, beta1, beta2, eps, weight decay, and -1 to
-        maximise or 1. group_of: a tensor's group. lr: ``(groups,)`` fp32 on the device, in place
-        of the groups' own (for CUDA graphs).
-    workspace: ``(workspace_size(blocks, segments),)`` fp32, zero before the first call.
-    max_norm: of the global gradient norm; 0 for no clipping.
-    grad_scale, found_inf: scalars of a GradScaler: gradients are divided by the first; where
-        the second is not zero nothing is written.
-    Returns the global norm of the unscaled gradient, before clipping, a scalar.
-    Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101); DESIGN section 5.
+
+def reach(tensor: Tensor) -> int:
+    """Elements from the first to the last of a strided tensor."""
+    if tensor.numel() == 0:
+        return 0
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps)
+
+
+def survey(params: list[Tensor]) -> tuple[list[Tensor | None], bytes, Any, bytes | None]:
+    """Parameters and their gradients as they are now.
+
+    Returns:
+        The gradients. The parameters' addresses. The parameters' forms (device, dtype, shape,
+        strides, negative bit), to be compared with earlier ones. The gradients' addresses; None
+        where one is not plain memory of its parameter's device, dtype and shape.
     """
-    # In eager mode straight to the backend: boxing some 200 tensors for the dispatcher would
-    # cost a third of the step.
-    run = torch.ops.beft_ext.bias_adamw_step if torch.compiler.is_compiling() else _step
-    norm: Tensor = run(
-        params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-        max_norm, grad_scale, found_inf, workspace,
-    )  # fmt: skip
+    if dispatch.native is not None:
+        return dispatch.native.survey(params)
+    grads = [p.grad for p in params]
+    forms = [(p.device, p.dtype, p.shape, p.stride(), p.is_neg()) for p in params]
+    pairs = zip(params, grads, strict=True)
+    plain = all(g is None or _plain(p, g) for p, g in pairs)
+    return grads, _addresses(params), forms, _addresses(grads) if plain else None
+
+
+def _plain(p: Tensor, g: Tensor) -> bool:
+    return (
+        type(g) is Tensor
+        and g.layout is torch.strided
+        and (g.device, g.dtype, g.shape) == (p.device, p.dtype, p.shape)
+        and g.is_contiguous()
+        and not g.is_neg()
+    )
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> bytes:
+    if isinstance(tensors, Located):
+        return tensors.addresses
+    return _words(0 if t is None else t.data_ptr() for t in tensors)
+
+
+def _words(numbers: Iterable[int]) -> bytes:
+    return array("q", numbers).tobytes()
+
+
+def bias_adamw_step(tables: AdamWTables) -> Tensor:
+    """One step of all tensors of a device. The caller answers for the tables: BiasAdamW does.
+
+    It goes straight to the backend: boxing some 200 tensors for the dispatcher, and checks that
+    the caller has made once for all steps, would cost a third of the step.
+
+    Returns:
+        The norm of all these gradients, unscaled and before clipping, a scalar; infinity where
+        ``found_inf`` is set.
+    Raises:
+        BackendError: where a forced backend does not read this device's memory.
+    Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101).
+    """
+    name = dispatch.choose(tables.state.device.type)
+    if not len(tables.blocks):
+        return tables.state.new_zeros(())
+    return _BACKENDS["reference" if tables.state.dtype == torch.float64 else name](tables)
+
+
+# A definition of its own, not torch.library.custom_op: that one's wrapper costs more than the step.
+_LIBRARY = torch.library.Library("beft_ext", "FRAGMENT")
+_LIBRARY.define(
+    "bias_adamw_step(Tensor(a!)[] params, Tensor?[] grads, Tensor(b!) state, Tensor(c!) steps, "
+    "Tensor(d!) scores, Tensor blocks, Tensor first_blocks, int[] group_of, float[] groups, "
+    "Tensor? lr, float max_grad_norm, Tensor? grad_scale, Tensor? found_inf, "
+    "Tensor(e!) workspace, Tensor? global_norm=None) -> Tensor"
+)
+
+
+def _op(*arguments: Any) -> Tensor:
+    """The operator as anyone may call it: whatever does not fit is an OperatorError."""
+    tables = AdamWTables(*arguments)
+    _check(tables)
+    tables = tables._replace(params=locate(tables.params, tables.group_of))
+    _check_blocks(tables)
+    norm = bias_adamw_step(tables)
+    written = (*tables.params, tables.state, tables.steps, tables.scores, tables.workspace)
+    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
     return norm
 
 
-def _backend(state: Tensor) -> str:
-    return dispatch.choose(state.device.type)
+def _fake(*arguments: Any) -> Tensor:
+    tables = AdamWTables(*arguments)
+    # Dynamo would bury the error in a page of its own: a compiled call is refused when it runs.
+    if TracingContext.try_get() is None:
+        _check(tables)
+    return tables.state.new_empty(())
 
 
-def _cpu(  # type: ignore[no-untyped-def]
-    params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-    max_norm, grad_scale, found_inf, workspace,
-) -> Tensor:  # fmt: skip
-    assert dispatch.native is not None
-    if found_inf is not None and bool(found_inf):
-        return state.new_full((), float("inf"))
-    if lr is not None:
-        groups = [x if i % 6 else float(lr[i // 6]) for i, x in enumerate(groups)]
-    rows, elements = state.shape
-    half = rows == 4
-    norm = dispatch.native.bias_adamw_cpu(
-        _addresses(params),
-        _addresses(grads),
-        [DTYPES[p.dtype] for p in params] if half else [0] * len(params),
-        group_of,
+_LIBRARY.impl("bias_adamw_step", _op, "CompositeExplicitAutograd")
+# torch's own handling of the negative bit ends in an internal assertion for what is mutated.
+_LIBRARY.impl("bias_adamw_step", torch.library.fallthrough_kernel, "Negative")
+torch.library.register_fake("beft_ext::bias_adamw_step", _fake, lib=_LIBRARY)
+
+
+def _check(t: AdamWTables) -> None:
+    """All but the numbers within the tables of blocks."""
+    double = t.state.dtype == torch.float64
+    dtype, device = torch.float64 if double else torch.float32, t.state.device
+    rows, elements = t.state.shape if t.state.ndim == 2 else (0, 0)
+    checks.require("state", t.state, (min(max(rows, 3), 4), elements), dtype, device)
+    count, segments = t.blocks.shape[0] if t.blocks.ndim else 0, t.first_blocks.numel() - 1
+    if segments < (1 if count else 0):
+        raise OperatorError("first_blocks must hold the first block of each segment and the end")
+    groups = len(t.groups) // 6
+    checks.require("steps", t.steps, (len(t.params),), torch.float32, device)
+    checks.require("scores", t.scores, (segments, 4), torch.float32, device)
+    checks.require("blocks", t.blocks, (count, 6), torch.int64, device)
+    checks.require("first_blocks", t.first_blocks, (segments + 1,), torch.int64, device)
+    size = (workspace_size(count, segments),)
+    checks.require("workspace", t.workspace, size, torch.float32, device)
+    if t.lr is not None:
+        checks.require("lr", t.lr, (groups,), torch.float32, device)
+    for name in ("grad_scale", "found_inf", "global_norm"):
+        scalar = getattr(t, name)
+        if scalar is not None:
+            one = scalar.shape if scalar.numel() == 1 else ()
+            checks.require(name, scalar, one, torch.float32, device)
+    if not 0 <= t.max_grad_norm < math.inf:
+        raise OperatorError(f"max_grad_norm must be 0 (no clipping) or more: {t.max_grad_norm}")
+    if len(t.groups) % 6 or any(not 0 <= g < groups for g in t.group_of):
+        raise OperatorError(f"group_of must name one of the {groups} groups, of six numbers each")
+    if not len(t.params) == len(t.grads) == len(t.group_of):
+        raise OperatorError("params, grads and group_of must have one entry a tensor")
+    _check_tensors(t, rows)
+
+
+def _check_tensors(t: AdamWTables, rows: int) -> None:
+    for i, (p, g) in enumerate(zip(t.params, t.grads, strict=True)):
+        half = p.dtype in (torch.bfloat16, torch.float16)
+        fits = p.dtype in DTYPE_CODES or p.dtype == t.state.dtype
+        if not fits or p.device != t.state.device or p.layout is not torch.strided or p.is_neg():
+            raise OperatorError(
+                f"params[{i}] must be a plain float tensor on {t.state.device} (fp64 beside an "
+                f"fp64 state), but is {checks.described(p)}"
+            )
+        if half and rows != 4:
+            raise OperatorError(f"params[{i}] is {p.dtype}: state needs a fourth row for masters")
+        if g is not None:
+            shape = g.shape if g.numel() == p.numel() else p.shape
+            checks.require(f"grads[{i}]", g, shape, p.dtype, p.device)
+
+
+def _check_blocks(t: AdamWTables) -> None:
+    """That the kernels stay within their buffers. Not read on a GPU: the host would have to wait
+    for it, and the kernels bring each block inside of what it names."""
+    if t.state.is_cuda:
+        return
+    segments, elements = len(t.first_blocks) - 1, t.state.shape[1]
+    if dispatch.native is not None and t.state.device.type == "cpu":
+        assert isinstance(t.params, Located)
+        fits = dispatch.native.bias_adamw_step_table_fits(
+            t.params.addresses, t.params.addresses, t.params.forms, t.blocks.data_ptr(),
+            len(t.blocks), t.first_blocks.data_ptr(), segments, elements, BLOCK,
+        )  # fmt: skip
+    else:
+        fits = _fits(t, segments, elements)
+    if not fits:
+        raise OperatorError(
+            "blocks and first_blocks do not fit the tensors: an entry names a tensor, a segment "
+            "or elements that are not there, is not among its segment's or is of more than "
+            f"{BLOCK} elements"
+        )
+
+
+def _fits(t: AdamWTables, segments: int, elements: int) -> bool:
+    """``table_fits`` of csrc/bias_adamw_step.h."""
+    first, rows = t.first_blocks.tolist(), t.blocks.tolist()
+    if first[0] != 0 or first[-1] != len(rows) or any(a > b for a, b in itertools.pairwise(first)):
+        return False
+    owners = [s for s, (a, b) in enumerate(itertools.pairwise(first)) for _ in range(a, b)]
+    for (tensor, segment, *offsets, length), owner in zip(rows, owners, strict=True):
+        if segment != owner or not 0 <= tensor < len(t.params) or not 1 <= length <= BLOCK:
+            return False
+        p = t.params[tensor]
+        for offset, size in zip(offsets, (reach(p), p.numel(), elements), strict=True):
+            if not 0 <= offset <= size - length:
+                return False
+        if tensor != rows[first[segment]][0]:
+            return False
+    return True
+
+
+def _cpu(t: AdamWTables) -> Tensor:
+    assert dispatch.native is not None and isinstance(t.params, Located)
+    if t.found_inf is not None and bool(t.found_inf):
+        return t.state.new_full((), math.inf)
+    groups = t.groups
+    if t.lr is not None:
+        groups = [x if i % 6 else float(t.lr[i // 6]) for i, x in enumerate(groups)]
+    rows, elements = t.state.shape
+    norm = dispatch.native.bias_adamw_step_cpu(
+        t.params.addresses,
+        _addresses(t.grads),
+        t.params.forms,
         groups,
-        blocks.data_ptr(),
-        blocks.shape[0],
-        state.data_ptr(),
+        t.blocks.data_ptr(),
+        t.blocks.shape[0],
+        t.state.data_ptr(),
         elements,
-        half,
-        steps.data_ptr(),
-        scores.data_ptr(),
-        max_norm,
-        1.0 if grad_scale is None else 1.0 / float(grad_scale),
+        rows == 4,
+        t.steps.data_ptr(),
+        t.scores.data_ptr(),
+        t.max_grad_norm,
+        -1.0 if t.global_norm is None else float(t.global_norm),
+        1.0 if t.grad_scale is None else 1.0 / float(t.grad_scale),
         torch.get_num_threads(),
     )
-    return torch.scalar_tensor(norm, dtype=torch.float32)
+    return torch.scalar_tensor(norm, dtype=torch.float32, device="cpu")
 
 
-def _cuda(  # type: ignore[no-untyped-def]
-    params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-    max_norm, grad_scale, found_inf, workspace,
-) -> Tensor:  # fmt: skip
-    assert dispatch.native is not None
-    most_tensors, most_groups = dispatch.native.bias_adamw_limits
-    if len(params) > most_tensors or len(groups) > 6 * most_groups:
-        raise ValueError(
+def _cuda(t: AdamWTables) -> Tensor:
+    assert dispatch.native is not None and isinstance(t.params, Located)
+    most_tensors, most_groups = dispatch.native.bias_adamw_step_limits
+    if len(t.params) > most_tensors or len(t.groups) > 6 * most_groups:
+        raise OperatorError(
             f"the CUDA step takes at most {most_tensors} tensors in {most_groups} groups: train "
             "fewer terms, or set_backend('triton')"
         )
-    norm = state.new_empty(())
-    with torch.cuda.device(state.device):
-        dispatch.native.bias_adamw_cuda(
-            _addresses(params),
-            _addresses(grads),
-            [DTYPES[p.dtype] for p in params],
-            group_of,
-            groups,
-            blocks.data_ptr(),
-            len(blocks),
-            first_blocks.data_ptr(),
-            len(first_blocks) - 1,
-            state.data_ptr(),
-            state.shape[1],
-            steps.data_ptr(),
-            scores.data_ptr(),
-            workspace.data_ptr(),
+    norm = t.state.new_empty(())
+    scalars = (t.grad_scale, t.found_inf)
+    with torch.cuda.device(t.state.device):
+        dispatch.native.bias_adamw_step_cuda(
+            t.params.addresses,
+            _addresses(t.grads),
+            t.params.forms,
+            t.groups,
+            t.blocks.data_ptr(),
+            len(t.blocks),
+            t.first_blocks.data_ptr(),
+            len(t.first_blocks) - 1,
+            t.state.data_ptr(),
+            t.state.shape[1],
+            t.steps.data_ptr(),
+            t.scores.data_ptr(),
+            t.workspace.data_ptr(),
             norm.data_ptr(),
-            0 if lr is None else lr.data_ptr(),
-            max_norm,
-            0 if grad_scale is None else grad_scale.data_ptr(),
-            0 if found_inf is None else found_inf.data_ptr(),
+            0 if t.lr is None else t.lr.data_ptr(),
+            t.max_grad_norm,
+            0 if t.global_norm is None else t.global_norm.data_ptr(),
+            *(0 if s is None else s.data_ptr() for s in scalars),
             torch.cuda.current_stream().cuda_stream,
         )
     return norm
 
 
-def _triton(*arguments: Any) -> Tensor:
-    from beft_ext.ops.triton_bias_adamw_step import bias_adamw_triton
+def _triton(t: AdamWTables) -> Tensor:
+    from beft_ext.ops.triton_bias_adamw_step import bias_adamw_step_triton
 
-    norm: Tensor = bias_adamw_triton(*arguments)
+    norm: Tensor = bias_adamw_step_triton(t)
     return norm
 
 
-_BACKENDS: dict[str, Callable[..., Tensor]] = {
+_BACKENDS: dict[str, Callable[[AdamWTables], Tensor]] = {
     "reference": reference.bias_adamw_step,
     "cpu": _cpu,
     "triton": _triton,

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from beft_ext.ops.bias_adamw_step import AdamWTables
 
 
 def example_grads(grad_output: Tensor, example_offsets: Tensor | None) -> Tensor:
@@ -37,48 +43,64 @@ def bias_grad_stats(
     grad_sum_sq.add_((grads * scale).square().sum(0))
 
 
-def bias_adamw_step(  # type: ignore[no-untyped-def]
-    params, grads, state, steps, scores, blocks, first_blocks, group_of, groups, lr,
-    max_norm, grad_scale, found_inf, workspace,
-) -> Tensor:  # fmt: skip
-    """Same contract as the compiled backends, one torch.optim.AdamW formula at a time."""
-    work = [(row.tolist(), _run_of(row, params, grads, state)) for row in blocks]
-    unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
-    squares = [g.square().sum() * unscale**2 for _, (_, g, _) in work if g is not None]
-    norm = torch.stack(squares).sum().sqrt() if squares else state.new_zeros(())
-    if found_inf is not None and bool(found_inf):
-        return norm
-    clip = min(1.0, max_norm / (float(norm) + 1e-6)) if max_norm > 0 else 1.0
-    steps += steps.new_tensor([float(g is not None) for g in grads])
-    touched: set[int] = set()
-    for (tensor, segment, *_), (b, g, s) in work:
+def adamw(
+    theta: Tensor, m: Tensor, v: Tensor, g: Tensor, t: float,
+    alpha: float, beta1: float, beta2: float, epsilon: float, decay: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Parameter and moments after step ``t``, in the letters of AdamW's paper.
+
+    Source: Loshchilov & Hutter 2019 (arXiv 1711.05101), Algorithm 2; ``alpha`` is the rate, and
+    ``decay`` is its lambda over the rate, as everywhere in torch.
+    """
+    m = beta1 * m + (1 - beta1) * g
+    v = beta2 * v + (1 - beta2) * g**2
+    m_hat = m / (1 - beta1**t)
+    v_hat = v / (1 - beta2**t)
+    return theta - alpha * (m_hat / (v_hat.sqrt() + epsilon) + decay * theta), m, v
+
+
+def bias_adamw_step(tables: AdamWTables) -> Tensor:
+    """Same contract as the compiled backends, block by block."""
+    t = tables
+    if t.found_inf is not None and bool(t.found_inf):
+        return t.state.new_full((), math.inf)
+    unscale = 1.0 if t.grad_scale is None else 1.0 / float(t.grad_scale)
+    work = [(row, *_run(t, row)) for row in t.blocks.tolist()]
+    squares = [(g * unscale).square().sum() for *_, g in work if g is not None]
+    norm = torch.stack(squares).sum().sqrt() if squares else t.state.new_zeros(())
+    clip = 1.0
+    if t.max_grad_norm > 0:
+        by = float(norm if t.global_norm is None else t.global_norm)
+        clip = min(1.0, t.max_grad_norm / (by + 1e-6))
+    t.steps.add_(t.steps.new_tensor([float(g is not None) for g in t.grads]))
+    stepped = {segment for (_, segment, *_), *_, g in work if g is not None}
+    t.scores[sorted(stepped)] = 0
+    for (tensor, segment, *_), param, rows, g in work:
         if g is None:
             continue
-        rate, beta1, beta2, eps, decay, sign = groups[6 * group_of[tensor] :][:6]
-        rate = rate if lr is None else float(lr[group_of[tensor]])
-        step, value, raw = float(steps[tensor]), s[-1].clone() if len(s) == 4 else b, g * unscale
-        value = value if b.dtype in (torch.bfloat16, torch.float16) else b.to(s.dtype)
-        clipped = raw * clip * sign
-        s[0].lerp_(clipped, 1 - beta1)
-        s[1].mul_(beta2).addcmul_(clipped, clipped, value=1 - beta2)
-        root = (s[1] / (1 - beta2**step)).sqrt() + eps
-        value = value * (1 - rate * decay) - rate / (1 - beta1**step) * s[0] / root
-        b.copy_(value)
-        if len(s) == 4:
-            s[3].copy_(value)
-        if segment not in touched:
-            touched.add(segment)
-            scores[segment] = 0
-        d = value - s[2]
-        sums = [d.abs().sum(), d.dot(s[2]), d.dot(d), raw.dot(raw)]
-        scores[segment] += torch.stack(sums).to(scores.dtype)
+        group = t.group_of[tensor]
+        rate, beta1, beta2, eps, decay, sign = t.groups[6 * group : 6 * group + 6]
+        rate = rate if t.lr is None else float(t.lr[group])
+        before = param.to(t.state.dtype)
+        if param.dtype in (torch.bfloat16, torch.float16):
+            before = torch.where(rows[3].to(param.dtype) == param, rows[3], before)
+        b, rows[0], rows[1] = adamw(
+            before, rows[0], rows[1], g * (unscale * clip * sign), float(t.steps[tensor]),
+            rate, beta1, beta2, eps, decay,
+        )  # fmt: skip
+        param.copy_(b)
+        if len(rows) == 4:
+            rows[3] = b
+        d, raw = b - rows[2], g * unscale
+        sums = [d.abs().sum(), d.dot(rows[2]), d.dot(b), raw.dot(raw)]
+        t.scores[segment] += torch.stack(sums).to(t.scores.dtype)
     return norm
 
 
-def _run_of(row, params, grads, state):  # type: ignore[no-untyped-def]
-    """The elements of one block: of the parameter, the gradient (or None), the state's rows."""
-    tensor, _, at_param, at_grad, at_flat, n = row.tolist()
-    param, grad = params[tensor].detach(), grads[tensor]
+def _run(t: AdamWTables, row: list[int]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The elements of one block: of the parameter, the state's rows, the gradient (or None)."""
+    tensor, _, at_param, at_grad, at_flat, n = row
+    param, grad = t.params[tensor].detach(), t.grads[tensor]
     b = param.as_strided((n,), (1,), param.storage_offset() + at_param)
-    g = None if grad is None else grad.view(-1)[at_grad : at_grad + n].to(state.dtype)
-    return b, g, state[:, at_flat : at_flat + n]
+    g = None if grad is None else grad.reshape(-1)[at_grad : at_grad + n].to(t.state.dtype)
+    return b, t.state[:, at_flat : at_flat + n], g

@@ -81,7 +81,7 @@ class Run:
             parameter.requires_grad_(True)
         named = [(bias.name, leaf) for bias, leaf in self.pairs]
         named += [(f"head.{i}", p) for i, p in enumerate(head)]
-        self.optimizer = BiasAdamW(named, lr=lr, weight_decay=weight_decay, max_norm=clip)
+        self.optimizer = BiasAdamW(named, lr=lr, weight_decay=weight_decay, max_grad_norm=clip)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda i: rate_factor(i, steps, warmup, decay=False)
         )

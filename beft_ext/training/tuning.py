@@ -113,7 +113,7 @@ class _Run:
             raise TuningError("nothing to train on: the loader is empty or epochs is 0")
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = BiasAdamW(
-            model, lr=recipe.lr, weight_decay=recipe.weight_decay, max_norm=recipe.clip
+            model, lr=recipe.lr, weight_decay=recipe.weight_decay, max_grad_norm=recipe.clip
         )
         self.state = Progress()
         self.step = self._make_step(loss)

@@ -42,7 +42,7 @@ void stats(int64_t batch, int64_t tokens, int64_t width, int dtype) {
         [&] { beft::bias_grad_stats_cpu(view, 16.0f, 1, &out[0], &out[width], &out[2 * width]); });
 }
 
-void adamw(int64_t tensors, int64_t width, int dtype, double max_norm) {
+void adamw(int64_t tensors, int64_t width, int dtype, double max_grad_norm) {
   std::vector<float> param = values(tensors * width, dtype), grad = param;
   std::vector<float> state(4 * tensors * width, 0.5f), steps(tensors), scores(4 * tensors);
   std::vector<beft::AdamWBlock> blocks;
@@ -57,21 +57,22 @@ void adamw(int64_t tensors, int64_t width, int dtype, double max_norm) {
                        dtype ? &state[3 * all] : nullptr,
                        steps.data(),
                        scores.data(),
-                       max_norm,
+                       max_grad_norm,
+                       -1.0,
                        1.0};
   for (int64_t t = 0; t < tensors; ++t) {
     const int64_t at = t * width * size;
     view.tensors.push_back({reinterpret_cast<char*>(param.data()) + at,
-                            reinterpret_cast<char*>(grad.data()) + at, beft::DType(dtype), 0});
+                            reinterpret_cast<char*>(grad.data()) + at, dtype, 0, width, width});
     for (int64_t k = 0; k < width; k += 1024)
       blocks.push_back({t, t, k, k, t * width + k, std::min<int64_t>(1024, width - k)});
   }
   view.blocks = blocks.data();
   view.block_count = static_cast<int64_t>(blocks.size());
   const std::string shape = std::to_string(tensors) + "x" + std::to_string(width);
-  const std::string clipped = max_norm > 0 ? " clipped" : "";
+  const std::string clipped = max_grad_norm > 0 ? " clipped" : "";
   count("bias_adamw_step " + shape + " " + DTYPES[dtype] + clipped,
-        [&] { beft::bias_adamw_cpu(view, 1); });
+        [&] { beft::bias_adamw_step_cpu(view, 1); });
 }
 
 }  // namespace

@@ -16,7 +16,17 @@ from triton.compiler import ASTSource
 
 from beft_ext.ops import triton_bias_adamw_step as adamw, triton_bias_grad_stats as stats
 
-INTS = ("tokens", "width", "stride_b", "stride_t", "batch", "chunks", "elements")
+INTS = (
+    "tokens",
+    "width",
+    "stride_b",
+    "stride_t",
+    "batch",
+    "chunks",
+    "elements",
+    "tensor_count",
+    "block_count",
+)
 KINDS = {
     **dict.fromkeys(INTS, "i32"),
     **dict.fromkeys(("example_offsets", "tensors", "blocks", "first_blocks"), "*i64"),

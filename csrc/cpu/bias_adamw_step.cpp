@@ -43,21 +43,23 @@ BEFT_INLINE AdamWScores block_step(void* param, const void* grad, const Slices& 
   const auto* g = static_cast<const typename T::Raw*>(grad);
   float *m = s.exp_avg, *v = s.exp_avg_sq, *master = s.master;
   const float* b0 = s.initial;
-  float change_abs = 0, dot = 0, change_sq = 0, grad_sq = 0;
-#pragma omp simd reduction(+ : change_abs, dot, change_sq, grad_sq)
+  float change_abs = 0, dot = 0, change_dot = 0, grad_sq = 0;
+#pragma omp simd reduction(+ : change_abs, dot, change_dot, grad_sq)
   for (int64_t i = 0; i < n; ++i) {
     const float raw = T::load(g[i]);
-    float b = half ? master[i] : T::load(p[i]);
+    float b = T::load(p[i]);
+    // A parameter that is not its rounded master was written to by someone else: it counts.
+    if (half && T::store(master[i]) == p[i]) b = master[i];
     adamw_element(b, m[i], v[i], raw, f);
     if (half) master[i] = b;
     p[i] = T::store(b);
     const float d = b - b0[i], x = raw * unscale;
     change_abs += std::fabs(d);
     dot += d * b0[i];
-    change_sq += d * d;
+    change_dot += d * b;
     grad_sq += x * x;
   }
-  return {change_abs, dot, change_sq, grad_sq};
+  return {change_abs, dot, change_dot, grad_sq};
 }
 
 #define BEFT_KERNELS(NAME, T)                                                                    \
@@ -73,13 +75,13 @@ BEFT_KERNELS(bf16, BF16)
 BEFT_KERNELS(f16, F16)
 #undef BEFT_KERNELS
 
-const void* at(const void* data, DType dtype, int64_t offset) {
-  return static_cast<const char*>(data) + offset * (dtype == DType::f32 ? 4 : 2);
+const void* at(const void* data, int64_t dtype, int64_t offset) {
+  return static_cast<const char*>(data) + offset * (DType(dtype) == DType::f32 ? 4 : 2);
 }
 
 }  // namespace
 
-double bias_adamw_cpu(const AdamWView& view, int threads) {
+double bias_adamw_step_cpu(const AdamWView& view, int threads) {
   const int64_t count = view.block_count;
   int64_t elements = 0;
   for (int64_t i = 0; i < count; ++i)
@@ -97,15 +99,16 @@ double bias_adamw_cpu(const AdamWView& view, int threads) {
     return std::sqrt(total);
   };
   double clip = 1;
-  if (view.max_norm > 0) {
+  if (view.max_grad_norm > 0 && view.global_norm >= 0) {
+    clip = clip_factor(view.global_norm, view.max_grad_norm);
+  } else if (view.max_grad_norm > 0) {
     parallel(count, useful, [&](int64_t i) {
       const AdamWBlock& b = view.blocks[i];
       const AdamWTensor& t = view.tensors[b.tensor];
       if (t.grad)
-        sums[i].grad_sq =
-            norms[int(t.dtype)](at(t.grad, t.dtype, b.grad_offset), b.length, unscale);
+        sums[i].grad_sq = norms[t.dtype](at(t.grad, t.dtype, b.grad_offset), b.length, unscale);
     });
-    clip = clip_factor(global_norm(), view.max_norm);
+    clip = clip_factor(global_norm(), view.max_grad_norm);
   }
 
   std::vector<AdamWFactors> factors(view.tensors.size());
@@ -122,25 +125,25 @@ double bias_adamw_cpu(const AdamWView& view, int threads) {
     const Slices slices{view.master ? view.master + b.flat_offset : nullptr,
                         view.exp_avg + b.flat_offset, view.exp_avg_sq + b.flat_offset,
                         view.initial + b.flat_offset};
-    sums[i] = moves[int(t.dtype)](const_cast<void*>(at(t.param, t.dtype, b.param_offset)),
-                                  at(t.grad, t.dtype, b.grad_offset), slices, b.length,
-                                  factors[b.tensor], unscale);
+    sums[i] = moves[t.dtype](const_cast<void*>(at(t.param, t.dtype, b.param_offset)),
+                             at(t.grad, t.dtype, b.grad_offset), slices, b.length,
+                             factors[b.tensor], unscale);
   });
 
   for (int64_t i = 0; i < count;) {
     const AdamWBlock& first = view.blocks[i];
-    double change_abs = 0, dot = 0, change_sq = 0, grad_sq = 0;
+    double change_abs = 0, dot = 0, change_dot = 0, grad_sq = 0;
     for (; i < count && view.blocks[i].segment == first.segment; ++i) {
       change_abs += sums[i].change_abs;
       dot += sums[i].change_dot_initial;
-      change_sq += sums[i].change_sq;
+      change_dot += sums[i].change_dot_current;
       grad_sq += sums[i].grad_sq;
     }
     if (!view.tensors[first.tensor].grad) continue;
     float* out = view.scores + 4 * first.segment;
     out[0] = static_cast<float>(change_abs);
     out[1] = static_cast<float>(dot);
-    out[2] = static_cast<float>(change_sq);
+    out[2] = static_cast<float>(change_dot);
     out[3] = static_cast<float>(grad_sq);
   }
   return global_norm();

@@ -8,13 +8,6 @@
 
 namespace beft {
 
-struct AdamWTensor {
-  void* param;
-  const void* grad;  // null: not touched in this step
-  DType dtype;       // of both
-  int64_t group;
-};
-
 struct AdamWView {
   std::vector<AdamWTensor> tensors;
   std::vector<AdamWGroup> groups;
@@ -25,11 +18,12 @@ struct AdamWView {
   float* master;                // (N,): the values of half-precision parameters; else unused
   float* steps;                 // (tensors,)
   float* scores;                // (segments, 4): AdamWScores
-  double max_norm;              // 0: no clipping
+  double max_grad_norm;         // 0: no clipping
+  double global_norm;           // to clip by, of other devices' gradients too; -1: of these
   double inverse_scale;         // 1 / loss scale
 };
 
-// Returns the gradient's global norm, unscaled and before clipping.
-double bias_adamw_cpu(const AdamWView& view, int threads);
+// Returns the norm of all these gradients, unscaled and before clipping.
+double bias_adamw_step_cpu(const AdamWView& view, int threads);
 
 }  // namespace beft

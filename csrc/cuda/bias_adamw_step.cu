@@ -19,17 +19,33 @@ namespace {
 using beft::AdamWBlock;
 using beft::AdamWFactors;
 using beft::AdamWGroup;
+using beft::AdamWTensor;
 using beft_cuda::AdamWTables;
-using beft_cuda::AdamWTensor;
 
 constexpr int kThreads = 256;
 constexpr int kFewTensors = 96;  // below 4 KB of arguments launches are cheapest
 
+// Tensors field by field and in few bytes: a launch carries little.
 template <int kTensors>
 struct Arguments {
   AdamWTables tables;
   AdamWGroup groups[beft_cuda::kMaxGroups];
-  AdamWTensor tensors[kTensors];
+  void* params[kTensors];
+  const void* grads[kTensors];
+  uint32_t param_sizes[kTensors], grad_sizes[kTensors];
+  uint16_t dtypes[kTensors], group_of[kTensors];
+
+  __device__ __forceinline__ AdamWTensor tensor(int i) const {
+    return {params[i], grads[i], dtypes[i], group_of[i], param_sizes[i], grad_sizes[i]};
+  }
+  // The table lies in memory that anyone may have written: what it names is brought inside.
+  __device__ __forceinline__ AdamWBlock block() const {
+    AdamWBlock found = tables.blocks[blockIdx.x];
+    found.tensor = beft::within(found.tensor, 0, tables.tensors - 1);
+    found.segment = beft::within(found.segment, 0, tables.segments - 1);
+    return beft::inside(found, param_sizes[found.tensor], grad_sizes[found.tensor],
+                        tables.elements);
+  }
 };
 static_assert(sizeof(Arguments<beft_cuda::kMaxTensors>) <= 32764, "what a launch may carry");
 static_assert(sizeof(Arguments<kFewTensors>) <= 4096, "what every launch may carry");
@@ -106,7 +122,12 @@ __device__ float4 step_block(const AdamWTables& tables, const AdamWTensor& tenso
 #pragma unroll 4
   for (int i = threadIdx.x; i < block.length; i += kThreads) {
     const float g = beft_cuda::to_float(grad[i]);
-    float b = half ? master[i] : beft_cuda::to_float(param[i]);
+    float b = beft_cuda::to_float(param[i]);
+    if (half) {  // a parameter that is not its rounded master was written to by someone else
+      T rounded;
+      beft_cuda::store(&rounded, master[i]);
+      if (beft_cuda::to_float(rounded) == b) b = master[i];
+    }
     float m = exp_avg[i], v = exp_avg_sq[i];
     beft::adamw_element(b, m, v, g, factors);
     exp_avg[i] = m;
@@ -115,7 +136,7 @@ __device__ float4 step_block(const AdamWTables& tables, const AdamWTensor& tenso
     beft_cuda::store(param + i, b);
     scores.add(b, initial[i], g * unscale);
   }
-  return make_float4(scores.change_abs, scores.change_dot_initial, scores.change_sq,
+  return make_float4(scores.change_abs, scores.change_dot_initial, scores.change_dot_current,
                      scores.grad_sq);
 }
 
@@ -123,8 +144,8 @@ template <int kTensors>
 __global__ void __launch_bounds__(kThreads)
     gradient_norm(const __grid_constant__ Arguments<kTensors> arguments) {
   const AdamWTables& tables = arguments.tables;
-  const AdamWBlock block = tables.blocks[blockIdx.x];
-  const AdamWTensor& tensor = arguments.tensors[block.tensor];
+  const AdamWBlock block = arguments.block();
+  const AdamWTensor tensor = arguments.tensor(block.tensor);
   float4 mine = make_float4(0, 0, 0, 0);
   if (tensor.grad) {
     const float inverse = unscale(tables);
@@ -147,8 +168,8 @@ __global__ void __launch_bounds__(kThreads)
     if (blockIdx.x == 0 && threadIdx.x == 0) *tables.norm = INFINITY;
     return;
   }
-  const AdamWBlock block = tables.blocks[blockIdx.x];
-  const AdamWTensor& tensor = arguments.tensors[block.tensor];
+  const AdamWBlock block = arguments.block();
+  const AdamWTensor tensor = arguments.tensor(block.tensor);
   float4 mine = make_float4(0, 0, 0, 0);
   if (tensor.grad) {
     __shared__ AdamWFactors factors;
@@ -156,8 +177,9 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) {
       AdamWGroup group = arguments.groups[tensor.group];
       if (tables.lr) group.lr = tables.lr[tensor.group];
+      const float* norm = tables.global_norm ? tables.global_norm : tables.norm;
       const double clip =
-          tables.max_norm > 0 ? beft::clip_factor(*tables.norm, tables.max_norm) : 1;
+          tables.max_grad_norm > 0 ? beft::clip_factor(*norm, tables.max_grad_norm) : 1;
       factors = beft::adamw_factors(group, tables.steps[block.tensor] + 1, clip * inverse);
     }
     __syncthreads();
@@ -168,20 +190,20 @@ __global__ void __launch_bounds__(kThreads)
   const float4 sums = block_sum(mine);
   if (threadIdx.x == 0) tables.sums[blockIdx.x] = sums;
 
-  const int64_t first = tables.first_blocks[block.segment];
-  const int64_t last = tables.first_blocks[block.segment + 1];
+  const int64_t first = beft::within(tables.first_blocks[block.segment], 0, gridDim.x);
+  const int64_t last = beft::within(tables.first_blocks[block.segment + 1], first, gridDim.x);
   if (tensor.grad && is_last(tables.counters + block.segment, last - first)) {
     const float4 total = sum_slots(tables.sums, first, last);
     if (threadIdx.x == 0) tables.scores[block.segment] = total;
   }
   if (!is_last(tables.counters + tables.segments, gridDim.x)) return;
-  if (tables.max_norm <= 0) {
+  if (tables.max_grad_norm <= 0 || tables.global_norm) {
     const float4 total = sum_slots(tables.sums, 0, gridDim.x);
     if (threadIdx.x == 0) *tables.norm = sqrtf(total.w);
   }
   // Every block has read its tensor's count by now.
   for (int i = threadIdx.x; i < tables.tensors; i += kThreads)
-    if (arguments.tensors[i].grad) tables.steps[i] += 1;
+    if (arguments.grads[i]) tables.steps[i] += 1;
 }
 
 template <int kTensors>
@@ -190,9 +212,18 @@ cudaError_t launch(const AdamWTensor* tensors, const AdamWGroup* groups, int gro
   Arguments<kTensors> arguments{};
   arguments.tables = tables;
   for (int i = 0; i < group_count; ++i) arguments.groups[i] = groups[i];
-  for (int i = 0; i < tables.tensors; ++i) arguments.tensors[i] = tensors[i];
+  for (int i = 0; i < tables.tensors; ++i) {
+    const AdamWTensor& t = tensors[i];
+    if (t.param_size > UINT32_MAX || t.grad_size > UINT32_MAX) return cudaErrorInvalidValue;
+    arguments.params[i] = t.param;
+    arguments.grads[i] = t.grad;
+    arguments.param_sizes[i] = static_cast<uint32_t>(t.param_size);
+    arguments.grad_sizes[i] = static_cast<uint32_t>(t.grad_size);
+    arguments.dtypes[i] = static_cast<uint16_t>(t.dtype);
+    arguments.group_of[i] = static_cast<uint16_t>(t.group);
+  }
   const dim3 grid(tables.block_count), block(kThreads);
-  if (tables.max_norm > 0) {
+  if (tables.max_grad_norm > 0 && !tables.global_norm) {
     gradient_norm<kTensors><<<grid, block, 0, stream>>>(arguments);
     const cudaError_t status = cudaGetLastError();
     if (status != cudaSuccess) return status;
@@ -204,9 +235,11 @@ cudaError_t launch(const AdamWTensor* tensors, const AdamWGroup* groups, int gro
 }  // namespace
 
 cudaError_t beft_cuda::bias_adamw_step(const AdamWTensor* tensors, const AdamWGroup* groups,
-                                  int group_count, const AdamWTables& tables, cudaStream_t stream) {
+                                       int group_count, const AdamWTables& tables,
+                                       cudaStream_t stream) {
   if (tables.tensors > kMaxTensors || group_count > kMaxGroups) return cudaErrorInvalidValue;
-  if (tables.block_count == 0) return cudaSuccess;
+  if (tables.block_count < 1 || tables.segments < 1 || tables.tensors < 1)
+    return cudaErrorInvalidValue;
   auto run = tables.tensors <= kFewTensors ? launch<kFewTensors> : launch<kMaxTensors>;
   return run(tensors, groups, group_count, tables, stream);
 }

@@ -143,7 +143,7 @@ def test_accelerate_in_bf16_learns():
     accelerate.state.AcceleratorState._reset_state()
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision="bf16")
     model = prepared()
-    model_, optimizer = accelerator.prepare(model, BiasAdamW(model, lr=LR, max_norm=1.0))
+    model_, optimizer = accelerator.prepare(model, BiasAdamW(model, lr=LR, max_grad_norm=1.0))
     losses = []
     for _ in range(3):
         for inputs in batches()[:4]:

@@ -17,6 +17,7 @@ import sys
 import torch
 import beft_ext.ops.bias_adamw_step as operator
 from beft_ext.ops import set_backend
+from beft_ext.ops.checks import DTYPE_CODES
 from beft_ext.training.optim import BiasAdamW
 
 SIZES = ((7,), (2500,), (3, 33))
@@ -34,7 +35,7 @@ def run(options, dtype=torch.float32, missing=None, skipped=None, scale=None, st
     theirs = [p.detach().double().requires_grad_() for p in ours]
     optimizer = BiasAdamW(ours, lr=1e-2, **options)
     twin = BiasAdamW(twins, lr=1e-2, **options)
-    plain = {"weight_decay": 0.0} | {k: v for k, v in options.items() if k != "max_norm"}
+    plain = {"weight_decay": 0.0} | {k: v for k, v in options.items() if k != "max_grad_norm"}
     other = torch.optim.AdamW(theirs, lr=1e-2, **plain)
     for step in range(steps):
         generator = torch.Generator().manual_seed(100 + step)
@@ -52,8 +53,8 @@ def run(options, dtype=torch.float32, missing=None, skipped=None, scale=None, st
         optimizer.step()
         if step == skipped:
             continue
-        if "max_norm" in options:
-            torch.nn.utils.clip_grad_norm_(theirs, options["max_norm"])
+        if "max_grad_norm" in options:
+            torch.nn.utils.clip_grad_norm_(theirs, options["max_grad_norm"])
         other.step()
         torch.testing.assert_close(optimizer.grad_norm, twin.grad_norm, rtol=1e-5, atol=0)
     for a, b in zip(ours, theirs):
@@ -76,13 +77,13 @@ def run(options, dtype=torch.float32, missing=None, skipped=None, scale=None, st
 
 install()
 run({"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6})
-first = run({"max_norm": 1.0, "maximize": True})
-again = run({"max_norm": 1.0, "maximize": True})
+first = run({"max_grad_norm": 1.0, "maximize": True})
+again = run({"max_grad_norm": 1.0, "maximize": True})
 assert all(torch.equal(a, b) for a, b in zip(first, again))
 run({}, missing=(1, 2))
-run({"max_norm": 0.5}, missing=(0, 1), scale=512.0, skipped=2)
+run({"max_grad_norm": 0.5}, missing=(0, 1), scale=512.0, skipped=2)
 for dtype in (torch.bfloat16, torch.float16):
-    run({"max_norm": 1.0}, dtype=dtype, steps=3)
+    run({"max_grad_norm": 1.0}, dtype=dtype, steps=3)
 """
 
 TRITON = """
@@ -116,6 +117,7 @@ from triton.compiler import ASTSource
 import beft_ext.ops.triton_bias_adamw_step as kernels
 
 POINTERS = {"tensors": "*i64", "blocks": "*i64", "first_blocks": "*i64"}
+INTS = ("elements", "tensor_count", "block_count")
 CONSTANTS = {"BLOCK": kernels.BLOCK, "SLOTS": kernels.SLOTS}
 
 
@@ -125,7 +127,7 @@ def size(kernel):
         if name in CONSTANTS:
             signature[name], constants[name] = "constexpr", CONSTANTS[name]
         else:
-            signature[name] = "i32" if name == "elements" else POINTERS.get(name, "*fp32")
+            signature[name] = "i32" if name in INTS else POINTERS.get(name, "*fp32")
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     source = ASTSource(kernel, signature, constexprs=constants)
     return len(triton.compile(source, target=target, options={"num_warps": 4}).asm["cubin"])
@@ -144,7 +146,7 @@ def test_triton_kernels_compile_to_cubins(tmp_path, capability):
 
 
 GLUE = r"""
-extern "C" int step(const beft_cuda::AdamWTensor* tensors, const beft::AdamWGroup* groups,
+extern "C" int step(const beft::AdamWTensor* tensors, const beft::AdamWGroup* groups,
                     int group_count, const beft_cuda::AdamWTables* tables) {
   return beft_cuda::bias_adamw_step(tensors, groups, group_count, *tables, nullptr);
 }
@@ -158,30 +160,32 @@ P, I, L, D = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
 
 
 class Entry(ctypes.Structure):
-    _fields_ = [("param", P), ("grad", P), ("dtype", I), ("group", I)]
+    _fields_ = [("param", P), ("grad", P), ("dtype", L), ("group", L), ("own", L), ("its", L)]
 
 
 class Tables(ctypes.Structure):
-    names = "blocks first state steps scores lr scale inf sums counters norm"
-    _fields_ = [(n, P) for n in names.split()] + [("elements", L), ("max_norm", D)]
+    names = "blocks first state steps scores lr scale inf clip_by sums counters norm"
+    _fields_ = [(n, P) for n in names.split()] + [("elements", L), ("max_grad_norm", D)]
     _fields_ += [("block_count", I), ("segments", I), ("tensors", I)]
 
 
-def emulated(params, grads, state, steps, scores, blocks, first, group_of, groups, lr, max_norm,
-             scale, inf, workspace):
-    entries = (Entry * len(params))(*[
-        (p.data_ptr(), 0 if g is None else g.data_ptr(), operator.DTYPES[p.dtype], i)
-        for p, g, i in zip(params, grads, group_of)
+def emulated(t):
+    entries = (Entry * len(t.params))(*[
+        (p.data_ptr(), 0 if g is None else g.data_ptr(), DTYPE_CODES[p.dtype], i,
+         operator.reach(p), p.numel())
+        for p, g, i in zip(t.params, t.grads, t.group_of)
     ])
     norm = torch.zeros(())
     at = lambda t: 0 if t is None else t.data_ptr()
+    count = len(t.blocks)
     tables = Tables(
-        at(blocks), at(first), at(state), at(steps), at(scores), at(lr), at(scale), at(inf),
-        at(workspace), at(workspace) + 16 * len(blocks), at(norm), state.shape[1], max_norm,
-        len(blocks), len(first) - 1, len(params),
+        at(t.blocks), at(t.first_blocks), at(t.state), at(t.steps), at(t.scores), at(t.lr),
+        at(t.grad_scale), at(t.found_inf), at(t.global_norm), at(t.workspace),
+        at(t.workspace) + 16 * count, at(norm), t.state.shape[1], t.max_grad_norm, count,
+        len(t.first_blocks) - 1, len(t.params),
     )
-    own = (D * len(groups))(*groups)
-    assert library.step(entries, own, len(groups) // 6, ctypes.byref(tables)) == 0
+    own = (D * len(t.groups))(*t.groups)
+    assert library.step(entries, own, len(t.groups) // 6, ctypes.byref(tables)) == 0
     return norm
 
 

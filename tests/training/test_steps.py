@@ -24,7 +24,7 @@ def made(kind, device="cpu", **options):
     model = tiny("bert").to(device)
     prepare(model, "value")
     model.train()
-    again.step = kind(model, BiasAdamW(model, lr=1.0, max_norm=1.0), **options)
+    again.step = kind(model, BiasAdamW(model, lr=1.0, max_grad_norm=1.0), **options)
     return again.step
 
 
