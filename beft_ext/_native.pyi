@@ -9,6 +9,13 @@ def survey(params: list[Tensor], /) -> tuple[list[Tensor | None], bytes, bytes, 
 def bias_grad_stats_cpu(*args: float) -> None: ...
 def bias_grad_stats_cuda(*args: float) -> None: ...
 def bias_grad_stats_workspace(batch: int, tokens: int, width: int) -> int: ...
+def bias_adamw_step_gather(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    state: Tensor,
+    group_of: Sequence[int],
+    /,
+) -> tuple[bytes, bytes, bytes] | None: ...
 def bias_adamw_step_table_fits(
     params: bytes,
     grads: bytes,
