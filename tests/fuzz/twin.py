@@ -43,6 +43,8 @@ class Twin:
         """Take over what others wrote to the parameters, ``values`` now, since the last step."""
         for i, (value, leaf) in enumerate(zip(values, self.leaves, strict=True)):
             anew = value.double()
+            if leaf.numel() == 0:  # its moments hold nothing
+                self.optimizer.state.pop(leaf, None)
             if value.shape != leaf.shape:
                 if self.optimizer.state.get(leaf):
                     raise Fault("a parameter of another shape went on with the old state")
