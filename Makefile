@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint guard bench gpu docs clean
+.PHONY: help demo test lint guard fuzz sanitize bench gpu docs clean
 help:
-	@echo "make demo | test | lint | guard | bench | gpu | docs | clean"
+	@echo "make demo | test | lint | guard | fuzz | sanitize | bench | gpu | docs | clean"
 
 $(VENV)/.installed: pyproject.toml setup.py csrc/bindings.cpp $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -24,11 +24,21 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* benchmarks/guard/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* benchmarks/guard/*.cpp tests/sanitize/*.cpp
 
 # Instruction, register and spill counts against the record.
 guard: $(VENV)/.installed
 	$(BIN)/python benchmarks/guard/guard.py
+
+# Random calls in a child process. One round again: make fuzz ROUNDS=1 SEED=<its seed>.
+ROUNDS ?= 10000
+SEED ?= 0
+fuzz: $(VENV)/.installed
+	$(BIN)/python tests/fuzz --rounds $(ROUNDS) --seed $(SEED)
+
+# The CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer.
+sanitize:
+	$(PYTHON) tests/sanitize
 
 # Each part alone: make bench PARTS=fisher. ARGS=--quick tries them without writing results;
 # PARTS=selection ARGS="--data DIR" takes real SST-2.

@@ -42,6 +42,13 @@ def bias_grad_stats_cuda(
     stream: int,
     /,
 ) -> None: ...
+def bias_adamw_step_gather(
+    params: list[Tensor],
+    grads: list[Tensor | None],
+    state: Tensor,
+    group_of: Sequence[int],
+    /,
+) -> tuple[bytes, bytes, bytes] | None: ...
 def bias_adamw_step_table_fits(
     params: bytes,
     grads: bytes,

@@ -23,10 +23,26 @@ struct TensorView {
 
   uint64_t address() const { return reinterpret_cast<uint64_t>(data) + byte_offset; }
 
+  bool same_device(const TensorView& other) const {
+    return device_type == other.device_type && device_id == other.device_id;
+  }
+
   bool same_kind(const TensorView& other) const {
-    return device_type == other.device_type && device_id == other.device_id &&
-           type_code == other.type_code && type_bits == other.type_bits && ndim == other.ndim &&
-           std::equal(sizes, sizes + ndim, other.sizes);
+    return same_device(other) && type_code == other.type_code && type_bits == other.type_bits &&
+           ndim == other.ndim && std::equal(sizes, sizes + ndim, other.sizes);
+  }
+
+  int64_t elements() const {
+    int64_t count = 1;
+    for (int i = 0; i < ndim; ++i) count *= sizes[i];
+    return count;
+  }
+
+  // Elements from the first to the last.
+  int64_t reach() const {
+    int64_t last = 0;
+    for (int i = 0; i < ndim; ++i) last += (sizes[i] - 1) * strides[i];
+    return elements() ? last + 1 : 0;
   }
 
   bool contiguous() const {

@@ -1,6 +1,6 @@
 """The operators, registered with the PyTorch dispatcher under ``torch.ops.beft_ext``."""
 
-import beft_ext.ops.bias_adamw_step  # noqa: F401 (registers it)
+from beft_ext.ops import bias_adamw_step as bias_adamw_step  # registers it
 from beft_ext.ops.bias_grad_stats import bias_grad_stats
 from beft_ext.ops.checks import OperatorError
 from beft_ext.ops.dispatch import BackendError, backends, set_backend

@@ -172,8 +172,8 @@ _LIBRARY.define(
 def _op(*arguments: Any) -> Tensor:
     """The operator as anyone may call it: whatever does not fit is an OperatorError."""
     tables = AdamWTables(*arguments)
-    _check(tables)
-    tables = tables._replace(params=locate(tables.params, tables.group_of))
+    _check_buffers(tables)
+    tables = _gathered(tables)
     _check_blocks(tables)
     norm = bias_adamw_step(tables)
     written = (*tables.params, tables.state, tables.steps, tables.scores, tables.workspace)
@@ -185,7 +185,8 @@ def _fake(*arguments: Any) -> Tensor:
     tables = AdamWTables(*arguments)
     # Dynamo would bury the error in a page of its own: a compiled call is refused when it runs.
     if TracingContext.try_get() is None:
-        _check(tables)
+        _check_buffers(tables)
+        _check_tensors(tables)
     return tables.state.new_empty(())
 
 
@@ -195,8 +196,22 @@ _LIBRARY.impl("bias_adamw_step", torch.library.fallthrough_kernel, "Negative")
 torch.library.register_fake("beft_ext::bias_adamw_step", _fake, lib=_LIBRARY)
 
 
-def _check(t: AdamWTables) -> None:
-    """All but the numbers within the tables of blocks."""
+def _gathered(t: AdamWTables) -> AdamWTables:
+    """The tables with all that kernels are told of parameters and gradients, once they fit."""
+    found = None
+    if dispatch.native is not None:
+        found = dispatch.native.bias_adamw_step_gather(
+            list(t.params), list(t.grads), t.state, t.group_of
+        )
+    if found is None:  # to be told why, or where there is no native module
+        _check_tensors(t)
+        return t._replace(params=locate(t.params, t.group_of), grads=Located(t.grads))
+    params, grads, forms = found
+    return t._replace(params=Located(t.params, params, forms), grads=Located(t.grads, grads))
+
+
+def _check_buffers(t: AdamWTables) -> None:
+    """All but the tensors, and the numbers within the tables of blocks."""
     double = t.state.dtype == torch.float64
     dtype, device = torch.float64 if double else torch.float32, t.state.device
     rows, elements = t.state.shape if t.state.ndim == 2 else (0, 0)
@@ -224,10 +239,9 @@ def _check(t: AdamWTables) -> None:
         raise OperatorError(f"group_of must name one of the {groups} groups, of six numbers each")
     if not len(t.params) == len(t.grads) == len(t.group_of):
         raise OperatorError("params, grads and group_of must have one entry a tensor")
-    _check_tensors(t, rows)
 
 
-def _check_tensors(t: AdamWTables, rows: int) -> None:
+def _check_tensors(t: AdamWTables) -> None:
     for i, (p, g) in enumerate(zip(t.params, t.grads, strict=True)):
         half = p.dtype in (torch.bfloat16, torch.float16)
         fits = p.dtype in DTYPE_CODES or p.dtype == t.state.dtype
@@ -236,7 +250,7 @@ def _check_tensors(t: AdamWTables, rows: int) -> None:
                 f"params[{i}] must be a plain float tensor on {t.state.device} (fp64 beside an "
                 f"fp64 state), but is {checks.described(p)}"
             )
-        if half and rows != 4:
+        if half and t.state.shape[0] != 4:
             raise OperatorError(f"params[{i}] is {p.dtype}: state needs a fourth row for masters")
         if g is not None:
             shape = g.shape if g.numel() == p.numel() else p.shape

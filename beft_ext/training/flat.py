@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from beft_ext.errors import BeftError
@@ -200,7 +200,7 @@ class Flat:
                 f"{g.device}, the parameter {p.dtype} of shape {tuple(p.shape)} on {p.device}: "
                 "call zero_grad() and run the backward again"
             )
-        if type(g) is not Tensor:
+        if type(g) not in (Tensor, nn.Parameter):
             raise OptimizerError(
                 f"the gradient of parameter '{name}' is a {type(g).__name__}: BiasAdamW steps "
                 "plain tensors, whole in this process"
@@ -268,7 +268,7 @@ class Flat:
         shift, growth = rows[:, 1], rows[:, 2]  # <d, b0> and <d, b>; their sum is |b|^2 - |b0|^2
         # 1 - <b, b0> / max^2, each case without the subtraction of nearly equal numbers.
         current = initial + shift + growth
-        beft = torch.where(shift + growth > 0, growth / current, -shift / initial)
+        beft = torch.where(shift + growth > 0, growth / current, (0 - shift) / initial)
         zero = (growth == 0) & (shift <= -0.999 * initial)  # b = 0: then d is -b0
         beft[(initial == 0) | zero] = math.nan
         for i, segment in enumerate(self.segments):

@@ -217,6 +217,7 @@ bool ascend(const int64_t* offsets, int64_t count, int64_t last) {
 
 std::vector<Chunk> cut(const GradView& v) {
   std::vector<Chunk> chunks;
+  if (v.tokens == 0) return chunks;  // else an expanded batch of any size would be walked through
   for (int64_t i = 0; i < v.batch; ++i) {
     int64_t rows = v.offsets ? v.offsets[i + 1] - v.offsets[i] : v.tokens;
     int64_t base = v.offsets ? v.offsets[i] * v.stride_t : i * v.stride_b;

@@ -4,8 +4,10 @@
 #include <cstring>
 
 // The widest vectors of the machine at hand are chosen when the library is loaded, by feature:
-// GCC matches a name like arch=haswell against that maker's processors alone.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+// GCC matches a name like arch=haswell against that maker's processors alone. The choice runs
+// before ThreadSanitizer has started, and would end in it.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
 #if __GNUC__ >= 12
 #define BEFT_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 // For code of intrinsics that __builtin_cpu_supports("x86-64-v3") guards.

@@ -27,7 +27,7 @@ from optimizer import optimizer_round
 from stats import stats_round
 from steps import step_round
 
-ROUND_SECONDS = 120  # a round that takes longer hangs
+ROUND_SECONDS = 60  # a round that takes longer hangs
 ROUNDS = [stats_round, step_round, optimizer_round]
 KERNELS = [0]  # how often a compiled kernel was called
 

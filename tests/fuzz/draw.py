@@ -42,7 +42,9 @@ class Draw(random.Random):
         self.fences.append(memory)
         flat = memory[4096 : 4096 + size].view(tensor.dtype)
         placed = flat.as_strided(tensor.shape, tensor.stride(), flat.storage_offset())
-        expanded = any(s == 0 and n > 1 for n, s in zip(placed.shape, placed.stride(), strict=True))
+        expanded = tensor.numel() > 0 and any(
+            s == 0 and n > 1 for n, s in zip(placed.shape, placed.stride(), strict=True)
+        )
         flat.fill_(tensor.flatten()[0]) if expanded else placed.copy_(tensor)
         return placed
 

@@ -43,6 +43,8 @@ def step_round(draw: Draw) -> None:
             if not same(before, copies(given)):
                 raise Fault("a refused call wrote to a tensor") from None
             raise
+        tables, params = given, given["params"]
+        twin.params = params
         scale = given["grad_scale"]
         twin.step(given["grads"], None if scale is None else float(scale))
         assert isinstance(norm, Tensor)

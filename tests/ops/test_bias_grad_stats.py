@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from beft_ext.ops import OperatorError, backends, bias_grad_stats, set_backend
+from beft_ext.ops.bias_grad_stats import chunk_count
 
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 USABLE = [name for name in DEVICES if not backends()[name]]
@@ -290,6 +291,25 @@ def test_a_tensor_whose_memory_was_freed_is_refused():
             bias_grad_stats(freed, *buffers)
     empty = torch.empty(2, 0, 5)
     assert not bias_grad_stats(empty, *buffers).any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "chunks"),
+    [
+        ((16, 128, 768), 2),  # 96 blocks, 11 chunks for 1024, but of 64 rows at least
+        ((1, 100_000, 128), 256),
+        ((1, 6400, 128), 100),
+        ((1, 6401, 129), 101),
+        ((100, 6400, 128), 11),
+        ((1023, 6400, 128), 2),
+        ((1024, 6400, 128), 1),
+        ((0, 5, 3), 1),
+        ((2, 0, 3), 1),
+        ((2, 3, 0), 1),
+    ],
+)
+def test_the_gpus_chunks_follow_from_the_shape(shape, chunks):
+    assert chunk_count(*shape) == chunks
 
 
 def test_a_buffer_that_shares_memory_with_what_is_read():

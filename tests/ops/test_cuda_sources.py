@@ -49,6 +49,7 @@ SUMMATION = r"""
 #include "HEADER"
 #include <cmath>
 #include <cstdio>
+#include <initializer_list>
 #include <limits>
 
 int main() {
@@ -80,6 +81,16 @@ int main() {
   cancelling.add(-1e8f);
   if (cancelling.value() != 250.0f) return 3;
 
+  beft::Compensated small_first;  // where only the larger one's error is kept, 1 is lost
+  for (float x : {1.0f, 33554432.0f, -33554432.0f, 1.0f}) small_first.add(x);
+  if (small_first.value() != 2.0f) return 6;
+
+  beft::Compensated a, b;  // and so when two sums merge: the errors of both count
+  a.add(1.0f), a.add(33554432.0f);
+  b.add(1.0f), b.add(-33554432.0f);
+  a.merge(b);
+  if (a.value() != 2.0f) return 7;
+
   beft::Compensated infinite;
   infinite.add(std::numeric_limits<float>::infinity());
   infinite.add(1.0f);
@@ -99,7 +110,9 @@ def test_compensated_sum_of_ten_million_floats(tmp_path):
 
 
 CHECK = r"""
-struct Case { int64_t b, t, h, sb, st, sh; std::vector<int64_t> offsets; };
+struct Case { int64_t b, t, h, sb, st, sh, chunks; std::vector<int64_t> offsets; };
+
+int64_t clamp(int64_t row, int64_t rows) { return std::min(std::max(row, int64_t{0}), rows); }
 
 template <typename T> bool right(const Case& c, int dtype) {
   const double unit = std::ldexp(1.0, -24);
@@ -117,18 +130,19 @@ template <typename T> bool right(const Case& c, int dtype) {
       state = state * 1664525u + 1013904223u;
       x[i] = T(float(state >> 8) / 16777216.0f - 0.4f);
     }
-    std::vector<float> work(beft_bias_grad_stats_workspace(c.b, c.t, c.h) + 2, NAN);
+    std::vector<float> work(2 * c.b * c.chunks * c.h + 2, NAN);
     auto& run = runs[shift];
     run.assign(3 * c.h, 0.5f);
     if (beft_bias_grad_stats_cuda(x, dtype, c.b, c.t, c.h, c.sb, c.st, c.sh,
-                                  packed ? c.offsets.data() : nullptr, scale, work.data(),
+                                  packed ? c.offsets.data() : nullptr, c.chunks, scale, work.data(),
                                   run.data(), run.data() + c.h, run.data() + 2 * c.h, nullptr))
       return false;
     for (int64_t h = 0; h < c.h; ++h) {
       double grad = 0, all = 0, squares = 0, all_squares = 0;
       for (int64_t i = 0; i < c.b; ++i) {
         double g = 0, magnitude = 0;
-        const int64_t first = packed ? c.offsets[i] : 0, last = packed ? c.offsets[i + 1] : c.t;
+        const int64_t first = packed ? clamp(c.offsets[i], c.t) : 0;
+        const int64_t last = packed ? clamp(c.offsets[i + 1], c.t) : c.t;
         for (int64_t t = first; t < last; ++t) {
           const double value = float(x[(packed ? 0 : i * c.sb) + t * c.st + h * c.sh]);
           g += value;
@@ -152,18 +166,50 @@ template <typename T> bool right(const Case& c, int dtype) {
   return std::memcmp(runs[0].data(), runs[1].data(), runs[0].size() * sizeof(float)) == 0;
 }
 
+// One column of values, by as many chunks: all but the errors of TwoSum cancel.
+bool near(const std::vector<float>& column, int64_t chunks, double want, double bound) {
+  std::vector<float> work(2 * chunks + 2), out(3);
+  const int64_t rows = column.size();
+  beft_bias_grad_stats_cuda(column.data(), 0, 1, rows, 1, rows, 1, 1, nullptr, chunks, 1.0f,
+                            work.data(), &out[0], &out[1], &out[2], nullptr);
+  if (std::isinf(want)) return out[0] == want;
+  if (std::fabs(out[0] - want) <= bound) return true;
+  std::printf("%ld chunks: %.9g, not %.9g\n", long(chunks), out[0], want);
+  return false;
+}
+
+bool cancelling() {
+  std::vector<float> column(512, 0.7f);
+  column[0] = 16777216.0f;
+  column[500] = -16777216.0f;
+  double want = 0;
+  for (float x : column) want += x;
+  // The compensation keeps what a plain sum loses: here most of a unit of 2^24 a row.
+  for (int64_t chunks : {1, 2, 8})
+    if (!near(column, chunks, want, std::ldexp(want, -23))) return false;
+  return true;
+}
+
+bool overflowing() { return near({3e38f, 3e38f, 3e38f}, 1, INFINITY, 0); }
+
 int main() {
   const std::vector<Case> cases = {
-      {3, 7, 5, 35, 5, 1, {}},           {1, 1009, 40, 0, 40, 1, {}},
-      {2, 131, 264, 131 * 264, 264, 1, {}}, {4, 67, 1, 67, 1, 1, {}},
-      {1, 1, 1, 1, 1, 1, {}},            {0, 4, 3, 12, 3, 1, {}},
-      {2, 0, 3, 0, 3, 1, {}},            {2, 3, 0, 0, 0, 1, {}},
-      {3, 37, 19, 37 * 19, 1, 37, {}},   {3, 37, 24, 24, 72, 1, {}},
-      {3, 37, 16, 0, 0, 1, {}},          {19, 3, 8, 24, 8, 1, {}},
-      {4, 211, 16, 0, 16, 1, {0, 5, 5, 150, 211}}, {3, 211, 17, 0, 17, 1, {0, 0, 199, 211}},
-      {2, 0, 17, 0, 17, 1, {0, 0, 0}},
+      {3, 7, 5, 35, 5, 1, 1, {}},           {1, 1009, 40, 0, 40, 1, 16, {}},
+      {2, 131, 264, 131 * 264, 264, 1, 3, {}}, {4, 67, 1, 67, 1, 1, 2, {}},
+      {1, 1, 1, 1, 1, 1, 1, {}},            {0, 4, 3, 12, 3, 1, 1, {}},
+      {2, 0, 3, 0, 3, 1, 1, {}},            {2, 3, 0, 0, 0, 1, 1, {}},
+      {3, 37, 19, 37 * 19, 1, 37, 1, {}},   {3, 37, 24, 24, 72, 1, 5, {}},
+      {3, 37, 16, 0, 0, 1, 1, {}},          {19, 3, 8, 24, 8, 1, 1, {}},
+      // An odd stride of the rows, then of the examples: no vector loads.
+      {1, 37, 16, 0, 17, 1, 1, {}},         {3, 5, 16, 81, 16, 1, 1, {}},
+      {1, 5, 16, 0, 16, 2, 1, {}},          {2, 3, 40, 120, 40, 1, 64, {}},
+      {4, 211, 16, 0, 16, 1, 4, {0, 5, 5, 150, 211}}, {3, 211, 17, 0, 17, 1, 4, {0, 0, 199, 211}},
+      {2, 9, 16, 0, 17, 1, 1, {1, 4, 8}},   {2, 0, 17, 0, 17, 1, 1, {0, 0, 0}},
+      // Offsets beyond the rows are clamped to them; descending ones make an empty example.
+      {2, 40, 16, 0, 16, 1, 3, {-5, 20, 99}}, {3, 40, 8, 0, 8, 1, 2, {30, 10, 40, 1}},
+      {2, 40, 8, 0, 8, 1, 2, {INT64_MIN / 2, 7, INT64_MAX / 2}},
   };
-  int wrong = 0;
+  int wrong = !cancelling() + !overflowing();
   for (size_t i = 0; i < cases.size(); ++i) {
     const bool ok[] = {right<float>(cases[i], 0), right<__nv_bfloat16>(cases[i], 1),
                        right<__half>(cases[i], 2)};

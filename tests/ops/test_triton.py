@@ -40,8 +40,16 @@ layouts = {
     "every_other": lambda *shape: torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2],
     "expanded": lambda *shape: torch.randn(()).expand(shape),
 }
+# Each column sums to what only compensation keeps; the last overflows.
+def special(rows, width):
+    x = torch.full((1, rows, width), 0.7)
+    x[0, 0], x[0, 500] = 2.0**24, -(2.0**24)
+    x[0, :, -1] = 0
+    x[0, :3, -1] = 3e38
+    return x
+layouts["special"] = lambda b, t, h: special(t, h)
 folder, scale, cases = sys.argv[1], float(sys.argv[2]), json.loads(sys.argv[3])
-for name, (shape, dtype, layout, offsets) in cases.items():
+for name, (shape, dtype, layout, offsets, chunks) in cases.items():
     torch.manual_seed(0)
     x = layouts[layout](*shape).to(getattr(torch, dtype))
     start = torch.randn(2, shape[-1])
@@ -50,31 +58,36 @@ for name, (shape, dtype, layout, offsets) in cases.items():
     runs = []
     for _ in range(2):
         grad, (total, squares) = torch.full((shape[-1],), torch.nan), start.clone()
-        kernels.bias_grad_stats_triton(x, offsets, scale, grad, total, squares)
+        kernels.bias_grad_stats_triton(x, offsets, chunks, scale, grad, total, squares)
         runs.append(torch.stack([grad, total, squares]).numpy())
     np.savez(f"{folder}/{name}.npz", x=x.double().numpy(), start=start.double().numpy(), runs=runs)
 """
 )
 
-CASES = {  # name: (shape, dtype, layout, example offsets)
-    "odd": ((3, 7, 5), "float32", "contiguous", None),
-    "prime": ((2, 131, 257), "float32", "contiguous", None),
-    "one_long_example": ((1, 1009, 33), "float32", "contiguous", None),
-    "width_1": ((4, 67, 1), "float32", "contiguous", None),
-    "one_row": ((1, 1, 1), "float32", "contiguous", None),
-    "batch_0": ((0, 4, 3), "float32", "contiguous", None),
-    "tokens_0": ((2, 0, 3), "float32", "contiguous", None),
-    "width_0": ((2, 3, 0), "float32", "contiguous", None),
-    "bf16": ((3, 65, 131), "bfloat16", "contiguous", None),
-    "fp16": ((3, 65, 131), "float16", "contiguous", None),
-    "transposed": ((3, 37, 19), "float32", "transposed", None),
-    "tokens_first": ((3, 37, 19), "bfloat16", "tokens_first", None),
-    "every_other": ((3, 37, 19), "float16", "every_other", None),
-    "expanded": ((3, 37, 19), "float32", "expanded", None),
-    "packed": ((211, 17), "float32", "contiguous", [0, 5, 5, 150, 211]),
-    "packed_transposed": ((211, 17), "bfloat16", "transposed", [0, 0, 199, 211]),
-    "packed_nothing": ((0, 17), "float32", "contiguous", [0]),
-    "packed_all_empty": ((0, 17), "float32", "contiguous", [0, 0, 0]),
+CASES = {  # name: (shape, dtype, layout, example offsets, chunks)
+    "odd": ((3, 7, 5), "float32", "contiguous", None, 1),
+    "prime": ((2, 131, 257), "float32", "contiguous", None, 3),
+    "one_long_example": ((1, 1009, 33), "float32", "contiguous", None, 16),
+    "width_1": ((4, 67, 1), "float32", "contiguous", None, 1),
+    "one_row": ((1, 1, 1), "float32", "contiguous", None, 1),
+    "batch_0": ((0, 4, 3), "float32", "contiguous", None, 1),
+    "tokens_0": ((2, 0, 3), "float32", "contiguous", None, 1),
+    "width_0": ((2, 3, 0), "float32", "contiguous", None, 1),
+    "bf16": ((3, 65, 131), "bfloat16", "contiguous", None, 2),
+    "fp16": ((3, 65, 131), "float16", "contiguous", None, 1),
+    "transposed": ((3, 37, 19), "float32", "transposed", None, 1),
+    "tokens_first": ((3, 37, 19), "bfloat16", "tokens_first", None, 64),
+    "every_other": ((3, 37, 19), "float16", "every_other", None, 1),
+    "expanded": ((3, 37, 19), "float32", "expanded", None, 1),
+    "packed": ((211, 17), "float32", "contiguous", [0, 5, 5, 150, 211], 4),
+    "packed_transposed": ((211, 17), "bfloat16", "transposed", [0, 0, 199, 211], 4),
+    "packed_nothing": ((0, 17), "float32", "contiguous", [0], 1),
+    "packed_all_empty": ((0, 17), "float32", "contiguous", [0, 0, 0], 1),
+    # Offsets beyond the rows are clamped to them; descending ones make an empty example.
+    "clamped": ((40, 16), "float32", "contiguous", [-5, 20, 99], 3),
+    "descending": ((40, 16), "float32", "contiguous", [30, 10, 40, 1], 2),
+    "special": ((1, 512, 3), "float32", "special", None, 1),
+    "special_chunks": ((1, 512, 3), "float32", "special", None, 8),
 }
 
 
@@ -91,11 +104,18 @@ def interpreted(tmp_path_factory):
 
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_match_float64(interpreted, name):
-    (*_, offsets) = CASES[name]
+    (*_, offsets, _) = CASES[name]
     saved = np.load(interpreted / f"{name}.npz")
     x, (sum_before, squares_before), (run, again) = saved["x"], saved["start"], saved["runs"]
     width = x.shape[-1]
-    examples = [x[a:b] for a, b in itertools.pairwise(offsets)] if offsets else list(x)
+    if name.startswith("special"):
+        assert np.isinf(run[:, -1]).tolist() == [True] * 3  # and not NaN
+        x, run = x[..., :-1], run[:, :-1]
+        # The errors of TwoSum carry the sum: the values themselves cancel.
+        assert (np.abs(run[0] - x.sum((0, 1))) <= 2 * UNIT * np.abs(x.sum((0, 1)))).all()
+        return
+    edges = np.clip(offsets, 0, len(x)) if offsets else None
+    examples = [x[a:b] for a, b in itertools.pairwise(edges)] if offsets else list(x)
     per_example = np.array([e.sum(axis=0) for e in examples]).reshape(len(examples), width)
     magnitude = np.array([np.abs(e).sum(axis=0) for e in examples]).reshape(len(examples), width)
 
