@@ -4,26 +4,33 @@ A forward hook on a projection passes its output through an identity whose backw
 ``bias_grad_stats`` once. The projection's own bias is frozen, so autograd does not reduce
 ``grad_output`` a second time; what trains is a leaf tensor over the same memory, one per bias
 (a slice of a fused QKV parameter has its own). Forward is unchanged to the bit.
+
+Where the examples lie in an output is found once, in the first backward that must know it
+(``layouts.py``). What a step knows (batch, scale, uses) is read when a backward runs, also in a
+compiled model: there the backward is one operator that the compiler does not look into.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+import copy
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext.errors import BeftError
+from beft_ext.layouts import Layout, Packed, TapError as TapError, fingerprint, locate, replaced
 from beft_ext.models import Bias, BiasMap, state
+from beft_ext.models.wrappers import whole
 from beft_ext.ops import bias_grad_stats
 from beft_ext.ops.reference import example_grads
 
-
-class TapError(BeftError, RuntimeError):
-    """A model that cannot be tapped as asked."""
+# In place of the number of a use within its step.
+RECOMPUTED, STALE = -1, -2
 
 
 @dataclass
@@ -38,62 +45,176 @@ class Site:
     leaves: list[Tensor]
     grad_sum: Tensor
     grad_sum_sq: Tensor
-    shared: bool
-    pending: Tensor | None = field(default=None)  # (B, P) of a shared site, within one step
+    aliases: list[Tensor] = field(default_factory=list)  # whose nodes tell if leaves get a grad
+    uses: int = 0  # forwards within one step
+    pending: Tensor | None = field(default=None)  # (B, P) of a site used several times in a step
 
 
 class _Step:
     """What a backward must know of the step that it belongs to."""
 
-    batch: int | None = None
+    number: int = 0
+    announced: bool = False
+    begun: bool = False  # a backward has begun: a later forward is of no announced step
+    batch: int = 0
     scale: float = 1.0
     offsets: Tensor | None = None
+    called: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+    seen: dict[_Listener, list[Tensor]] | None = None  # fingerprints of a run that locates
 
 
 class _Identity(torch.autograd.Function):
     @staticmethod
-    def forward(output: Tensor, site: Site, step: _Step, *leaves: Tensor) -> Tensor:
+    def forward(
+        output: Tensor, listener: _Listener, number: int, use: int, *leaves: Tensor
+    ) -> Tensor:
         # The same memory, but no view to autograd: Longformer scales its query in place.
         return torch.ops.aten._unsafe_view(output, output.shape)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.site, ctx.step = inputs[1], inputs[2]
+        ctx.listener, ctx.number, ctx.use = inputs[1:4]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        site, step = ctx.site, ctx.step
-        grad = _reduce(site, step, grad_output)
+        listener = ctx.listener
+        if torch.compiler.is_compiling():
+            grad = torch.ops.beft_ext.tap_backward(grad_output, listener.handle, ctx.use)
+        elif any(n and torch._C._will_engine_execute_node(n) for n, _ in ctx.next_functions[1:]):
+            grad = listener.reduce(grad_output, ctx.use, ctx.number)
+        else:  # a gradient of something else passes through
+            return grad_output, None, None, None, *(None for _ in listener.site.leaves)
+        site = listener.site
         pairs = zip(site.biases, site.leaves, strict=True)
         grads = (bias.view(grad).to(leaf.dtype) for bias, leaf in pairs)
-        return grad_output, None, None, *grads
+        return grad_output, None, None, None, *grads
 
 
-def _reduce(site: Site, step: _Step, grad_output: Tensor) -> Tensor:
-    dy = _by_example(grad_output, step)
-    if site.shared:
+class _Listener:
+    """The forward hook of one module, and where its examples lie."""
+
+    known: weakref.WeakValueDictionary[int, _Listener] = weakref.WeakValueDictionary()
+    count = 0
+
+    def __init__(self, tap: Tap, path: str, site: Site) -> None:
+        self.tap, self.path, self.site, self.step = tap, path, site, tap._step
+        self.uses = 0
+        self.reduced: set[int] = set()  # uses of this step whose backward ran
+        self.layouts: dict[tuple[bool, int], Layout | Packed | None] = {}
+        _Listener.count += 1
+        self.handle = _Listener.count
+        self.known[self.handle] = self
+
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            kind = type(module).__name__
+            raise TapError(f"a {kind} gives out a {type(output).__name__}, not a tensor")
+        if self.step.seen is not None:
+            self.step.seen.setdefault(self, []).append(fingerprint(output))
+            return output
+        use = self._use()
+        compiling = torch.compiler.is_compiling()
+        leaves = self.site.leaves if compiling else self.site.aliases
+        number = -1 if compiling else self.step.number
+        tapped: Tensor = _Identity.apply(output, self, number, use, *leaves)
+        return tapped
+
+    def _use(self) -> int:
+        """The number of this use within the step; counts it."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return RECOMPUTED  # activation checkpointing, within a backward
+        if not self.step.announced or self.step.begun:
+            return STALE
+        use = self.uses
+        self.uses += 1
+        self.site.uses += 1
+        return use
+
+    def reduce(self, grad_output: Tensor, use: int, number: int | None = None) -> Tensor:
+        """The bias gradient ``(P,)``; the statistics of an announced step are added to."""
+        site, step = self.site, self.step
+        dtype, width = site.grad_sum.dtype, grad_output.shape[-1]
+        if width != len(site.grad_sum):
+            raise TapError(f"'{self.path}' gives out {width} columns, not {len(site.grad_sum)}")
+        if (grad_output.dtype == torch.float64) != (dtype == torch.float64):
+            grad_output = grad_output.to(dtype)
+        if not step.announced:
+            return grad_output.reshape(-1, width).sum(0, dtype=dtype)
+        if use == STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):
+            raise TapError(
+                "a backward that no step announced: call Tap.step before each forward, and run "
+                "one backward for it"
+            )
+        step.begun = True
+        if use != RECOMPUTED:
+            self.reduced.add(use)
+        dy = self._by_example(grad_output, use)
+        if site.uses < 2:
+            return bias_grad_stats(
+                dy, site.grad_sum, site.grad_sum_sq,
+                example_offsets=step.offsets, scale=step.scale,
+            )  # fmt: skip
         # Squares may be taken only of the sum over all uses: keep (B, P) until the step ends.
-        grads = example_grads(dy, step.offsets) * step.scale
-        site.pending = grads if site.pending is None else site.pending + grads
-        return grads.sum(0) / step.scale
-    return bias_grad_stats(
-        dy, site.grad_sum, site.grad_sum_sq, example_offsets=step.offsets, scale=step.scale
-    )
+        grads = example_grads(dy, step.offsets)
+        scaled = grads * step.scale
+        site.pending = scaled if site.pending is None else site.pending + scaled
+        return grads.sum(0)
 
+    def _by_example(self, grad_output: Tensor, use: int) -> Tensor:
+        """``(B, rows, H)``, or ``(N, H)`` of a packed batch."""
+        step = self.step
+        if step.batch == 1 and step.offsets is None:
+            return grad_output.reshape(1, -1, grad_output.shape[-1])
+        layout = self._layout(use)
+        if isinstance(layout, Layout):
+            return layout.by_example(grad_output, step.batch)
+        assert step.offsets is not None
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        if len(rows) != int(step.offsets[-1]):
+            raise TapError(
+                f"'{self.path}' gives out {len(rows)} rows, but the packed batch has "
+                f"{int(step.offsets[-1])} tokens"
+            )
+        return rows
 
-def _by_example(grad_output: Tensor, step: _Step) -> Tensor:
-    """``(B, T, H)``, or ``(N, H)`` for packed sequences, from what the projection gave out."""
-    width = grad_output.shape[-1]
-    if step.offsets is not None:
-        return grad_output.reshape(-1, width)
-    batch = step.batch or grad_output.shape[0]
-    rows = grad_output.numel() // width
-    if rows % batch:
+    def _layout(self, use: int) -> Layout | Packed:
+        packed = self.step.offsets is not None
+        for _ in range(2):
+            mine = {u: at for (p, u), at in self.layouts.items() if p == packed}
+            # A use that was not there when the examples were located lies as all others do.
+            found = mine[use] if use in mine else _only(mine.values())
+            if found is not None:
+                return found
+            if not mine:
+                self.tap._locate_from_call()
         raise TapError(
-            f"a projection's output of shape {tuple(grad_output.shape)} cannot be divided among "
-            f"{batch} examples: pass example_offsets to Tap.step for packed sequences"
+            f"which rows of '{self.path}' belong to which example cannot be told: its output does "
+            "not change with one example alone; leave its terms out, or use batches of one"
         )
-    return grad_output.reshape(batch, rows // batch, width)
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        raise TapError("a tapped model can neither be copied nor saved whole: remove the tap first")
+
+
+def _only(layouts: Iterable[Layout | Packed | None]) -> Layout | Packed | None:
+    different = set(layouts)
+    return different.pop() if len(different) == 1 else None
+
+
+@torch.library.custom_op(
+    "beft_ext::tap_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _tap_backward(grad_output: Tensor, handle: int, use: int) -> Tensor:
+    listener = _Listener.known.get(handle)
+    if listener is None:
+        raise TapError("a backward of a model whose tap is gone: run the forward again")
+    return listener.reduce(grad_output, use)
+
+
+@_tap_backward.register_fake
+def _(grad_output: Tensor, handle: int, use: int) -> Tensor:
+    dtype = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    return grad_output.new_empty(grad_output.shape[-1], dtype=dtype)
 
 
 def require_untapped(model: nn.Module) -> None:
@@ -105,52 +226,75 @@ def require_untapped(model: nn.Module) -> None:
 class Tap(AbstractContextManager["Tap"], state.Record):
     """Listens at every bias of ``biases`` in ``model`` until removed (or as a context manager).
 
-    Raises TapError where the model is tapped already.
+    A compiled model may be given, or compiled afterwards.
+
+    Raises:
+        TapError: the model is tapped already, or spread over devices or processes.
     """
 
     def __init__(self, model: nn.Module, biases: BiasMap | Iterable[Bias]) -> None:
+        model = whole(model, TapError)
         require_untapped(model)
         self._model, self._step = model, _Step()
         self._hooks: list[Any] = []
+        self._listeners: list[_Listener] = []
         self.sites: list[Site] = []
         by_parameter: dict[int, Site] = {}
-        tapped: set[str] = set()
+        modules: dict[str, Site] = {}
         for bias in biases:
             parameter = model.get_parameter(bias.parameter)
             site = by_parameter.get(id(parameter))
             if site is None:
                 site = by_parameter[id(parameter)] = _site(parameter)
                 self.sites.append(site)
-            site.shared |= bias.shared
             site.biases.append(bias)
-            site.leaves.append(bias.view(parameter.detach()).requires_grad_())
+            leaf = bias.view(parameter.detach()).requires_grad_()
+            with torch.enable_grad():
+                site.aliases.append(leaf.view_as(leaf))
+            site.leaves.append(leaf)
+            modules[bias.module] = site
         self._required = [(s.parameter, s.parameter.requires_grad) for s in self.sites]
-        for bias in (b for s in self.sites for b in s.biases):
-            if bias.module not in tapped:
-                tapped.add(bias.module)
-                self._listen(model.get_submodule(bias.module))
+        self._listen(modules)
         for site in self.sites:
             site.parameter.requires_grad_(False)
         state.put(model, self)
 
-    def _listen(self, module: nn.Module) -> None:
-        owned = {id(p) for p in module.parameters(recurse=False)}
-        site, step = next(s for s in self.sites if id(s.parameter) in owned), self._step
+    def _listen(self, modules: Mapping[str, Site]) -> None:
+        above = {""}
+        for path, site in modules.items():
+            listener = _Listener(self, path, site)
+            self._listeners.append(listener)
+            self._hooks.append(self._model.get_submodule(path).register_forward_hook(listener))
+            steps = path.split(".")
+            above |= {".".join(steps[:n]) for n in range(1, len(steps))}
+        for path in above - set(modules):
+            module = self._model.get_submodule(path)
+            hook = module.register_forward_pre_hook(self._remember, with_kwargs=True)
+            self._hooks.append(hook)
 
-        def hook(_module: nn.Module, _args: Any, output: Any) -> Tensor:
-            if not isinstance(output, Tensor):
-                kind = type(module).__name__
-                raise TapError(f"a {kind} gives out a {type(output).__name__}, not a tensor")
-            tapped: Tensor = _Identity.apply(output, site, step, *site.leaves)
-            return tapped
-
-        self._hooks.append(module.register_forward_hook(hook))
+    def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Keep what the outermost module was called with: examples may have to be located."""
+        step = self._step
+        if step.announced and step.called is None:
+            step.called = (module, args, kwargs)
 
     def step(self, batch: int, scale: float = 1.0, example_offsets: Tensor | None = None) -> None:
-        """Announce the next forward and backward: ``batch`` examples, and ``scale``, the number
-        that the loss was divided by (``batch`` for a mean over examples)."""
+        """Announce the next forward and its one backward.
+
+        Args:
+            batch: number of examples, B.
+            scale: what the loss was divided by, B for a mean over examples.
+            example_offsets: of a packed batch ``(B + 1,)``: example i has the tokens
+                ``offsets[i]:offsets[i + 1]``.
+        """
         self.finish_step()
-        self._step.batch, self._step.scale, self._step.offsets = batch, scale, example_offsets
+        step = self._step
+        step.number += 1
+        step.announced, step.begun, step.called = True, False, None
+        step.batch, step.scale, step.offsets = batch, scale, example_offsets
+        for listener in self._listeners:
+            listener.uses = listener.site.uses = 0
+            listener.reduced.clear()
 
     def finish_step(self) -> None:
         """Square what sites used several times in one step have gathered."""
@@ -159,6 +303,54 @@ class Tap(AbstractContextManager["Tap"], state.Record):
                 site.grad_sum += site.pending.sum(0)
                 site.grad_sum_sq += site.pending.square().sum(0)
                 site.pending = None
+
+    def locate(
+        self,
+        forward: Callable[[Mapping[Any, Any]], object],
+        inputs: Mapping[Any, Any],
+        batch: int,
+        example_offsets: Tensor | None = None,
+    ) -> None:
+        """Find where the examples lie in each output, before a backward must know.
+
+        Args:
+            forward: runs the model on inputs such as these, those with one example replaced.
+            inputs: tensors whose first axis holds the examples, or the tokens of a packed batch.
+            batch, example_offsets: as of ``step``.
+        """
+
+        def rows(example: int | None) -> dict[tuple[_Listener, int], Tensor]:
+            given = inputs
+            if example is not None:
+                given = replaced(inputs, example, batch, example_offsets)
+            torch.manual_seed(0)
+            self._step.seen = seen = {}
+            try:
+                forward(given)
+            finally:
+                self._step.seen = None
+            return {(one, i): f for one, found in seen.items() for i, f in enumerate(found)}
+
+        with _quiet(self._model):
+            found = locate(rows, batch, example_offsets)
+        for (listener, use), layout in found.items():
+            listener.layouts[example_offsets is not None, use] = layout
+
+    def _locate_from_call(self) -> None:
+        """From the call of the outermost module that the step's forward began with."""
+        step = self._step
+        if step.called is None:
+            raise TapError("where the examples lie cannot be told: no module above was called")
+        module, args, kwargs = step.called
+
+        def forward(given: Mapping[Any, Any]) -> None:
+            # Caches of keys and the like are added to by a forward: each gets its own.
+            own = {k: v if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in given.items()}
+            places = [own.pop(i) for i in range(len(args))]
+            module(*places, **own)
+
+        inputs: dict[Any, Any] = dict(enumerate(args)) | kwargs
+        self.locate(forward, inputs, step.batch, step.offsets)
 
     def leaves(self) -> list[tuple[Bias, Tensor]]:
         """Every bias with the tensor that an optimizer trains, ``(groups, width / groups)``."""
@@ -183,8 +375,29 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     def __exit__(self, *_: object) -> None:
         self.remove()
 
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        raise TapError("a tapped model can neither be copied nor saved whole: remove the tap first")
+
+
+@contextmanager
+def _quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no gradients, no compiler, and the random state as it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    devices = list({p.device for p in model.parameters() if p.is_cuda})
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.no_grad())
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
 
 def _site(parameter: nn.Parameter) -> Site:
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     zeros = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
-    return Site(parameter, [], [], zeros, zeros.clone(), shared=False)
+    return Site(parameter, [], [], zeros, zeros.clone())
