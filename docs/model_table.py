@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import VARIANTS, class_name, float64_everywhere, inputs, tiny, types
+from tiny_models import VARIANTS, class_name, inputs, tiny, types
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -73,32 +73,29 @@ class Unproved(Exception):
 def verify(name: str, own: dict[str, Any] | None = None, title: str = "") -> Verdict:
     """Build the type's model and prove each of its biases."""
     title, kind = title or name, class_name(name)
-    with float64_everywhere():
-        try:
-            model = tiny(name, torch.float64, own)
-            batch = inputs(model)
-            with torch.no_grad():
-                model(**batch)
-        except Exception as error:  # transformers' own, of every kind
-            return Verdict(title, kind, why=f"no tiny model: {_first(error)}")
-        try:
-            projections = find_projections(model)
-        except BiasError:
-            return Verdict(title, kind, why="no query, key and value projections are found")
-        verdict = Verdict(title, kind, *_terms(projections), _layout(projections))
-        for path in dict.fromkeys(
-            p.bias.module for p in projections if p.linear and not p.has_bias
-        ):
-            parameter = add_bias(model.get_submodule(path))
-            with torch.no_grad():
-                parameter.normal_(0, 0.1)
-        biases = find_biases(model)
-        try:
-            _perturbed(model, batch, [b for b in biases if b.term.removeprefix("cross_") in QKV])
-            padding = _moments(model.train(), batch, biases)
-        except Exception as error:
-            why = str(error) if isinstance(error, Unproved) else _first(error)
-            return Verdict(**(vars(verdict) | {"why": why}))
+    try:
+        model = tiny(name, torch.float64, own)
+        batch = inputs(model)
+        with torch.no_grad():
+            model(**batch)
+    except Exception as error:  # transformers' own, of every kind
+        return Verdict(title, kind, why=f"no tiny model: {_first(error)}")
+    try:
+        projections = find_projections(model)
+    except BiasError:
+        return Verdict(title, kind, why="no query, key and value projections are found")
+    verdict = Verdict(title, kind, *_terms(projections), _layout(projections))
+    for path in dict.fromkeys(p.bias.module for p in projections if p.linear and not p.has_bias):
+        parameter = add_bias(model.get_submodule(path))
+        with torch.no_grad():
+            parameter.normal_(0, 0.1)
+    biases = find_biases(model)
+    try:
+        _perturbed(model, batch, [b for b in biases if b.term.removeprefix("cross_") in QKV])
+        padding = _moments(model.train(), batch, biases)
+    except Exception as error:
+        why = str(error) if isinstance(error, Unproved) else _first(error)
+        return Verdict(**(vars(verdict) | {"why": why}))
     return Verdict(**(vars(verdict) | {"proved": True, "padding": padding}))
 
 

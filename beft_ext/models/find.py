@@ -17,6 +17,7 @@ from beft_ext.models.registry import (
     ENDINGS,
     EXPERTS,
     FUSED,
+    MODALITIES,
     NO_ATTENTION,
 )
 
@@ -142,7 +143,7 @@ def _attention_parts(model: nn.Module) -> dict[str, Found]:
 def _is_tower(own: Any, above: Any) -> bool:
     """Whether a module with the config ``own`` sees or hears for the text model beside it: no
     text reaches its biases."""
-    if own is above or not hasattr(above, "text_config"):
+    if own is above or not any(hasattr(above, f"{kind}_config") for kind in MODALITIES):
         return False
     beside = (v for k, v in vars(above).items() if k.endswith("_config") and k != "text_config")
     return any(getattr(v, "model_type", None) == own.model_type for v in beside)
