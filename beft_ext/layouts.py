@@ -7,7 +7,7 @@ fixed random vector, so that two runs of a large model cost little memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -21,7 +21,7 @@ NOISE = 1e-3  # of the largest number: what another example may change by roundi
 # Inputs that say where the texts of a packed batch are; their tokens move, these do not.
 PLACES = ("position_ids", "attention_mask", "cu_seq", "max_length", "seq_idx")
 
-Key = TypeVar("Key", bound=Hashable)
+Key = TypeVar("Key")
 
 
 class TapError(BeftError, RuntimeError):
@@ -48,94 +48,122 @@ class Layout:
         parts = output.unflatten(self.axis, (batch, -1) if self.outer else (-1, batch))
         return parts.movedim(self.axis + (not self.outer), 0).flatten(1, -2)
 
-    def holds(self, changed: Tensor, batch: int, example: int) -> bool:
-        """Whether all rows of ``changed`` that are true are those of the example."""
-        rows = self.by_example(changed[..., None], batch).flatten(1).any(1)
-        return int(rows.sum()) == 1 and bool(rows[example])
+    def rows(self, output: Tensor, batch: int, example: int) -> Tensor:
+        """Those of one example, ``(rows, H)``."""
+        return self.by_example(output, batch)[example]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """All examples of a packed batch lie one after another along the tokens."""
+    """The examples of a packed batch lie one after another along the tokens."""
 
     offsets: tuple[int, ...]
 
-    def holds(self, changed: Tensor, batch: int, example: int) -> bool:
+    def rows(self, output: Tensor, batch: int, example: int) -> Tensor:
         """As of ``Layout``."""
-        rows = changed.flatten().nonzero().flatten()
         start, stop = self.offsets[example : example + 2]
-        return bool(((rows >= start) & (rows < stop)).all())
+        return output.reshape(-1, output.shape[-1])[start:stop]
+
+
+Place = Layout | Packed
+# The fingerprints of every output with this example replaced (None: with none).
+Changes = Callable[[int | None], Mapping[Key, Tensor]]
+# What a change of each output does to the rows of this example in outputs that are known.
+Influence = Callable[[int, Mapping[Key, Place | None]], Mapping[Key, Tensor]]
 
 
 def fingerprint(output: Tensor) -> Tensor:
     """A number for each row of ``(..., H)``."""
-    generator = torch.Generator().manual_seed(0)
-    vector = torch.randn(output.shape[-1], generator=generator).to(output.device)
+    vector = torch.randn(output.shape[-1], generator=torch.Generator().manual_seed(0))
     dtype = torch.promote_types(output.dtype, torch.float32)
-    return output.detach().to(dtype) @ vector.to(dtype)
+    return output.to(dtype) @ vector.to(output.device, dtype)
 
 
 def locate(
-    rows: Callable[[int | None], Mapping[Key, Tensor]],
-    batch: int,
-    offsets: Tensor | None = None,
-) -> dict[Key, Layout | Packed | None]:
-    """The layout of each output; None where it cannot be told.
+    changes: Changes[Key], influence: Influence[Key], batch: int, offsets: Tensor | None = None
+) -> dict[Key, Place | None]:
+    """Where the examples lie in each output; None where it cannot be told.
+
+    Outputs that no input changes (learnt tokens, one copy for each example) are told by their
+    influence on the others.
 
     Args:
-        rows: the fingerprints of every output with this example replaced (None: with none).
+        changes, influence: run the model.
         batch: number of examples, B.
         offsets: of a packed batch, ``(B + 1,)``.
     """
-    before = rows(None)
-    possible = {key: _candidates(found.shape, batch, offsets) for key, found in before.items()}
-    unmoved = set(before)
-    order = range(batch - 1, -1, -1) if offsets is None else _longest_first(offsets)
-    for example in list(order)[:EXAMPLES]:
-        after = rows(example)
+    before = changes(None)
+    places = _Places({k: v.shape for k, v in before.items()}, batch, offsets)
+    order = range(batch - 1, -1, -1) if offsets is None else offsets.diff().argsort().tolist()[::-1]
+    for example in order[:EXAMPLES]:
+        after = changes(example)
         for key, was in before.items():
-            now = after.get(key)
-            if now is None or now.shape != was.shape:
-                possible[key] = []
-                continue
-            for changed in _changed(was, now):
-                if bool(changed.any()):
-                    unmoved.discard(key)
-                    fitting = [c for c in possible[key] if c.holds(changed, batch, example)]
-                    if fitting:
-                        break
-            else:
-                fitting = [] if key not in unmoved else possible[key]
-            possible[key] = fitting
-        if not unmoved and all(len(c) < 2 for c in possible.values()):
+            places.narrow(key, was, after.get(key), example)
+        if places.settled():
             break
-    return {k: c[0] if len(c) == 1 and k not in unmoved else None for k, c in possible.items()}
+    if places.unmoved:
+        for example in order[:EXAMPLES]:
+            known = places.found()
+            for key, effect in influence(example, known).items():
+                places.narrow(key, torch.zeros_like(effect), effect, example)
+            if places.settled():
+                break
+    return places.found()
 
 
-def _candidates(
-    shape: torch.Size, batch: int, offsets: Tensor | None
-) -> list[Layout] | list[Packed]:
-    if offsets is not None:
-        ends = tuple(offsets.tolist())
+class _Places:
+    """What is still possible for each output."""
+
+    def __init__(
+        self, shapes: Mapping[Any, torch.Size], batch: int, offsets: Tensor | None
+    ) -> None:
+        self.batch = batch
+        ends = None if offsets is None else tuple(offsets.tolist())
+        self.possible = {key: _candidates(shape, batch, ends) for key, shape in shapes.items()}
+        self.unmoved = set(shapes)  # outputs that nothing has changed so far
+
+    def narrow(self, key: Any, was: Tensor, now: Tensor | None, example: int) -> None:
+        """Keep what puts all rows that differ into the example."""
+        if now is None or now.shape != was.shape:
+            self.unmoved.discard(key)
+            self.possible[key] = []
+            return
+        difference = (now - was).abs().nan_to_num(0.0)
+        scale = torch.maximum(was.abs(), now.abs()).nan_to_num(0.0, 0.0, 0.0).max()
+        every, clear = difference > 0, difference > NOISE * scale
+        if not bool(every.any()):
+            return
+        self.unmoved.discard(key)
+        fitting = [c for c in self.possible[key] if self._holds(c, every, example)]
+        if not fitting and bool(clear.any()):
+            fitting = [c for c in self.possible[key] if self._holds(c, clear, example)]
+        self.possible[key] = fitting
+
+    def _holds(self, place: Place, changed: Tensor, example: int) -> bool:
+        """Whether no row outside of the example is among ``changed``."""
+        inside = place.rows(changed[..., None], self.batch, example).sum()
+        return bool(inside == changed.sum())
+
+    def settled(self) -> bool:
+        return not self.unmoved and all(len(c) < 2 for c in self.possible.values())
+
+    def found(self) -> dict[Any, Place | None]:
+        return {
+            k: c[0] if len(c) == 1 and k not in self.unmoved else None
+            for k, c in self.possible.items()
+        }
+
+
+def _candidates(shape: torch.Size, batch: int, ends: tuple[int, ...] | None) -> list[Place]:
+    if ends is not None:
         return [Packed(ends)] if shape.numel() == ends[-1] else []
-    found = []
+    found: list[Place] = []
     for axis, size in enumerate(shape):
         if size and size % batch == 0:
             found.append(Layout(axis))
             if size > batch:
                 found.append(Layout(axis, outer=False))
     return found
-
-
-def _changed(was: Tensor, now: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that differ at all, and by more than rounding."""
-    difference = (was - now).abs().nan_to_num(0.0)
-    scale = was.abs().nan_to_num(0.0, 0.0, 0.0).max()
-    return difference > 0, difference > NOISE * scale
-
-
-def _longest_first(offsets: Tensor) -> list[int]:
-    return [int(i) for i in offsets.diff().argsort(descending=True)]
 
 
 def replaced(

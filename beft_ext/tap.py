@@ -15,20 +15,22 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext.layouts import Layout, Packed, TapError as TapError, fingerprint, locate, replaced
+from beft_ext.layouts import Layout, Place, TapError as TapError, fingerprint, locate, replaced
 from beft_ext.models import Bias, BiasMap, state
 from beft_ext.models.wrappers import whole
 from beft_ext.ops import bias_grad_stats
 from beft_ext.ops.reference import example_grads
 
+_Use = tuple["_Listener", int]  # the module, and which of its uses within a step
 # In place of the number of a use within its step.
 RECOMPUTED, STALE = -1, -2
 
@@ -60,7 +62,7 @@ class _Step:
     scale: float = 1.0
     offsets: Tensor | None = None
     called: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
-    seen: dict[_Listener, list[Tensor]] | None = None  # fingerprints of a run that locates
+    visit: Callable[[_Listener, Tensor], Tensor] | None = None  # of a run that locates
 
 
 class _Identity(torch.autograd.Function):
@@ -93,14 +95,14 @@ class _Identity(torch.autograd.Function):
 class _Listener:
     """The forward hook of one module, and where its examples lie."""
 
-    known: weakref.WeakValueDictionary[int, _Listener] = weakref.WeakValueDictionary()
-    count = 0
+    known: ClassVar[weakref.WeakValueDictionary[int, _Listener]] = weakref.WeakValueDictionary()
+    count: ClassVar[int] = 0
 
     def __init__(self, tap: Tap, path: str, site: Site) -> None:
         self.tap, self.path, self.site, self.step = tap, path, site, tap._step
         self.uses = 0
         self.reduced: set[int] = set()  # uses of this step whose backward ran
-        self.layouts: dict[tuple[bool, int], Layout | Packed | None] = {}
+        self.layouts: dict[tuple[bool, int], Place | None] = {}
         _Listener.count += 1
         self.handle = _Listener.count
         self.known[self.handle] = self
@@ -109,9 +111,8 @@ class _Listener:
         if not isinstance(output, Tensor):
             kind = type(module).__name__
             raise TapError(f"a {kind} gives out a {type(output).__name__}, not a tensor")
-        if self.step.seen is not None:
-            self.step.seen.setdefault(self, []).append(fingerprint(output))
-            return output
+        if self.step.visit is not None:
+            return self.step.visit(self, output)
         use = self._use()
         compiling = torch.compiler.is_compiling()
         leaves = self.site.leaves if compiling else self.site.aliases
@@ -177,7 +178,7 @@ class _Listener:
             )
         return rows
 
-    def _layout(self, use: int) -> Layout | Packed:
+    def _layout(self, use: int) -> Place:
         packed = self.step.offsets is not None
         for _ in range(2):
             mine = {u: at for (p, u), at in self.layouts.items() if p == packed}
@@ -196,7 +197,7 @@ class _Listener:
         raise TapError("a tapped model can neither be copied nor saved whole: remove the tap first")
 
 
-def _only(layouts: Iterable[Layout | Packed | None]) -> Layout | Packed | None:
+def _only(layouts: Iterable[Place | None]) -> Place | None:
     different = set(layouts)
     return different.pop() if len(different) == 1 else None
 
@@ -233,7 +234,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     """
 
     def __init__(self, model: nn.Module, biases: BiasMap | Iterable[Bias]) -> None:
-        model = whole(model, TapError)
+        model = whole(model, TapError, copies=False)
         require_untapped(model)
         self._model, self._step = model, _Step()
         self._hooks: list[Any] = []
@@ -296,6 +297,15 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             listener.uses = listener.site.uses = 0
             listener.reduced.clear()
 
+    def divided_by(self, scale: float) -> None:
+        """The ``scale`` of the step, where the forward tells it."""
+        self._step.scale = scale
+
+    def rest(self) -> None:
+        """Until the next ``step``, backwards give gradients alone."""
+        self.finish_step()
+        self._step.announced = False
+
     def finish_step(self) -> None:
         """Square what sites used several times in one step have gathered."""
         for site in self.sites:
@@ -319,22 +329,60 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             batch, example_offsets: as of ``step``.
         """
 
-        def rows(example: int | None) -> dict[tuple[_Listener, int], Tensor]:
+        def run(visit: Callable[[_Use, Tensor], Tensor], example: int | None) -> None:
             given = inputs
             if example is not None:
                 given = replaced(inputs, example, batch, example_offsets)
+            uses: Counter[_Listener] = Counter()
+
+            def numbered(listener: _Listener, output: Tensor) -> Tensor:
+                uses[listener] += 1
+                return visit((listener, uses[listener] - 1), output)
+
             torch.manual_seed(0)
-            self._step.seen = seen = {}
+            self._step.visit = numbered
             try:
                 forward(given)
             finally:
-                self._step.seen = None
-            return {(one, i): f for one, found in seen.items() for i, f in enumerate(found)}
+                self._step.visit = None
 
-        with _quiet(self._model):
-            found = locate(rows, batch, example_offsets)
-        for (listener, use), layout in found.items():
-            listener.layouts[example_offsets is not None, use] = layout
+        def changes(example: int | None) -> dict[_Use, Tensor]:
+            found = {}
+
+            def visit(use: _Use, output: Tensor) -> Tensor:
+                found[use] = fingerprint(output)
+                return output
+
+            with torch.no_grad():
+                run(visit, example)
+            return found
+
+        def influence(example: int, known: Mapping[_Use, Place | None]) -> dict[_Use, Tensor]:
+            added: dict[_Use, Tensor] = {}
+            total: list[Tensor] = []
+
+            def visit(use: _Use, output: Tensor) -> Tensor:
+                place = known.get(use)
+                if place is None:
+                    added[use] = torch.zeros_like(output, requires_grad=True)
+                    return output + added[use]
+                if output.requires_grad:
+                    total.append(fingerprint(place.rows(output, batch, example)).sum())
+                return output
+
+            with torch.enable_grad():
+                run(visit, None)
+                if not total or not added:
+                    return {}
+                tensors = list(added.values())
+                grads = torch.autograd.grad(sum(total), tensors, allow_unused=True)
+            pairs = zip(added, tensors, grads, strict=True)
+            return {u: (t if g is None else g).abs().amax(-1).detach() for u, t, g in pairs}
+
+        with quiet(self._model):
+            found = locate(changes, influence, batch, example_offsets)
+        for (listener, use), place in found.items():
+            listener.layouts[example_offsets is not None, use] = place
 
     def _locate_from_call(self) -> None:
         """From the call of the outermost module that the step's forward began with."""
@@ -380,13 +428,12 @@ class Tap(AbstractContextManager["Tap"], state.Record):
 
 
 @contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no gradients, no compiler, and the random state as it was."""
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no compiler, and the random state as it was."""
     modes = [(m, m.training) for m in model.modules()]
     devices = list({p.device for p in model.parameters() if p.is_cuda})
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=devices))
-        stack.enter_context(torch.no_grad())
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         model.eval()

@@ -26,7 +26,7 @@ from beft_ext.commands import demo
 from beft_ext.commands.loading import Asking, Source
 from beft_ext.files import whole_file
 from beft_ext.models import Bias
-from beft_ext.selection import Run, Unchanged
+from beft_ext.selection import ModelSnapshot, Run
 from beft_ext.selection.settling import FIRST, Settling
 from beft_ext.tap import Tap
 from beft_ext.tasks import subset
@@ -63,7 +63,7 @@ def measure(name: str, size: int, seed: int, data: Path | None) -> dict[str, Any
     reached = {}
     for term in dict.fromkeys(b.term for b in alive):
         loader = objective.training(train, BATCH, seed)
-        with Unchanged(model), Tap(model, [b for b in biases if b.term == term]) as tap:
+        with ModelSnapshot(model), Tap(model, [b for b in biases if b.term == term]) as tap:
             torch.manual_seed(seed)
             Run(model, tap, steps=STEPS, lr=LR).train(loader, progress=False)
             metrics = objective.evaluate(model, held_out, validation)
@@ -84,7 +84,7 @@ def looked_at(model: nn.Module, biases: Sequence[Bias], loader: Any, seed: int) 
             looks[str(run.done)] = {t: (means[t], errors[t]) for t in means}
         return False
 
-    with Unchanged(model), Tap(model, biases) as tap:
+    with ModelSnapshot(model), Tap(model, biases) as tap:
         torch.manual_seed(seed)
         Run(model, tap, steps=SELECTING[-1]).train(loader, progress=False, enough=look)
     return looks

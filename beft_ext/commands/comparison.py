@@ -156,7 +156,9 @@ class Comparison:
 
     def _selected(self, model: nn.Module, objective: Objective, loader: Batches, seed: int) -> str:
         lr, clip, loss = self.settings.lr, self.settings.clip, objective.loss
-        found = select(model, loader, loss=loss, lr=lr, clip=clip, settle=SETTLE, seed=seed)
+        found = select(
+            model, loader, loss=loss, lr=lr, max_grad_norm=clip, settle=SETTLE, seed=seed
+        )
         return automatic(found)[0]
 
 

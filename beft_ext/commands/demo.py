@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from beft_ext import tasks
 from beft_ext.errors import BeftError
 from beft_ext.models import BiasMap, find_biases
-from beft_ext.selection import Run, Selection, Unchanged, select
+from beft_ext.selection import ModelSnapshot, Run, Selection, select
 from beft_ext.tap import Tap
 from beft_ext.tasks import Example, HeadObjective, Task, read_rows
 
@@ -91,7 +91,7 @@ def trained_alone(
     model: nn.Module, biases: BiasMap, term: str, loader: Iterable[Mapping[str, Tensor]]
 ) -> Iterator[None]:
     """The model with one term and the head trained; afterwards it is as it was."""
-    with Unchanged(model), torch.random.fork_rng(devices=[]):
+    with ModelSnapshot(model), torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         with Tap(model, [b for b in biases if b.term == term]) as tap:
             steps = EPOCHS * len(loader)  # type: ignore[arg-type]

@@ -105,7 +105,7 @@ def _select(
         epochs=settings.epochs,
         lr=settings.lr,
         warmup=settings.warmup,
-        clip=settings.clip,
+        max_grad_norm=settings.clip,
         seed=settings.seed,
         progress=sys.stderr.isatty(),
         **options,

@@ -20,6 +20,7 @@ from beft_ext.models.registry import (
     MODALITIES,
     NO_ATTENTION,
 )
+from beft_ext.models.wrappers import inside
 
 QKV = ("query", "key", "value")
 Found = list[tuple[str, int, int, int]]  # term, groups, start, stop
@@ -50,6 +51,7 @@ def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -
 
     model, names: as in ``find_biases``. Raises BiasError where there is none.
     """
+    model = inside(model)
     if names is not None and (wrong := [t for t in names if t not in TERMS]):
         raise BiasError(f"unknown term '{wrong[0]}' in names: use {', '.join(TERMS)}")
     parts = _attention_parts(model) if names is None else _named_parts(model, names)

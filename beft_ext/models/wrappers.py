@@ -13,27 +13,45 @@ from beft_ext.errors import BeftError
 
 def inside(model: nn.Module) -> nn.Module:
     """The model inside of torch.compile, DataParallel, DDP and sentence-transformers."""
-    while True:
-        if "_orig_mod" in model._modules:  # torch.compile, told without importing its compiler
-            model = model.get_submodule("_orig_mod")
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
-            model = model.module
-        elif _from(model, "sentence_transformers") and hasattr(model, "__getitem__"):
-            model = model[0].auto_model
-        else:
-            return model
+    return _layers(model)[-1]
 
 
-def whole(model: nn.Module, error: type[BeftError]) -> nn.Module:
+def whole(
+    model: nn.Module, error: type[BeftError], *, adapted: bool = False, copies: bool = True
+) -> nn.Module:
     """The model inside, where all of it lies in this process and on real devices.
 
-    Raises ``error`` under DDP, FSDP, tensor parallelism, PEFT, and where parameters are on the
-    meta device (offloaded).
+    adapted: whether PEFT's wrapper will do, where names do not matter.
+    copies: whether DataParallel will do, which runs copies of the model.
+    Raises ``error`` under DDP, FSDP, tensor parallelism, and where parameters are on the meta
+    device (offloaded).
     """
-    found = _spread(model) or _spread(inside(model))
+    layers = _layers(model)
+    found = next((why for layer in layers if (why := _spread(layer)) is not None), None)
+    if not adapted and _from(layers[-1], "peft"):
+        found = found or (
+            "this model is wrapped by PEFT (its merge_and_unload() gives the model inside)"
+        )
+    if not copies and any(isinstance(layer, nn.DataParallel) for layer in layers):
+        found = found or "this model is wrapped in DataParallel, which runs copies of it"
     if found is not None:
         raise error(f"{found}: pass the plain model, in one process and on its devices")
-    return inside(model)
+    return layers[-1]
+
+
+def _layers(model: nn.Module) -> list[nn.Module]:
+    """The model and what it wraps, from the outermost in."""
+    layers = [model]
+    while True:
+        model = layers[-1]
+        if "_orig_mod" in model._modules:  # torch.compile, told without importing its compiler
+            layers.append(model.get_submodule("_orig_mod"))
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            layers.append(model.module)
+        elif _from(model, "sentence_transformers") and hasattr(model, "__getitem__"):
+            layers.append(model[0].auto_model)
+        else:
+            return layers
 
 
 def _spread(model: nn.Module) -> str | None:
@@ -41,8 +59,6 @@ def _spread(model: nn.Module) -> str | None:
         return "this model is wrapped in DistributedDataParallel"
     if _from(model, "torch.distributed.fsdp") or hasattr(model, "_get_fsdp_state"):
         return "this model is sharded by FSDP"
-    if _from(model, "peft"):
-        return "this model is wrapped by PEFT (its merge_and_unload() gives the model inside)"
     if getattr(model, "_tp_size", None) not in (None, 1):
         return "this model is split by tensor parallelism"
     for name, parameter in model.named_parameters():

@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from beft_ext.models import Bias, head_parameters
 from beft_ext.selection.result import SelectionError
-from beft_ext.tap import Tap
-from beft_ext.training.loss import Loss, divisor, examples_of, model_loss
+from beft_ext.tap import Tap, quiet
+from beft_ext.training.loss import (
+    Batch,
+    Divisor,
+    Loss,
+    LossError,
+    examples_of,
+    model_loss,
+    offsets_of,
+    on_device,
+    scalar,
+)
 from beft_ext.training.optim import BiasAdamW, rate_factor
 
 
-class Peeked:
-    """A loader whose first batch (None where it is empty) is known before the first pass."""
+class BufferedLoader:
+    """A loader whose ``first`` batch (None where it is empty) is known before the first pass."""
 
-    def __init__(self, loader: Iterable[Mapping[str, Tensor]]) -> None:
+    def __init__(self, loader: Iterable[Batch]) -> None:
         self.loader = loader
-        self.rest: Iterator[Mapping[str, Tensor]] | None = iter(loader)
+        self.rest: Iterator[Batch] | None = iter(loader)
         self.first = next(self.rest, None)
 
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         if self.rest is None or self.first is None:
             return iter(self.loader)
         begun, self.rest = itertools.chain([self.first], self.rest), None
         return begun
 
 
-class Unchanged:
+class ModelSnapshot:
     """Gives the model back as it was, whatever happens in between."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -69,10 +79,10 @@ class Run:
         lr: float = 1e-3,
         warmup: float = 0.0,
         weight_decay: float = 0.0,
-        clip: float = 1.0,
+        max_grad_norm: float = 1.0,
     ) -> None:
-        self.model, self.tap, self.clip, self.steps = model, tap, clip, steps
-        self.loss = loss
+        self.model, self.tap, self.steps = model, tap, steps
+        self.loss, self.max_grad_norm = loss, max_grad_norm
         self.pairs = tap.leaves()
         head = head_parameters(model)
         model.requires_grad_(False)
@@ -81,7 +91,7 @@ class Run:
             parameter.requires_grad_(True)
         named = [(bias.name, leaf) for bias, leaf in self.pairs]
         named += [(f"head.{i}", p) for i, p in enumerate(head)]
-        self.optimizer = BiasAdamW(named, lr=lr, weight_decay=weight_decay, max_norm=clip)
+        self.optimizer = BiasAdamW(named, lr=lr, weight_decay=weight_decay, max_norm=max_grad_norm)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda i: rate_factor(i, steps, warmup, decay=False)
         )
@@ -89,10 +99,12 @@ class Run:
         self.batch_sq = {b: 0.0 for b, _ in self.pairs}
         self.rate_sq = 0.0  # sum over steps of the squared rate
         self.examples = self.done = 0
+        self.divisor = Divisor(loss, [leaf for _, leaf in self.pairs])
+        self.located: set[bool] = set()  # whether examples were located in packed batches or not
 
     def train(
         self,
-        loader: Iterable[Mapping[str, Tensor]],
+        loader: Iterable[Batch],
         progress: bool,
         enough: Callable[[Run], bool] | None = None,
     ) -> list[float]:
@@ -114,20 +126,28 @@ class Run:
                 if self.done == before:
                     raise SelectionError("the loader ran dry: pass one that can be read again")
 
-    def _step(self, batch: Mapping[str, Tensor]) -> float:
-        device = self.pairs[0][1].device
-        inputs = {k: v.to(device) for k, v in batch.items()}
-        size = examples_of(inputs)
-        self.tap.step(size, scale=float(divisor(self.model, inputs)))
-        self.optimizer.zero_grad()
-        loss = self.loss(self.model, inputs)
+    def _step(self, batch: Batch) -> float:
+        inputs = on_device(batch, self.pairs[0][1].device)
+        try:
+            offsets, scale = offsets_of(inputs), self._divisor(inputs)
+            size = examples_of(inputs, offsets)
+            self._locate(inputs, size, offsets)
+            self.tap.step(size, scale or 1.0, offsets)
+            self.optimizer.zero_grad()
+            value = self.loss(self.model, inputs)
+            if scale is None:
+                self.tap.divided_by(self.divisor.of(value, inputs, size))
+        except LossError as error:
+            raise SelectionError(str(error)) from error
+        loss = scalar(value)
         number = float(loss.detach())
         self._stop_unless(math.isfinite(number), "loss")
         loss.backward()
         self.optimizer.step()
         norm = float(self.optimizer.grad_norm)
         self._stop_unless(math.isfinite(norm), "gradient")
-        clipped = min(1.0, self.clip / (norm + 1e-6)) if self.clip > 0 else 1.0
+        limit = self.max_grad_norm
+        clipped = min(1.0, limit / (norm + 1e-6)) if limit > 0 else 1.0
         live = self.optimizer.scores()
         for bias, leaf in self.pairs:
             if leaf.grad is not None:
@@ -138,6 +158,19 @@ class Run:
         self.examples += size
         self.done += 1
         return number
+
+    def _divisor(self, inputs: Batch) -> float | None:
+        """What the batch's loss is divided by; None where the loss tells."""
+        self.tap.rest()
+        with quiet(self.model):
+            return self.divisor.measured(self.model, inputs)
+
+    def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
+        """Find where the examples lie, by the first batch of several."""
+        packed = offsets is not None
+        if size > 1 and packed not in self.located:
+            self.located.add(packed)
+            self.tap.locate(lambda given: self.loss(self.model, given), inputs, size, offsets)
 
     def _stop_unless(self, fine: bool, what: str) -> None:
         if not fine:

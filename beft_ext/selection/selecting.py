@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from beft_ext import scores
 from beft_ext.models import Bias, BiasMap, add_bias, find_biases, find_projections
+from beft_ext.models.wrappers import whole
 from beft_ext.selection.dead import QKV, dead_terms
 from beft_ext.selection.result import Selection, SelectionError
-from beft_ext.selection.run import Peeked, Run, Unchanged
+from beft_ext.selection.run import BufferedLoader, ModelSnapshot, Run
 from beft_ext.selection.settling import SETTLING, Settling
 from beft_ext.tap import Tap, require_untapped
-from beft_ext.training.loss import Loss, model_loss
+from beft_ext.training.loss import Batch, Loss, model_loss, on_device, rows_of
 
 
 def select(
     model: nn.Module,
-    loader: Iterable[Mapping[str, Tensor]],
+    loader: Iterable[Batch],
     method: str = "beft",
     *,
     loss: Loss = model_loss,
@@ -33,7 +34,7 @@ def select(
     lr: float = 1e-3,
     warmup: float = 0.0,
     weight_decay: float = 0.0,
-    clip: float = 1.0,
+    max_grad_norm: float = 1.0,
     settle: float = 0.0,
     seed: int = 0,
     progress: bool = False,
@@ -66,19 +67,20 @@ def select(
             f"unknown method '{method}': choose one of {', '.join(scores.METHODS)}"
         )
     _check_settle(settle, method)
+    model = whole(model, SelectionError, copies=False)
     require_untapped(model)
     candidates, added = _candidates(model, terms, biases)
     schedule = _schedule(loader, epochs, steps)
     with (
-        Unchanged(model),
+        ModelSnapshot(model),
         _added(model, added),
         torch.random.fork_rng(devices=_devices(model)),
     ):
         torch.manual_seed(seed)
-        peeked = Peeked(loader)
-        if peeked.first is None:
+        batches = BufferedLoader(loader)
+        if batches.first is None:
             raise SelectionError("the loader is empty: select needs at least one batch")
-        dead = _dead(model, loss, candidates, peeked.first)
+        dead = _dead(model, loss, candidates, batches.first)
         alive = [b for b in candidates if terms is not None or b.term not in dead]
         with Tap(model, alive) as tap:
             run = Run(
@@ -89,10 +91,10 @@ def select(
                 lr=lr,
                 warmup=warmup,
                 weight_decay=weight_decay,
-                clip=clip,
+                max_grad_norm=max_grad_norm,
             )
             enough = Settling(method, settle) if settle else None
-            losses = run.train(peeked, progress, enough)
+            losses = run.train(batches, progress, enough)
             return _judge(run, candidates, method, dead, losses)
 
 
@@ -139,14 +141,16 @@ def _added(model: nn.Module, biases: Sequence[Bias]) -> Iterator[None]:
             module.bias = None  # type: ignore[assignment]
 
 
-def _dead(
-    model: nn.Module, loss: Loss, candidates: Sequence[Bias], batch: Mapping[str, Tensor]
-) -> list[str]:
+def _dead(model: nn.Module, loss: Loss, candidates: Sequence[Bias], batch: Batch) -> list[str]:
     """Dead terms, told by four examples."""
     device = model.get_parameter(candidates[0].parameter).device
-    few = {k: v[:4].to(device) for k, v in batch.items()}
+    inputs, rows = on_device(batch, device), rows_of(batch)
+    first_four = {
+        k: v[:4] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
+        for k, v in inputs.items()
+    }
     model.eval()
-    return dead_terms(model, candidates, lambda: loss(model, few))
+    return dead_terms(model, candidates, lambda: loss(model, first_four))
 
 
 def _judge(

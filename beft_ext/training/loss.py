@@ -1,41 +1,258 @@
-"""What a training step minimises, and what it is a mean of."""
+"""What a training step minimises, what it is a mean of, and where its examples are.
+
+What a loss divides by is measured, not guessed: on two rows of a batch, together and alone, the
+gradients of a sum over examples must add up. Which of the known divisors makes them do so is
+tried once.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-Loss = Callable[[nn.Module, Mapping[str, Tensor]], Tensor]
+from beft_ext.errors import BeftError
 
-# Classes whose loss compares each token with its own label; not the next one's.
-UNSHIFTED = ("ForMaskedLM", "ForTokenClassification", "ForPreTraining", "WithLMHeadModel")
+Batch = Mapping[str, Any]
+Measure = Callable[[Batch], float | None]
+# Gives a scalar; the losses of the examples (B,); or a scalar and what the sum was divided by.
+Loss = Callable[[nn.Module, Batch], Any]
+
+IGNORED = -100  # a label that counts for nothing
+KEPT = 4  # labels of a row that stay where divisors are told apart
 
 
-def model_loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+class LossError(BeftError, ValueError):
+    """A loss of which it cannot be told what it is a mean of."""
+
+
+def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """What a transformers model gives out beside its logits when the batch has labels."""
     loss: Tensor = model(**batch).loss
     return loss
 
 
-def examples_of(batch: Mapping[str, Tensor]) -> int:
-    """B: rows of the labels or, without any, of the first tensor."""
-    return len(batch["labels"] if "labels" in batch else next(iter(batch.values())))
+def scalar(value: Any) -> Tensor:
+    """What is minimised: the mean of ``(B,)`` losses, the first of a loss and its divisor."""
+    loss: Tensor = value[0] if isinstance(value, tuple) else value
+    return loss.mean() if loss.ndim else loss
 
 
-def divisor(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
-    """What the sum of the examples' losses was divided by to give the batch's loss.
+def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+    """The batch, its tensors on ``device``."""
+    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
-    Labels ``(B,)``: B, and an example's loss is its own. Token labels ``(B, T)``: the tokens
-    that count, those that are not -100, without the first of each row where a causal model
-    predicts the next token; an example's loss is the sum over its tokens. Several targets an
-    example ``(B, C)``, as floats: all B C of them. Source: DESIGN section 3.
+
+def rows_of(batch: Batch) -> int:
+    """Rows of the labels or, without any, of the first tensor."""
+    tensors = {k: v for k, v in batch.items() if isinstance(v, Tensor) and v.ndim}
+    if not tensors:
+        raise LossError("a batch needs a tensor whose first axis holds the examples")
+    return len(tensors.get("labels", next(iter(tensors.values()))))
+
+
+def offsets_of(batch: Batch) -> Tensor | None:
+    """``(B + 1,)``: where the texts of a packed batch begin; None where each row is an example.
+
+    Told by ``cu_seq_lens_q`` or by ``position_ids`` ``(rows, T)`` that start anew within a row.
     """
     labels = batch.get("labels")
-    if labels is None or labels.ndim == 1:
-        return examples_of(batch)
-    if labels.is_floating_point():
-        return labels.numel()
-    both_ways = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-    shifted = not both_ways and not type(model).__name__.endswith(UNSHIFTED)
-    return int((labels[:, 1:] if shifted else labels).ne(-100).sum())
+    if isinstance(labels, Tensor) and labels.ndim == 1 and len(labels) > 1:
+        return None  # a label a row
+    given = batch.get("cu_seq_lens_q", batch.get("cu_seq_lens"))
+    if isinstance(given, Tensor):
+        return given.flatten().long()
+    places = batch.get("position_ids")
+    if not isinstance(places, Tensor) or places.ndim != 2:
+        return None
+    starts = torch.ones_like(places, dtype=torch.bool)
+    starts[:, 1:] = places[:, 1:] != places[:, :-1] + 1
+    if int(starts.sum()) == len(places) or places.shape[1] == 1:
+        return None
+    begin = starts.flatten().nonzero().flatten()
+    return torch.cat([begin, begin.new_tensor([places.numel()])])
+
+
+def examples_of(batch: Batch, offsets: Tensor | None) -> int:
+    """B: the rows or, of a packed batch, the texts that have a label."""
+    if offsets is None:
+        return rows_of(batch)
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.numel() != int(offsets[-1]):
+        return len(offsets) - 1
+    counted = labels.flatten().ne(IGNORED).long().cumsum(0)
+    ends = torch.cat([counted.new_zeros(1), counted])[offsets]
+    return int(ends.diff().gt(0).sum())
+
+
+def _given(batch: Batch) -> float | None:
+    items = batch.get("num_items_in_batch")
+    return None if items is None else float(items)
+
+
+def _next_labels(batch: Batch) -> float | None:
+    """Labels that count where a model predicts the next one: all but the first of each row."""
+    labels = batch.get("labels")
+    if labels is None or labels.ndim < 2 or labels.is_floating_point():
+        return None
+    return float(labels[..., 1:].ne(IGNORED).sum())
+
+
+def _labels(batch: Batch) -> float | None:
+    """Labels that count; of several targets an example ``(B, C)``, floats, all."""
+    labels = batch.get("labels")
+    if labels is None:
+        return None
+    return float(labels.numel() if labels.is_floating_point() else labels.ne(IGNORED).sum())
+
+
+# What the sum of the examples' losses may have been divided by. Where two differ by a constant
+# alone, the first says what an example's loss is: the sum over its labels.
+DIVISORS: tuple[Measure, ...] = (
+    _given,
+    _next_labels,
+    _labels,
+    lambda batch: float(rows_of(batch)),
+    lambda batch: 1.0,
+)
+
+
+class Divisor:
+    """What the sum of a batch's losses of examples is divided by.
+
+    Args:
+        loss: of a model and a batch.
+        parameters: whose gradients are compared.
+    """
+
+    def __init__(self, loss: Loss, parameters: Sequence[Tensor]) -> None:
+        self.loss, self.parameters = loss, parameters
+        self.told = False  # whether the loss itself tells
+        self.fitting: dict[tuple[bool, bool], Measure] = {}
+
+    def of(self, value: Any, batch: Batch, examples: int) -> float:
+        """Of a loss that tells: a tuple, or the examples' losses. Raises LossError."""
+        if isinstance(value, tuple):
+            return float(value[1])
+        if tuple(value.shape) != (examples,):
+            raise LossError(
+                f"the loss has shape {tuple(value.shape)}, but the batch has {examples} examples: "
+                "return a loss for each of them, or the loss and what it was divided by"
+            )
+        return float(examples)
+
+    def measured(self, model: nn.Module, batch: Batch) -> float | None:
+        """Of a scalar; None where the loss itself tells. ``model`` in evaluation mode.
+
+        Raises LossError where no divisor is the right one.
+        """
+        kind = (has_ignored(batch), "num_items_in_batch" in batch)
+        if not self.told and kind not in self.fitting:
+            self.fitting[kind] = self._measure(model, batch)
+        if self.told:
+            return None
+        found = self.fitting[kind](batch)
+        return found or 1.0  # no label at all: nothing is added up
+
+    def _measure(self, model: nn.Module, batch: Batch) -> Measure:
+        pairs = _pairs(batch)
+        grads = [self._gradient(model, pair) for pair in pairs]
+        if self.told:
+            return DIVISORS[-1]
+        coarse = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
+        tolerance = 5e-2 if coarse else 1e-3
+        fitting: list[Measure] = []
+        for divisor in DIVISORS:
+            values = [divisor(pair) for pair in pairs]
+            # One in proportion to an earlier one says the same, but for the unit.
+            if (
+                None not in values
+                and _adds_up(values, grads, tolerance)
+                and not any(_in_proportion(values, [d(p) for p in pairs]) for d in fitting)
+            ):
+                fitting.append(divisor)
+        if len(fitting) != 1:
+            raise LossError(
+                "what this loss is a mean of cannot be told: let it return the losses of the "
+                "examples (B,), or the loss and what the sum over the examples was divided by"
+            )
+        return fitting[0]
+
+    def _gradient(self, model: nn.Module, batch: Batch) -> Tensor:
+        value = self.loss(model, batch)
+        self.told = isinstance(value, tuple) or value.ndim > 0
+        grads = torch.autograd.grad(scalar(value), list(self.parameters), allow_unused=True)
+        return torch.cat([g.flatten().double() for g in grads if g is not None])
+
+
+def _adds_up(values: Sequence[Any], grads: Sequence[Tensor], tolerance: float) -> bool:
+    """Whether the gradients of rows ab, aa, bb, a (and ax, x ignored) are those of sums."""
+    both, first, second, single, *ignored = (
+        value * grad if value else torch.zeros_like(grad)
+        for value, grad in zip(values, grads, strict=True)
+    )
+    limit = tolerance * (first.norm() + second.norm())
+    rests = [2 * both - first - second, first - 2 * single, *(2 * x - first for x in ignored)]
+    return all(bool(rest.norm() <= limit) for rest in rests)
+
+
+def _in_proportion(values: Sequence[Any], others: Sequence[Any]) -> bool:
+    return all(v * others[0] == o * values[0] for v, o in zip(values, others, strict=True))
+
+
+def has_ignored(batch: Batch) -> bool:
+    """Whether whole rows are left out of the loss."""
+    labels = batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
+        return False
+    return bool(labels.eq(IGNORED).any())
+
+
+def _pairs(batch: Batch) -> list[dict[str, Any]]:
+    """Rows ab, aa, bb and a of a batch, with labels that tell the divisors apart; and ax, where
+    row x of the batch is left out of the loss."""
+    rows, labels = rows_of(batch), batch.get("labels")
+    places = {"a": 0, "b": rows - 1}
+    given: dict[str, Tensor] = {}
+    if isinstance(labels, Tensor):
+        if not labels.is_floating_point():
+            counted = labels.reshape(rows, -1).ne(IGNORED)
+            unlike = (labels != labels[int(counted.sum(1).argmax())]).reshape(rows, -1).any(1)
+            places["a"] = int(counted.sum(1).argmax())
+            places["b"] = int((unlike & counted.any(1)).long().argmax())
+        given["a"], given["b"] = _told_apart(labels[places["a"]], labels[places["b"]])
+        if has_ignored(batch):
+            places["x"] = int(labels.eq(IGNORED).long().argmax())
+            given["x"] = labels[places["x"]]
+    found = []
+    for pair in ("ab", "aa", "bb", "a", *(["ax"] if "x" in places else [])):
+        index = [places[row] for row in pair]
+        own = {
+            k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
+            for k, v in batch.items()
+            if not k.startswith(("cu_seq", "max_length"))
+        }
+        if given:
+            own["labels"] = torch.stack([given[row] for row in pair])
+        if own.get("num_items_in_batch") is not None:
+            own["num_items_in_batch"] = own["num_items_in_batch"] * (2 * len(pair) - 1)
+        found.append(own)
+    return found
+
+
+def _told_apart(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels of two rows: of unlike class, or tokens of unlike number, one with the first token."""
+    first, second = first.clone(), second.clone()
+    if first.is_floating_point() or first.ndim > 1:
+        return first, second
+    if first.ndim == 0:
+        return first, torch.full_like(second, int(first == 0)) if first == second else second
+    for row, kept in ((first, KEPT), (second, KEPT // 2)):
+        counted = row.ne(IGNORED).nonzero().flatten()
+        row[counted[counted > 0][kept:]] = IGNORED
+        row[0] = IGNORED
+    if bool(first.ne(IGNORED).any()):
+        first[0] = first[first.ne(IGNORED)][0]
+    return first, second

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
 from beft_ext.ops import dispatch
-from beft_ext.training.loss import Loss, model_loss
+from beft_ext.training.loss import Loss, model_loss, scalar
 from beft_ext.training.optim import BiasAdamW
 
 LENGTHS = 32
@@ -53,7 +53,7 @@ class EagerStep:
         """Forward, backward and optimizer's step."""
         device = next(iter(batch.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            loss = self.loss(self.model, batch)
+            loss = scalar(self.loss(self.model, batch))
         loss.backward()
         self.optimizer.step()
         return loss.detach(), self.optimizer.grad_norm

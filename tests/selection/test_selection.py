@@ -104,7 +104,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_nothing():
     model = tiny("bert")
     before = state(model)
     with pytest.raises(SelectionError, match="not finite at step"):
-        select(model, loader(), steps=30, lr=1e30, clip=1e30)
+        select(model, loader(), steps=30, lr=1e30, max_grad_norm=1e30)
     assert same(before, state(model))
 
 
