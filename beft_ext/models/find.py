@@ -18,6 +18,7 @@ from beft_ext.models.registry import (
     ENDINGS,
     EXPERTS,
     FUSED,
+    MODALITIES,
     NO_ATTENTION,
 )
 from beft_ext.models.wrappers import inside
@@ -111,9 +112,13 @@ def _attention_parts(model: nn.Module) -> dict[str, Found]:
     parts: dict[str, Found] = {}
     config = getattr(model, "config", None)
     configs: dict[str, Any] = {"": config}
+    towers: set[str] = set()
     for path, module in model.named_modules():
         above = path.rpartition(".")[0]
         configs[path] = getattr(module, "config", None) or configs.get(above, config)
+        if above in towers or _is_tower(configs[path], configs.get(above)):
+            towers.add(path)
+            continue
         steps = path.split(".")
         if any(step in NO_ATTENTION for step in steps):
             continue
@@ -136,6 +141,15 @@ def _attention_parts(model: nn.Module) -> dict[str, Found]:
             elif name == "q_proj" and "kv_b_proj" in inside and width:
                 parts[f"{path}.{name}"] = [(cross + "query", 1, 0, width)]
     return parts
+
+
+def _is_tower(own: Any, above: Any) -> bool:
+    """Whether a module with the config ``own`` sees or hears for the text model beside it: no
+    text reaches its biases."""
+    if own is above or not any(hasattr(above, f"{kind}_config") for kind in MODALITIES):
+        return False
+    beside = (v for k, v in vars(above).items() if k.endswith("_config") and k != "text_config")
+    return any(getattr(v, "model_type", None) == own.model_type for v in beside)
 
 
 def _named_parts(model: nn.Module, names: Mapping[str, str]) -> dict[str, Found]:

@@ -33,6 +33,9 @@ CROSS = ("crossattention", "cross_attention", "cross_attn", "encoder_attn", "Enc
 # token, so an expert's bias has no gradient of every example.
 EXPERTS = ("experts", "shared_expert", "shared_experts", "block_sparse_moe")
 
+# A config with <modality>_config in it is of a language model with towers beside it.
+MODALITIES = ("text", "vision", "audio")
+
 ENDINGS: dict[str, tuple[str, ...]] = {
     "attention_output": ("attention.output.dense", "crossattention.output.dense",
                          "attention.dense", "attention.o_proj", "attention.out_lin",
