@@ -153,6 +153,22 @@ def test_quotes_within_a_cell_of_commas_are_texts(tmp_path):
     assert [e.text for e in found] == ['say "hi"', 'x, "y"', '5" disk']
 
 
+def test_names_that_are_numbers_make_no_numbers_of_a_column(tmp_path):
+    task = Task(text="{0} {1}", label="2")
+    for kind, mark in (("csv", ","), ("tsv", "\t")):
+        lines = [mark.join(cells) for cells in ("012", ("01", "1.0", "1"), ("1e3", "", "0"))]
+        found = read(tmp_path, f"x.{kind}", "\n".join(lines).encode(), task)
+        assert [(e.text, e.label) for e in found] == [("01 1.0", 1), ("1e3 ", 0)]
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    assert read(tmp_path, "v1.2.X.CSV.GZ", gzip.compress(b"a,y\nt,1\n"))[0].text == "t"
+
+
+def test_columns_without_a_name_may_be_many(tmp_path):
+    assert read(tmp_path, "x.csv", b"a,y,,\nt,1,,\n")[0].text == "t"
+
+
 def test_cells_may_be_long_and_blank_lines_are_no_rows(tmp_path):
     long = "x, " * 700_000
     found = read(tmp_path, "x.csv", f'\n\na,y\n\n"{long}",1\n\n{"y" * 200_000},0'.encode())
@@ -175,6 +191,7 @@ BROKEN = [
     ("x.tsv", b"a\ty\nx\t1\ny\t1\t\n", "row 2 does not fit the header: it has 3 cells, not 2$"),
     ("x.tsv", b'a\ty\n"x\t1\ny\n', "row 2 does not fit the header"),
     ("x.tsv", b'"a"\t"y"\n"x"\t1\n"y\tz"\n', "row 2 does not fit the header"),
+    ("x.tsv", b'a\ty\n"x\ty"\t1\nsay "hi"\t0\n', "row 1 does not fit the header: it has 3"),
     ("x.csv", b'a,y\nx,1\n"I loved it,1\nbad,0\n', "row 2: a cell begins with a quote"),
     ("x.csv", b'a,y\n\n"I loved it,1\na "good" film,0\n', "row 1: a cell begins with a quote"),
     ("x.csv", b'a,y\n"x"yz,1\n', "row 1: a cell begins with a quote"),
