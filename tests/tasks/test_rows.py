@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import random
+import sys
 import types
 
 import pytest
@@ -53,8 +54,8 @@ def parquet(rows):
 WRITERS = {
     "csv": separated,
     "tsv": lambda rows: separated(rows, delimiter="\t", quoting=csv.QUOTE_ALL),
-    "json": lambda rows: json.dumps(rows, indent=1).encode(),
-    "jsonl": lambda rows: "\n".join(map(json.dumps, rows)).encode(),
+    "json": lambda rows: b"\n " + json.dumps(rows, indent=1).encode(),
+    "jsonl": lambda rows: "\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode(),
     "parquet": parquet,
 }
 
@@ -66,7 +67,7 @@ def read(folder, name, data, task=TASK):
 
 
 @QUICK
-@given(st.lists(TEXTS, min_size=1, max_size=4), st.data())
+@given(st.lists(TEXTS | st.just("a\u2028b\x85c"), min_size=1, max_size=4), st.data())
 def test_the_same_rows_give_the_same_examples_in_every_kind(tmp_path, texts, data):
     form = data.draw(st.sampled_from(FORMS))
     classes = [data.draw(st.integers(0, 1)) for _ in texts]
@@ -159,6 +160,11 @@ def test_names_that_are_numbers_make_no_numbers_of_a_column(tmp_path):
         lines = [mark.join(cells) for cells in ("012", ("01", "1.0", "1"), ("1e3", "", "0"))]
         found = read(tmp_path, f"x.{kind}", "\n".join(lines).encode(), task)
         assert [(e.text, e.label) for e in found] == [("01 1.0", 1), ("1e3 ", 0)]
+
+
+def test_lines_of_json_end_where_json_says(tmp_path):
+    found = read(tmp_path, "x.jsonl", '{"a": "u\u2028v\x85w", "y": 1}\r\n\r\n'.encode())
+    assert [e.text for e in found] == ["u\u2028v\x85w"]
 
 
 def test_suffixes_may_be_in_capitals(tmp_path):
@@ -318,7 +324,7 @@ def hub(monkeypatch):
         return hub.holds
 
     hub = types.SimpleNamespace(load_dataset=load_dataset, asked=asked, holds=None)
-    monkeypatch.setitem(__import__("sys").modules, "datasets", hub)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
     return hub
 
 
@@ -346,6 +352,22 @@ def test_what_the_hub_says_is_one_line(hub):
         hub.holds = error
         with pytest.raises(DataError, match=rf"^the hub's 'a, b' could not be read \({said}\): "):
             hub_rows("a", "b", "train")
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    for name in [m for m in sys.modules if m.split(".")[0] in ("pyarrow", "datasets")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("pyarrow", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match=r"needs datasets: pip install 'beft-ext\[data\]'"):
+        hub_rows("a", None, "train")
+    rows = [{"a": "t", "y": 1}]
+    for kind in ("csv", "tsv", "parquet"):
+        with pytest.raises(DataError, match=rf"x.{kind}: .{kind} needs pyarrow: pip install pyar"):
+            read(tmp_path, f"x.{kind}", separated(rows))
+    for name in ("x.json", "x.jsonl.gz"):
+        data = json.dumps(rows[0]).encode()
+        assert read(tmp_path, name, gzip.compress(data) if "gz" in name else data)[0].label == 1
 
 
 def test_a_data_set_of_datasets_itself(monkeypatch):
