@@ -340,6 +340,13 @@ def test_the_hub_runs_no_code_and_names_classes(hub):
     assert found.right == (1,) and found.options == ("a b.", "I b.") and found.text == "p because"
 
 
+def test_the_hubs_name_of_a_split(hub):
+    hub.holds = Set([{"premise": "p", "hypothesis": "h", "label": 1}])
+    for asked, there in (("validation", "validation_matched"), ("train", "train")):
+        load_task("mnli", asked)
+        assert hub.asked[-1][1]["split"] == there
+
+
 @pytest.mark.parametrize("hidden", [-1, None, 2])
 def test_a_class_that_the_hub_hides_is_no_class(hub, hidden):
     hub.holds = Set([{"sentence": "s", "label": hidden}], label=["negative", "positive"])
