@@ -127,21 +127,22 @@ class Task:
 
     def _right(self, row: Row, count: int) -> tuple[int, ...]:
         """The class, or the choices that are right. count: how many there are, 0 if unknown."""
+        column = shown(self.label)
         right = tuple(self._class(k) for k in keys(row, self.label))
         if not right:
-            raise DataError(f"column '{self.label}' lists no class")
+            raise DataError(f"column '{column}' lists no class")
         if len(right) > 1 and self.kind == "classification":
             raise DataError(
-                f"column '{self.label}' lists {len(right)} classes, and a classification has one "
+                f"column '{column}' lists {len(right)} classes, and a classification has one "
                 "right class per row: ask for each class by rows of its own"
             )
         if count and max(right) >= count:
             raise DataError(f"label '{max(right)}' is outside the {count} options (0..{count - 1})")
         if twice := [r for r in right if right.count(r) > 1]:
-            raise DataError(f"column '{self.label}' lists option {twice[0]} twice")
+            raise DataError(f"column '{column}' lists option {twice[0]} twice")
         if len(right) > 1 and (others := [m for m in self.metrics if m != "accuracy"]):
             raise DataError(
-                f"column '{self.label}' lists {len(right)} right options, and '{others[0]}' counts "
+                f"column '{column}' lists {len(right)} right options, and '{others[0]}' counts "
                 "one alone: use accuracy"
             )
         if "f1" in self.metrics and max(right) > 1:
@@ -151,7 +152,7 @@ class Task:
     def _class(self, asked: str | Decimal) -> int:
         if (place := self._numbers.get(asked)) is not None:
             return place
-        named = ", ".join(self.classes)
+        named = shown(", ".join(self.classes))
         if any(isinstance(k, Decimal) for k in self._numbers):
             raise DataError(f"label '{shown(asked)}' is none of the classes {named}")
         if isinstance(asked, str) or not 0 <= asked < 2**53 or asked % 1:

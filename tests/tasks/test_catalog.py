@@ -15,7 +15,7 @@ RECORD = {
 # Row; texts; prompt; options; label or the right ones.
 MADE = {
     "cola": (
-        {"sentence": "They drank. ", "label": 1},
+        {"sentence": "They drank. ", "label": "acceptable"},
         ("They drank.", None),
         "They drank.\nIs this sentence grammatically acceptable? Yes or No?\n",
         ("No", "Yes"),

@@ -27,7 +27,7 @@ def refused(task, value, message, **row):
 
 
 SAME = (
-    (1, 1.0, "1", "1.0", "01", " 1", "+1", "1e0", True, "True", "true", "TRUE", [1], "[1]", (1,)),
+    (1, 1.0, "1", "1.0", "01", " 1", "+1", "1E0", True, "True", "true", "TRUE", [1], "[1]", (1,)),
     (0, 0.0, -0.0, "0", "-0", "0.00", False, "False", "false", [0], ["0"], "[false]"),
 )
 
@@ -43,6 +43,7 @@ def test_numbers_that_are_names_are_no_class_numbers():
     assert labels(STARS, 1, "2", 4.0, "5.0") == [0, 1, 3, 4]
     refused(STARS, 0, "label '0' is none of the classes 1, 2, 3, 4, 5$")
     refused(STARS, "many", "label 'many' is none of the classes")
+    assert labels(Task(text="{a}", label="y", classes=(2, 7)), "7", 2.0, 7) == [1, 0, 1]
     backwards = Task(text="{a}", label="y", classes=("True", "False"))
     assert labels(backwards, True, 1, "false", 0) == [0, 0, 1, 1]
     signs = Task(text="{a}", label="y", classes=("-1", "0.5", "many"))
@@ -216,7 +217,8 @@ def test_templates_do_nothing_else(name):
     "template", ["{", "}", "{a", "a}", "{}", "{a{b}}", "{a}}", "{a{{b}", "{{}"]
 )
 def test_a_template_with_a_brace_alone_is_refused(template):
-    for fields in ({"text": template}, {"text": "", "options": ("x", template)}):
+    for fields in ({"text": template}, {"text": "", "options": ("x", template)},
+                   {"text": "", "pair": template}, {"text": "", "prompt": template}):  # fmt: skip
         with pytest.raises(DataError, match=r"^template '.*': (a brace without|there is no name)"):
             Task(**fields)
 
@@ -225,6 +227,7 @@ def test_a_template_with_a_brace_alone_is_refused(template):
 def test_a_column_of_any_name_is_given_by_name(tmp_path, name):
     path = tmp_path / "x.jsonl"
     path.write_text(json.dumps({name: "A", "the label": 1, name + "2": "B"}))
+    Task(text="{a} {{a}}", pair="{a}")  # as a template the same letters say something else
     source = Source(train_file=path, text=name, pair=name + "2", label="the label")
     (found,) = source.read("train")
     assert (found.text, found.pair, found.label) == ("A", "B", 1)

@@ -7,6 +7,7 @@ import io
 import json
 import lzma
 import random
+import sys
 import types
 
 import pytest
@@ -53,8 +54,8 @@ def parquet(rows):
 WRITERS = {
     "csv": separated,
     "tsv": lambda rows: separated(rows, delimiter="\t", quoting=csv.QUOTE_ALL),
-    "json": lambda rows: json.dumps(rows, indent=1).encode(),
-    "jsonl": lambda rows: "\n".join(map(json.dumps, rows)).encode(),
+    "json": lambda rows: b"\n " + json.dumps(rows, indent=1).encode(),
+    "jsonl": lambda rows: "\n".join(json.dumps(r, ensure_ascii=False) for r in rows).encode(),
     "parquet": parquet,
 }
 
@@ -66,7 +67,7 @@ def read(folder, name, data, task=TASK):
 
 
 @QUICK
-@given(st.lists(TEXTS, min_size=1, max_size=4), st.data())
+@given(st.lists(TEXTS | st.just("a\u2028b\x85c"), min_size=1, max_size=4), st.data())
 def test_the_same_rows_give_the_same_examples_in_every_kind(tmp_path, texts, data):
     form = data.draw(st.sampled_from(FORMS))
     classes = [data.draw(st.integers(0, 1)) for _ in texts]
@@ -153,6 +154,27 @@ def test_quotes_within_a_cell_of_commas_are_texts(tmp_path):
     assert [e.text for e in found] == ['say "hi"', 'x, "y"', '5" disk']
 
 
+def test_names_that_are_numbers_make_no_numbers_of_a_column(tmp_path):
+    task = Task(text="{0} {1}", label="2")
+    for kind, mark in (("csv", ","), ("tsv", "\t")):
+        lines = [mark.join(cells) for cells in ("012", ("01", "1.0", "1"), ("1e3", "", "0"))]
+        found = read(tmp_path, f"x.{kind}", "\n".join(lines).encode(), task)
+        assert [(e.text, e.label) for e in found] == [("01 1.0", 1), ("1e3 ", 0)]
+
+
+def test_lines_of_json_end_where_json_says(tmp_path):
+    found = read(tmp_path, "x.jsonl", '{"a": "u\u2028v\x85w", "y": 1}\r\n\r\n'.encode())
+    assert [e.text for e in found] == ["u\u2028v\x85w"]
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    assert read(tmp_path, "v1.2.X.CSV.GZ", gzip.compress(b"a,y\nt,1\n"))[0].text == "t"
+
+
+def test_columns_without_a_name_may_be_many(tmp_path):
+    assert read(tmp_path, "x.csv", b"a,y,,\nt,1,,\n")[0].text == "t"
+
+
 def test_cells_may_be_long_and_blank_lines_are_no_rows(tmp_path):
     long = "x, " * 700_000
     found = read(tmp_path, "x.csv", f'\n\na,y\n\n"{long}",1\n\n{"y" * 200_000},0'.encode())
@@ -175,6 +197,7 @@ BROKEN = [
     ("x.tsv", b"a\ty\nx\t1\ny\t1\t\n", "row 2 does not fit the header: it has 3 cells, not 2$"),
     ("x.tsv", b'a\ty\n"x\t1\ny\n', "row 2 does not fit the header"),
     ("x.tsv", b'"a"\t"y"\n"x"\t1\n"y\tz"\n', "row 2 does not fit the header"),
+    ("x.tsv", b'a\ty\n"x\ty"\t1\nsay "hi"\t0\n', "row 1 does not fit the header: it has 3"),
     ("x.csv", b'a,y\nx,1\n"I loved it,1\nbad,0\n', "row 2: a cell begins with a quote"),
     ("x.csv", b'a,y\n\n"I loved it,1\na "good" film,0\n', "row 1: a cell begins with a quote"),
     ("x.csv", b'a,y\n"x"yz,1\n', "row 1: a cell begins with a quote"),
@@ -301,7 +324,7 @@ def hub(monkeypatch):
         return hub.holds
 
     hub = types.SimpleNamespace(load_dataset=load_dataset, asked=asked, holds=None)
-    monkeypatch.setitem(__import__("sys").modules, "datasets", hub)
+    monkeypatch.setitem(sys.modules, "datasets", hub)
     return hub
 
 
@@ -317,6 +340,13 @@ def test_the_hub_runs_no_code_and_names_classes(hub):
     assert found.right == (1,) and found.options == ("a b.", "I b.") and found.text == "p because"
 
 
+def test_the_hubs_name_of_a_split(hub):
+    hub.holds = Set([{"premise": "p", "hypothesis": "h", "label": 1}])
+    for asked, there in (("validation", "validation_matched"), ("train", "train")):
+        load_task("mnli", asked)
+        assert hub.asked[-1][1]["split"] == there
+
+
 @pytest.mark.parametrize("hidden", [-1, None, 2])
 def test_a_class_that_the_hub_hides_is_no_class(hub, hidden):
     hub.holds = Set([{"sentence": "s", "label": hidden}], label=["negative", "positive"])
@@ -329,6 +359,22 @@ def test_what_the_hub_says_is_one_line(hub):
         hub.holds = error
         with pytest.raises(DataError, match=rf"^the hub's 'a, b' could not be read \({said}\): "):
             hub_rows("a", "b", "train")
+
+
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    for name in [m for m in sys.modules if m.split(".")[0] in ("pyarrow", "datasets")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("pyarrow", "datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match=r"needs datasets: pip install 'beft-ext\[data\]'"):
+        hub_rows("a", None, "train")
+    rows = [{"a": "t", "y": 1}]
+    for kind in ("csv", "tsv", "parquet"):
+        with pytest.raises(DataError, match=rf"x.{kind}: .{kind} needs pyarrow: pip install pyar"):
+            read(tmp_path, f"x.{kind}", separated(rows))
+    for name in ("x.json", "x.jsonl.gz"):
+        data = json.dumps(rows[0]).encode()
+        assert read(tmp_path, name, gzip.compress(data) if "gz" in name else data)[0].label == 1
 
 
 def test_a_data_set_of_datasets_itself(monkeypatch):

@@ -74,7 +74,7 @@ def test_named_tasks_read_the_hubs_fields(tmp_path):
     (found,) = load_task("rte", "train", tmp_path)
     assert found.pair == "h" and found.options == ("Yes", "No") and found.right == (1,)
     assert found.prompt == 'p\nDoes this mean that "h" is true? Yes or No?\n'
-    with pytest.raises(DataError, match="no such file"):
+    with pytest.raises(DataError, match=r"validation\.jsonl: no such file"):
         load_task("rte", "validation", tmp_path)
     with pytest.raises(DataError, match="unknown task 'rtee'"):
         load_task("rtee", "train", tmp_path)
