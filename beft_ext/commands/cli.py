@@ -12,7 +12,7 @@ from beft_ext import scores
 from beft_ext.commands import methods
 from beft_ext.commands.loading import ASKED
 from beft_ext.errors import BeftError
-from beft_ext.files import require_writable
+from beft_ext.files import require_writable, save_json
 from beft_ext.tasks import TASKS
 
 
@@ -193,7 +193,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
     print(f"{metrics}  ({record['examples']} examples)")
     if a.out:
-        workflow.write_json(a.out / "evaluation.json", record)
+        save_json(a.out / "evaluation.json", record)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

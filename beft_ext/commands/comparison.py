@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from beft_ext.commands.loading import Asking, Source, WorkflowError, classes_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
-from beft_ext.commands.workflow import EVALUATION_BATCH, Settings, write_json
-from beft_ext.files import whole_file
+from beft_ext.commands.workflow import EVALUATION_BATCH, Settings
+from beft_ext.files import save_json, whole_file
 from beft_ext.selection import SETTLE, automatic, select
 from beft_ext.tasks import Batches, Example, Objective, PromptObjective, subset
 from beft_ext.training.optim import BiasAdamW
@@ -247,7 +247,7 @@ def write(comparison: Comparison, outcomes: Sequence[Outcome], out: Path) -> str
     metrics = comparison.source.task.metrics
     rows = summarize(outcomes, metrics)
     found = table(rows, metrics)
-    write_json(out / "comparison.json", rows)
+    save_json(out / "comparison.json", rows)
     with whole_file(out / "comparison.md") as temporary:
         temporary.write_text(found + "\n", encoding="utf-8")
     methods(outcomes, metrics[0], out / "comparison.png")

@@ -32,13 +32,6 @@ from beft_ext.training.tuning import Recipe, tune
 EVALUATION_BATCH = 64
 
 
-def write_json(path: Path, record: Any) -> None:
-    """``record`` as a whole file of indented JSON; NaN is refused."""
-    with whole_file(path) as temporary:
-        text = json.dumps(record, indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
 @dataclass(frozen=True)
 class Settings:
     """The arguments that select and tune share, named as on the command line."""
