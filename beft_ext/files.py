@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ PARTIAL = ".partial-"
 DIGEST = "sha256"  # key of the digest, in JSON and in the metadata of safetensors
 UNSEALED = "0" * 64  # stands where the digest will be, and in its place when it is computed
 LARGEST_HEADER = 16 * 2**20
+_thread = threading.local()  # which folders this thread has locked
 _SEAL = re.compile(rb'"%s": ?"([0-9a-f]{64})"' % DIGEST.encode())
 
 
@@ -150,15 +152,23 @@ def sweep(folder: str | Path) -> None:
 
 @contextmanager
 def locked(folder: str | Path) -> Iterator[None]:
-    """Keep other processes from moving files into ``folder`` for a short while."""
-    if Path(folder).name.startswith(PARTIAL):
-        yield  # its writer holds it already, and nobody else moves files into it
-        return
+    """Keep other processes and threads from moving files into ``folder`` for a short while.
+
+    Whoever holds the lock may write there as ever, and may ask for it again.
+    """
     handle = os.open(folder, os.O_RDONLY)
+    held, status = vars(_thread).setdefault("held", set()), os.fstat(handle)
+    key = (status.st_dev, status.st_ino)
+    # Nobody else moves files into a temporary folder, whose lock its writer holds already.
+    own = key in held or Path(folder).name.startswith(PARTIAL)
     try:
-        _lock(handle, fcntl.LOCK_EX)
+        if not own:
+            _lock(handle, fcntl.LOCK_EX)
+            held.add(key)
         yield
     finally:
+        if not own:
+            held.discard(key)
         os.close(handle)
 
 
