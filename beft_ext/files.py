@@ -50,9 +50,8 @@ def whole_files(folder: str | Path, last: str | None = None) -> Iterator[Path]:
     temporary, handle = _temporary(folder)
     try:
         yield temporary
-        files = sorted(
-            (p for p in temporary.rglob("*") if p.is_file()), key=lambda p: p.name == last
-        )
+        found = (p for p in temporary.rglob("*") if p.is_file())
+        files = sorted(found, key=lambda p: (p.name == last, p))
         for path in files:
             _to_disk(path)
         with locked(folder):

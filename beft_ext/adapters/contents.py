@@ -148,7 +148,7 @@ def read(folder: Path, model: nn.Module) -> Contents:
 
     path = _weights(folder)
     with locked(folder):  # no other process may change the files between two looks at them
-        config = _checked_config(folder, path)
+        config = _config(folder)
         _check_model(model, config)
         try:
             with safe_open(path, framework="pt") as file:
@@ -161,6 +161,7 @@ def read(folder: Path, model: nn.Module) -> Contents:
             raise
         except Exception as error:  # safetensors' own, and what torch raises on a bad buffer
             raise _not_whole(path, error) from error
+        _check_digests(folder, config)
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise AdapterError(f"'{name}' in {path} holds NaN or infinite values")
@@ -230,22 +231,19 @@ def _not_whole(path: Path, reason: object) -> AdapterError:
     return AdapterError(f"{path} is not a whole safetensors file: {reason}")
 
 
-def _checked_config(folder: Path, weights: Path) -> dict[str, Any]:
-    """The config, where both files are those that were saved together.
+def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
+    """Weights without a digest are PEFT's, or were saved before there were digests.
 
-    Weights without a digest are PEFT's, or were saved before there were digests. PEFT keeps our
-    part of a config when it saves weights of its own beside it, so that part says nothing then.
+    PEFT keeps our part of a config when it saves weights of its own beside it, so what that part
+    says of digests counts only where the weights carry one.
     """
     from safetensors import safe_open
 
-    config = _config(folder)
+    weights = folder / WEIGHTS
     found = digest(weights, AdapterError)
     if found is None:
-        try:
-            with safe_open(weights, framework="pt") as file:
-                metadata = file.metadata() or {}
-        except Exception as error:
-            raise _not_whole(weights, error) from error
+        with safe_open(weights, framework="pt") as file:
+            metadata = file.metadata() or {}
         if odd := sorted(metadata.keys() - METADATA.keys()):
             raise AdapterError(f"{weights} is damaged: its metadata has '{odd[0][:80]}'")
     elif digest(folder / CONFIG, AdapterError) is None or _facts(config).get("weights") != found:
@@ -253,7 +251,6 @@ def _checked_config(folder: Path, weights: Path) -> dict[str, Any]:
             f"{CONFIG} and {WEIGHTS} in {folder} do not belong together: one is damaged or of "
             "another adapter; save the adapter again"
         )
-    return config
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -244,8 +244,9 @@ class _Run:
         """Of all that does not train: class, config, frozen values, and those before training."""
         config = getattr(self.inside, "config", None)
         facts = dict(config.to_dict()) if hasattr(config, "to_dict") else {}
-        for moved in ("_name_or_path", "transformers_version"):
-            facts.pop(moved, None)
+        # A moved folder is the same model; the type of problem is set by the first forward.
+        for key in ("_name_or_path", "transformers_version", "problem_type"):
+            facts.pop(key, None)
         text = json.dumps([type(self.inside).__name__, facts], sort_keys=True, default=str)
         named = self.inside.named_parameters()
         values = {n: p.detach() for n, p in named if n not in self.parameters}
