@@ -102,9 +102,9 @@ def _trained(model: nn.Module, prepared: Prepared) -> Contents:
     names = {id(model.get_parameter(name)): name for name in whole}
     biases = {}
     for path, module in model.named_modules():  # tied projections hold one bias under several
-        bias = getattr(module, "bias", None)
-        if id(bias) in names:
-            dtype = torch.float64 if bias.dtype == torch.float64 else torch.float32
-            biases[path] = whole[names[id(bias)]].to(dtype)
+        parameter = getattr(module, "bias", None)
+        if isinstance(parameter, Tensor) and id(parameter) in names:
+            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            biases[path] = whole[names[id(parameter)]].to(dtype)
     head = head_modules(model, prepared.head)
     return Contents(biases, head_state(model, head))

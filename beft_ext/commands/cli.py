@@ -7,7 +7,7 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from beft_ext import scores
 from beft_ext.commands import methods
@@ -33,12 +33,22 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _note(message: Warning | str, kind: type[Warning], *place: Any) -> None:
-    """Our own warnings are notes to the user; others go on as ever."""
-    if issubclass(kind, BeftWarning):
-        print(f"note: {message}", file=sys.stderr)
-    else:
-        print(warnings.formatwarning(message, kind, *place[:2]), file=sys.stderr)
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are notes to the user; others look as ever."""
+    ours = issubclass(category, BeftWarning)
+    text = (
+        f"note: {message}\n"
+        if ours
+        else warnings.formatwarning(message, category, filename, lineno, line)
+    )
+    (file or sys.stderr).write(text)
 
 
 def _quiet() -> None:

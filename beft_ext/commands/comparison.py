@@ -84,7 +84,7 @@ class Comparison:
                 if (name, seed) in done:
                     continue
                 outcome = self._outcome(name, way, seed, train, validation, out)
-                outcomes = _add(out / RUNS, setup, outcome)
+                outcomes = add(out / RUNS, setup, outcome)
                 print(_line(outcome), flush=True)
         return [o for o in outcomes if o.method in ways and o.seed in self.seeds]
 
@@ -300,7 +300,7 @@ def _read(path: Path, setup: Mapping[str, Any]) -> list[Outcome]:
     return outcomes
 
 
-def _add(path: Path, setup: Mapping[str, Any], outcome: Outcome) -> list[Outcome]:
+def add(path: Path, setup: Mapping[str, Any], outcome: Outcome) -> list[Outcome]:
     """All outcomes of the file, this one among them, in place of an earlier one of its kind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):

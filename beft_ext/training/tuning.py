@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -133,7 +133,7 @@ class _Run:
         self.parameters = {n: p for n, p in self.inside.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TuningError("no parameter requires grad: call prepare first")
-        if not hasattr(loader, "__len__"):
+        if not isinstance(loader, Sized):
             raise TuningError("tune needs a loader with a length: a list, or a torch DataLoader")
         self.per_epoch = len(loader)
         self.steps = recipe.epochs * self.per_epoch
@@ -242,8 +242,8 @@ class _Run:
 
     def _model_digest(self) -> str:
         """Of all that does not train: class, config, frozen values, and those before training."""
-        config = getattr(self.inside, "config", None)
-        facts = dict(config.to_dict()) if hasattr(config, "to_dict") else {}
+        as_dict = getattr(getattr(self.inside, "config", None), "to_dict", dict)
+        facts = dict(as_dict())
         # A moved folder is the same model; the type of problem is set by the first forward.
         for key in ("_name_or_path", "transformers_version", "problem_type"):
             facts.pop(key, None)

@@ -309,7 +309,7 @@ def test_the_best_epoch_is_put_back_and_losses_are_those_of_their_epoch(tmp_path
 
     def watched(model, inputs):
         loss = model(**inputs).loss
-        seen.append(float(loss))
+        seen.append(float(loss.detach()))
         return loss
 
     best, one = prepared(), prepared()
