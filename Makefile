@@ -4,9 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint guard fuzz sanitize bench gpu docs clean
+CRASH_ROUNDS ?= 200
+
+.PHONY: help demo test lint guard fuzz sanitize crash bench gpu docs clean
 help:
-	@echo "make demo | test | lint | guard | fuzz | sanitize | bench | gpu | docs | clean"
+	@echo "make demo | test | lint | guard | fuzz | sanitize | crash | bench | gpu | docs | clean"
 
 $(VENV)/.installed: pyproject.toml setup.py csrc/bindings.cpp $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -39,6 +41,10 @@ fuzz: $(VENV)/.installed
 # The CPU kernels under AddressSanitizer, UBSan and ThreadSanitizer.
 sanitize:
 	$(PYTHON) tests/sanitize
+
+# kill -9, a full disk, flipped bits, two writers: what is read afterwards.
+crash: $(VENV)/.installed
+	$(BIN)/python tests/crash.py --rounds $(CRASH_ROUNDS)
 
 # Each part alone: make bench PARTS=fisher. ARGS=--quick tries them without writing results;
 # PARTS=selection ARGS="--data DIR" takes real SST-2.

@@ -1,4 +1,4 @@
-"""The one base of every error that the package raises on purpose."""
+"""The one base of every error that the package raises on purpose, and that of its warnings."""
 
 
 class BeftError(Exception):
@@ -7,3 +7,7 @@ class BeftError(Exception):
     Each room has its own subclass (PrepareError, AdapterError, DataError, ...), which is also a
     ValueError or a RuntimeError; the command line prints any of them as one line.
     """
+
+
+class BeftWarning(UserWarning):
+    """What the user should know but need not act on; the command line prints it as a note."""

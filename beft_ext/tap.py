@@ -249,10 +249,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
                 site = by_parameter[id(parameter)] = _site(parameter)
                 self.sites.append(site)
             site.biases.append(bias)
-            leaf = bias.view(parameter.detach()).requires_grad_()
-            with torch.enable_grad():
-                site.aliases.append(leaf.view_as(leaf))
-            site.leaves.append(leaf)
+            site.leaves.append(bias.view(parameter.detach()).requires_grad_())
         self._required = [(s.parameter, s.parameter.requires_grad) for s in self.sites]
         self._listen(
             {
@@ -298,6 +295,9 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         step.number += 1
         step.announced, step.begun, step.called = True, False, None
         step.batch, step.scale, step.offsets = batch, scale, example_offsets
+        with torch.enable_grad():
+            for site in self.sites:  # a view from before its leaf was written to gets no gradient
+                site.aliases = [leaf.view_as(leaf) for leaf in site.leaves]
         for listener in self._listeners:
             listener.uses = listener.site.uses = 0
             listener.reduced.clear()

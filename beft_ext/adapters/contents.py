@@ -9,8 +9,7 @@ Reading trusts nothing: all is checked against the model before a tensor reaches
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from contextlib import ExitStack
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,14 +17,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
-from beft_ext.files import sweep, whole_file
+from beft_ext.files import (
+    DIGEST,
+    LARGEST_HEADER,
+    UNSEALED,
+    digest,
+    locked,
+    whole_files,
+    write_json,
+    write_tensors,
+)
 from beft_ext.models import is_linear, is_quantised, output_width
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
 PREFIX, ENDING = "base_model.model.", ".beft_bias"
 DTYPES = ("F64", "F32", "F16", "BF16")
-LARGEST_HEADER = 16 * 2**20
+METADATA = {"format": "pt"}  # all that PEFT writes there, and all but our digest that we do
 LARGEST_CONFIG = 2**20
 
 TASKS = {
@@ -53,11 +61,12 @@ class Contents:
 def head_modules(model: nn.Module, parameters: Iterable[str]) -> list[str]:
     """The outermost modules that hold the named parameters and no other."""
     wanted = set(parameters)
+    above = outer_modules(wanted)
     found: list[str] = []
     for name, module in model.named_modules():
-        own = {f"{name}.{n}" for n, _ in module.named_parameters()}
-        inside = any(name.startswith(f"{outer}.") for outer in found)
-        if name and own and own <= wanted and not inside:
+        if name not in above or name.startswith(tuple(f"{outer}." for outer in found)):
+            continue
+        if {f"{name}.{n}" for n, _ in module.named_parameters()} <= wanted:
             found.append(name)
     covered = tuple(f"{name}." for name in found)
     if left := [n for n in sorted(wanted) if not n.startswith(covered)]:
@@ -66,6 +75,11 @@ def head_modules(model: nn.Module, parameters: Iterable[str]) -> list[str]:
             "no place for it"
         )
     return found
+
+
+def outer_modules(names: Iterable[str]) -> set[str]:
+    """Every module that lies above one of the named modules or tensors, the model left out."""
+    return {n.rsplit(".", k)[0] for n in names for k in range(1, n.count(".") + 1)}
 
 
 def head_state(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
@@ -86,27 +100,20 @@ def unsupported(model: nn.Module, modules: Iterable[str]) -> str | None:
 def write(
     folder: Path, model: nn.Module, contents: Contents, facts: dict[str, Any], card: str
 ) -> None:
-    """Write the three files; a kill at any moment leaves the adapter that was there, the new one,
-    or a folder without a config, which nobody loads: never a mixture. facts: kept in the config.
-    """
-    from safetensors.torch import save_file
+    """Write the three files as one; see ``whole_files``.
 
+    Args:
+        facts: what the config keeps beside PEFT's own. The digests of weights and config join it.
+    """
     tensors = {f"{PREFIX}{m}{ENDING}": t.reshape(1, -1) for m, t in contents.biases.items()}
     tensors |= {PREFIX + n: t for n, t in contents.head.items()}
-    tensors = {n: t.detach().cpu().contiguous().clone() for n, t in tensors.items()}
     if bad := [n for n, t in tensors.items() if not bool(t.isfinite().all())]:
         raise AdapterError(f"'{bad[0]}' is not finite: nothing was saved")
-    config = json.dumps(peft_config(model, contents, facts), indent=2, sort_keys=True) + "\n"
-    sweep(folder)
-    with ExitStack() as files:
-        # All are written before the first is renamed, the config last.
-        paths = {n: files.enter_context(whole_file(folder / n)) for n in (CONFIG, CARD, WEIGHTS)}
-        save_file(tensors, paths[WEIGHTS], metadata={"format": "pt"})
-        paths[CONFIG].write_text(config, encoding="utf-8")
-        paths[CARD].write_text(card, encoding="utf-8")
-        old = folder / CONFIG
-        if old.is_file() and old.read_bytes() != config.encode():
-            old.unlink()
+    with whole_files(folder, last=CONFIG) as temporary:
+        weights = write_tensors(temporary / WEIGHTS, tensors, METADATA)
+        (temporary / CARD).write_text(card, encoding="utf-8")
+        facts = facts | {"weights": weights, DIGEST: UNSEALED}
+        write_json(temporary / CONFIG, peft_config(model, contents, facts))
 
 
 def peft_config(model: nn.Module, contents: Contents, facts: dict[str, Any]) -> dict[str, Any]:
@@ -140,19 +147,21 @@ def read(folder: Path, model: nn.Module) -> Contents:
     from safetensors import safe_open
 
     path = _weights(folder)
-    config = _config(folder)
-    _check_model(model, config)
-    try:
-        with safe_open(path, framework="pt") as file:
-            entries = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118
-            kinds = {k: (e.get_dtype(), tuple(e.get_shape())) for k, e in entries.items()}
-            _check_entries(model, config, kinds)
-            # Copies: the file is mapped, and may be overwritten while the adapter is in use.
-            tensors = {k.removeprefix(PREFIX): file.get_tensor(k).clone() for k in entries}
-    except AdapterError:
-        raise
-    except Exception as error:  # safetensors' own, and what torch raises on a bad buffer
-        raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+    with locked(folder):  # no other process may change the files between two looks at them
+        config = _config(folder)
+        _check_model(model, config)
+        try:
+            with safe_open(path, framework="pt") as file:
+                entries = {k: file.get_slice(k) for k in file.keys()}  # noqa: SIM118
+                kinds = {k: (e.get_dtype(), tuple(e.get_shape())) for k, e in entries.items()}
+                _check_entries(model, config, kinds)
+                # Copies: the file is mapped, and may be overwritten while the adapter is in use.
+                tensors = {k.removeprefix(PREFIX): file.get_tensor(k).clone() for k in entries}
+        except AdapterError:
+            raise
+        except Exception as error:  # safetensors' own, and what torch raises on a bad buffer
+            raise _not_whole(path, error) from error
+        _check_digests(folder, config)
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise AdapterError(f"'{name}' in {path} holds NaN or infinite values")
@@ -167,7 +176,8 @@ def head_classes(folder: str | Path) -> int | None:
     """Number of classes of the adapter's head, or None if it has none. Raises AdapterError."""
     from safetensors import safe_open
 
-    path = _weights(Path(folder))
+    folder = Path(folder)
+    path = _weights(folder)
     try:
         with safe_open(path, framework="pt") as file:
             shapes = [
@@ -176,11 +186,14 @@ def head_classes(folder: str | Path) -> int | None:
                 if k.endswith(".weight")
             ]
     except Exception as error:
-        raise AdapterError(f"{path} is not a whole safetensors file: {error}") from error
+        raise _not_whole(path, error) from error
     if any(0 in s for s in shapes):  # no bytes stand behind its other sizes
         raise AdapterError(f"{path} holds a weight without elements")
-    # A head is some layers of the model's width, then one of as many outputs as classes.
-    return min((int(s[0]) for s in shapes if len(s) == 2), default=None)
+    layers = [(int(s[0]), int(s[1])) for s in shapes if len(s) == 2]
+    # The last of a head's layers is the one whose outputs no other layer takes in.
+    inputs = {taken for _, taken in layers}
+    outputs = [given for given, _ in layers if given not in inputs]
+    return min(outputs or [given for given, _ in layers], default=None)
 
 
 def model_class(folder: str | Path) -> str | None:
@@ -210,10 +223,34 @@ def _weights(folder: Path) -> Path:
     with path.open("rb") as file:
         header = int.from_bytes(file.read(8), "little")
     if size < 8 or header > min(size - 8, LARGEST_HEADER):
-        raise AdapterError(
-            f"{path} is not a whole safetensors file: {size} bytes, of which {header} are header"
-        )
+        raise _not_whole(path, f"{size} bytes, of which {header} are header")
     return path
+
+
+def _not_whole(path: Path, reason: object) -> AdapterError:
+    return AdapterError(f"{path} is not a whole safetensors file: {reason}")
+
+
+def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
+    """Weights without a digest are PEFT's, or were saved before there were digests.
+
+    PEFT keeps our part of a config when it saves weights of its own beside it, so what that part
+    says of digests counts only where the weights carry one.
+    """
+    from safetensors import safe_open
+
+    weights = folder / WEIGHTS
+    found = digest(weights, AdapterError)
+    if found is None:
+        with safe_open(weights, framework="pt") as file:
+            metadata = file.metadata() or {}
+        if odd := sorted(metadata.keys() - METADATA.keys()):
+            raise AdapterError(f"{weights} is damaged: its metadata has '{odd[0][:80]}'")
+    elif digest(folder / CONFIG, AdapterError) is None or _facts(config).get("weights") != found:
+        raise AdapterError(
+            f"{CONFIG} and {WEIGHTS} in {folder} do not belong together: one is damaged or of "
+            "another adapter; save the adapter again"
+        )
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -252,16 +289,20 @@ def _check_inside(folder: Path, path: Path) -> None:
 
 def _check_model(model: nn.Module, config: dict[str, Any]) -> None:
     """Our own adapters say what they were made for; PEFT's do not."""
-    facts = config.get("auto_mapping")
-    facts = facts.get("beft_ext") if isinstance(facts, dict) else None
-    if not isinstance(facts, dict):
-        return
+    facts = _facts(config)
     for key, value in model_facts(model).items():
         if key in facts and facts[key] != value:
             raise AdapterError(
                 f"the adapter was made for a model with {key} {facts[key]!r}, but "
                 f"{type(model).__name__} has {value!r}"
             )
+
+
+def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What our own adapters keep in the config; empty for PEFT's."""
+    mapping = config.get("auto_mapping")
+    facts = mapping.get("beft_ext") if isinstance(mapping, dict) else None
+    return facts if isinstance(facts, dict) else {}
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
@@ -278,6 +319,7 @@ def _check_entries(
     saved = config.get("modules_to_save") or []
     # PEFT wraps by the end of a name, whole components or not.
     kept = [m for m in modules if m and any(m.endswith(s) for s in saved if s)]
+    inside = tuple(f"{m}." for m in kept)
     name = type(model).__name__
     seen: set[str] = set()
     for key, (dtype, shape) in kinds.items():
@@ -287,7 +329,7 @@ def _check_entries(
             raise AdapterError(f"'{key[:80]}' is not a tensor of a PEFT adapter")
         if own.endswith(ENDING):
             expected = _bias_shape(modules, own.removesuffix(ENDING), name)
-        elif own in state and own.startswith(tuple(f"{m}." for m in kept)):
+        elif own in state and own.startswith(inside):
             expected = tuple(state[own].shape)
         else:
             raise AdapterError(f"'{own[:80]}' is neither a bias nor in a head of {name}")
@@ -300,9 +342,9 @@ def _check_entries(
             raise AdapterError(f"'{own}' has shape {shape}, but {name} needs {expected}")
         if dtype not in DTYPES:
             raise AdapterError(f"'{own}' is {dtype}: only {', '.join(DTYPES)} are read")
-    needed = [f"{m}{ENDING}" for m in modules if _is_target(m, config.get("target_modules"))]
-    needed = [n for n in needed if n.removesuffix(ENDING) not in kept]
-    needed += [n for n in state if n.startswith(tuple(f"{m}." for m in kept))] if kept else []
+    # In a kept module PEFT trains a copy as a whole: a target inside it has no bias of its own.
+    targets = [m for m in _targets(modules, config) if not f"{m}.".startswith(inside)]
+    needed = [f"{m}{ENDING}" for m in targets] + [n for n in state if n.startswith(inside)]
     if missing := [n for n in needed if n not in seen]:
         raise AdapterError(
             f"the adapter lacks '{missing[0]}', which its config asks for in {name}: it is "
@@ -326,11 +368,14 @@ def _bias_shape(modules: dict[str, nn.Module], name: str, model: str) -> tuple[i
     return (1, width)
 
 
-def _is_target(module: str, targets: Any) -> bool:
-    # An expression is not evaluated: one made to run for ever would.
-    return isinstance(targets, list) and any(
-        module == t or module.endswith(f".{t}") for t in targets if t
-    )
+def _targets(modules: Collection[str], config: Mapping[str, Any]) -> list[str]:
+    """Modules that the config asks a bias for, by their whole name or by its end."""
+    wanted = config.get("target_modules")
+    if not isinstance(wanted, list):
+        return []  # an expression is not evaluated: one made to run for ever would
+    names = {t for t in wanted if t}
+    ends = ((m, [m, *(m.split(".", k)[k] for k in range(1, m.count(".") + 1))]) for m in modules)
+    return [m for m, endings in ends if m and not names.isdisjoint(endings)]
 
 
 def _parameters(model: nn.Module, names: Iterable[str]) -> list[str]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
-from beft_ext.adapters.applying import Adapters, Merged
+from beft_ext.adapters.applying import Adapters, Merged, guard, release
 from beft_ext.adapters.contents import AdapterError
-from beft_ext.models import BiasError, make_plain, state, undo_plain
+from beft_ext.models import BiasError, make_plain, state, undo_plain, wrappers
 from beft_ext.training.preparation import mark, prepared_of, unmark
 
 
@@ -16,9 +16,12 @@ def merge_adapter(model: nn.Module) -> None:
 
     Where biases were added, the config's own flag (LLaMA's and Gemma's ``attention_bias``,
     LLaMA's ``mlp_bias``) is set, and the biases that it brings along are zero; GPT-Neo's value
-    bias is folded into the output projection. Raises AdapterError for a family that has no such
-    place (Mistral, GPT-J, T5), a model merged already, and one without an adapter.
+    bias is folded into the output projection.
+
+    Raises: AdapterError for a family that has no such place (Mistral, GPT-J, T5), a model merged
+        already, one without an adapter, and one in several processes or wrapped by PEFT.
     """
+    model = wrappers.whole(model, AdapterError)
     if state.get(model, Merged) is not None:
         raise AdapterError("an adapter is merged here already: unmerge_adapter(model) undoes it")
     prepared, adapters = prepared_of(model), state.get(model, Adapters)
@@ -35,6 +38,8 @@ def merge_adapter(model: nn.Module) -> None:
         raise AdapterError(str(error)) from error
     if prepared is not None:
         unmark(model)
+    if adapters is not None:
+        release(adapters)
     state.take(model, Adapters)
     state.put(model, Merged(plain, prepared, adapters))
 
@@ -42,9 +47,11 @@ def merge_adapter(model: nn.Module) -> None:
 def unmerge_adapter(model: nn.Module) -> None:
     """Undo ``merge_adapter``: prepared again, or the adapter loaded and active, as it was then.
 
-    ``set_adapter(model, None)`` or ``restore`` then leads to the base. Raises AdapterError for
-    a model that was not merged.
+    ``set_adapter(model, None)`` or ``restore`` then leads to the base.
+
+    Raises: AdapterError for a model that was not merged.
     """
+    model = wrappers.whole(model, AdapterError)
     merged = state.take(model, Merged)
     if merged is None:
         raise AdapterError("no adapter is merged here: there is nothing to undo")
@@ -53,3 +60,5 @@ def unmerge_adapter(model: nn.Module) -> None:
         mark(model, merged.prepared)
     if merged.adapters is not None:
         state.put(model, merged.adapters)
+        if merged.adapters.active is not None:
+            guard(model, merged.adapters)

@@ -21,7 +21,7 @@ from beft_ext.adapters.contents import (
     write,
 )
 from beft_ext.adapters.hub import Upload
-from beft_ext.models import state
+from beft_ext.models import state, wrappers
 from beft_ext.selection import Selection, SelectionError
 from beft_ext.training.preparation import Prepared, prepared_of
 
@@ -36,16 +36,23 @@ def save_adapter(
 ) -> str | None:
     """Write the trained biases and head of a prepared model, or its active adapter.
 
-    folder: gets ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md`` (with
-        the table of ``selection``, a Selection or its ``selection.json``), as PEFT 0.21 has them.
-    push_to_hub: upload these three files too, as one commit whose address is returned. hub:
-        ``repo_id`` (by default the folder's name), ``token``, ``private``, ``commit_message``,
-        ``revision`` and ``create_pr``, as in transformers.
     Differences are fp32 (fp64 for an fp64 bias): base + difference is the trained value to the
     rounding of one addition. What PEFT cannot load (LayerNorm, GPT-2's Conv1D) is saved the same
-    way, and the config says so. Raises AdapterError where nothing is trained or loaded, a value
-    is not finite, or the hub takes no upload; without a token nothing is written.
+    way, and the config says so. Weights and config carry digests, which ``load_adapter`` checks.
+
+    Args:
+        folder: gets ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md``, as
+            PEFT 0.21 has them.
+        selection: a Selection or its ``selection.json``, whose table the README shows.
+        push_to_hub: upload these three files too, as one commit.
+        hub: ``repo_id`` (by default the folder's name), ``token``, ``private``,
+            ``commit_message``, ``revision`` and ``create_pr``, as in transformers.
+    Returns: the address of the commit, None without ``push_to_hub``.
+    Raises: AdapterError where nothing is trained or loaded, a value is not finite, the model is
+        in several processes or wrapped by PEFT, or the hub takes no upload. Without a token
+        nothing is written.
     """
+    model = wrappers.whole(model, AdapterError)
     folder, upload = Path(folder), None
     if push_to_hub:
         upload = Upload(**{"repo_id": folder.resolve().name} | hub)
@@ -92,12 +99,12 @@ def _trained(model: nn.Module, prepared: Prepared) -> Contents:
         )
         into = whole.setdefault(bias.parameter, torch.zeros_like(parameter, dtype=torch.float64))
         bias.view(into).copy_(difference.view(bias.groups, -1))
+    names = {id(model.get_parameter(name)): name for name in whole}
     biases = {}
-    for name, difference in whole.items():
-        parameter = model.get_parameter(name)
-        dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-        for path, module in model.named_modules():
-            if getattr(module, "bias", None) is parameter:
-                biases[path] = difference.to(dtype)
+    for path, module in model.named_modules():  # tied projections hold one bias under several
+        parameter = getattr(module, "bias", None)
+        if isinstance(parameter, Tensor) and id(parameter) in names:
+            dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
+            biases[path] = whole[names[id(parameter)]].to(dtype)
     head = head_modules(model, prepared.head)
     return Contents(biases, head_state(model, head))

@@ -5,29 +5,50 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from beft_ext import scores
 from beft_ext.commands import methods
 from beft_ext.commands.loading import ASKED
-from beft_ext.errors import BeftError
-from beft_ext.files import require_writable
+from beft_ext.errors import BeftError, BeftWarning
+from beft_ext.files import require_writable, save_json
 from beft_ext.tasks import TASKS
 
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
-    _quiet()
     try:
-        arguments.run(arguments)
+        _quiet()
+        with warnings.catch_warnings():
+            warnings.showwarning = _note
+            arguments.run(arguments)
     except KeyboardInterrupt:
-        print("beft-ext: interrupted; nothing was written", file=sys.stderr)
+        print(f"beft-ext: interrupted; {arguments.stands(arguments)}", file=sys.stderr)
         return 130
     except (BeftError, OSError) as error:
         print(f"beft-ext: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _note(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Our own warnings are notes to the user; others look as ever."""
+    ours = issubclass(category, BeftWarning)
+    text = (
+        f"note: {message}\n"
+        if ours
+        else warnings.formatwarning(message, category, filename, lineno, line)
+    )
+    (file or sys.stderr).write(text)
 
 
 def _quiet() -> None:
@@ -43,6 +64,7 @@ def _quiet() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="beft-ext", description=__doc__)
+    parser.set_defaults(stands=lambda _: "nothing was written: results come whole, at the end")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     biases = verbs.add_parser("biases", help="list the bias terms of a model")
     biases.add_argument("model", metavar="MODEL", help="hub id or folder")
@@ -71,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     tune.add_argument("--compile", action="store_true", help="torch.compile of the model")
     tune.add_argument("--graphs", action="store_true", help="whole steps as CUDA graphs")
-    tune.set_defaults(run=_tune)
+    tune.set_defaults(run=_tune, stands=_tune_stands)
     evaluate = verbs.add_parser("evaluate", help="measure a model, with an adapter or without")
     _add_data(evaluate)
     evaluate.add_argument("--adapter", type=Path, metavar="DIR")
@@ -90,7 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
     compare.add_argument("--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones")
-    compare.set_defaults(run=_compare)
+    compare.set_defaults(run=_compare, stands=_compare_stands)
     merge = verbs.add_parser("merge", help="a plain model folder with the adapter inside")
     merge.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
     merge.add_argument("--adapter", required=True, type=Path, metavar="DIR")
@@ -130,7 +152,7 @@ def _add_run(parser: argparse.ArgumentParser, epochs: int, warmup: float) -> Non
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=float, default=warmup)
-    parser.add_argument("--clip", type=float, default=1.0)
+    parser.add_argument("--clip", type=float, default=1.0, dest="max_grad_norm", metavar="NORM")
     parser.add_argument("--group-by-length", action="store_true", help="batches of like lengths")
 
 
@@ -185,6 +207,12 @@ def _tune(arguments: argparse.Namespace) -> None:
     workflow.run_tune(_source(a), _asking(a), settings, a.terms, a.out, **options)
 
 
+def _tune_stands(arguments: argparse.Namespace) -> str:
+    from beft_ext.commands import workflow
+
+    return workflow.tune_stands(arguments.out)
+
+
 def _evaluate(arguments: argparse.Namespace) -> None:
     from beft_ext.commands import workflow
 
@@ -195,7 +223,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
     print(f"{metrics}  ({record['examples']} examples)")
     if a.out:
-        workflow.write_json(a.out / "evaluation.json", record)
+        save_json(a.out / "evaluation.json", record)
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -211,8 +239,16 @@ def _compare(arguments: argparse.Namespace) -> None:
         seeds=range(a.seed, a.seed + a.seeds),
         rates=comparison.rates_of(a.rates),
     )
-    found = comparison.write(planned, planned.run(a.out), a.out)
+    outcomes = planned.run(a.out)
+    found = comparison.write(planned, outcomes, a.out)
     print(f"\n{found}\n\ntable and plot are in {a.out}")
+    comparison.require_result(outcomes)
+
+
+def _compare_stands(arguments: argparse.Namespace) -> str:
+    from beft_ext.commands import comparison
+
+    return comparison.stands(arguments.out)
 
 
 def _merge(arguments: argparse.Namespace) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from beft_ext.commands.loading import Asking, Source, WorkflowError, classes_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
-from beft_ext.commands.workflow import EVALUATION_BATCH, Settings, write_json
-from beft_ext.files import whole_file
+from beft_ext.commands.workflow import EVALUATION_BATCH, Settings
+from beft_ext.files import locked, save_json, whole_file
 from beft_ext.selection import SETTLE, automatic, select
 from beft_ext.tasks import Batches, Example, Objective, PromptObjective, subset
 from beft_ext.training.optim import BiasAdamW
@@ -61,8 +61,13 @@ class Comparison:
     evaluated: int | None = None
 
     def run(self, out: Path) -> list[Outcome]:
-        """Every method with every seed; ``out`` keeps a line for each, and those that it has are
-        not run again. Raises WorkflowError, DataError or MethodError before anything is run."""
+        """Every method with every seed; ``out`` keeps a line for each.
+
+        What it has a result of is not run again; what failed is. Another process may fill the
+        same folder at the same time.
+
+        Raises: WorkflowError, DataError or MethodError before anything is run.
+        """
         ways = {name: method(name) for name in self.methods}
         if not self.seeds:
             raise WorkflowError("--seeds must be at least 1")
@@ -71,15 +76,16 @@ class Comparison:
         train, validation = self.source.read("train"), self.source.read("validation")
         if self.evaluated is not None and self.evaluated < len(validation):
             validation = subset(validation, self.evaluated, seed=0)
-        outcomes = _read(out / RUNS, self._setup())
-        done = {(o.method, o.seed) for o in outcomes}
+        setup = self._setup()
+        outcomes = _read(out / RUNS, setup)
+        done = {(o.method, o.seed) for o in outcomes if o.failure is None}
         for seed in self.seeds:
             for name, way in ways.items():
                 if (name, seed) in done:
                     continue
-                outcomes.append(self._outcome(name, way, seed, train, validation, out))
-                _write(out / RUNS, self._setup(), outcomes)
-                print(_line(outcomes[-1]), flush=True)
+                outcome = self._outcome(name, way, seed, train, validation, out)
+                outcomes = add(out / RUNS, setup, outcome)
+                print(_line(outcome), flush=True)
         return [o for o in outcomes if o.method in ways and o.seed in self.seeds]
 
     def _setup(self) -> dict[str, Any]:
@@ -88,6 +94,7 @@ class Comparison:
         files = (self.source.train_file, self.source.validation_file, self.source.config)
         found["files"] = " ".join(str(f) for f in files if f) or None
         settings = asdict(replace(self.settings, seed=0)) | asdict(replace(self.asking, seed=0))
+        settings["clip"] = settings.pop("max_grad_norm")  # as on the command line, and in old files
         own = {"rates": dict(self.rates), "decay": self.decay, "evaluated": self.evaluated}
         return found | settings | own
 
@@ -155,7 +162,7 @@ class Comparison:
         return Outcome(name, seed, metrics, trained(adapted), seconds, peak, kept, chosen)
 
     def _selected(self, model: nn.Module, objective: Objective, loader: Batches, seed: int) -> str:
-        lr, clip, loss = self.settings.lr, self.settings.clip, objective.loss
+        lr, clip, loss = self.settings.lr, self.settings.max_grad_norm, objective.loss
         found = select(
             model, loader, loss=loss, lr=lr, max_grad_norm=clip, settle=SETTLE, seed=seed
         )
@@ -249,11 +256,24 @@ def write(comparison: Comparison, outcomes: Sequence[Outcome], out: Path) -> str
     metrics = comparison.source.task.metrics
     rows = summarize(outcomes, metrics)
     found = table(rows, metrics)
-    write_json(out / "comparison.json", rows)
+    save_json(out / "comparison.json", rows)
     with whole_file(out / "comparison.md") as temporary:
         temporary.write_text(found + "\n", encoding="utf-8")
     methods(outcomes, metrics[0], out / "comparison.png")
     return found
+
+
+def stands(out: Path) -> str:
+    """What an interrupted ``beft-ext compare`` has written, and how to go on."""
+    path = out / RUNS
+    done = len(path.read_text(encoding="utf-8").splitlines()) if path.is_file() else 0
+    return f"{path} holds {done} results: the same command goes on from there"
+
+
+def require_result(outcomes: Sequence[Outcome]) -> None:
+    """Raise WorkflowError where no method gave a result."""
+    if all(o.failure is not None for o in outcomes):
+        raise WorkflowError(f"nothing worked; the first failure: {outcomes[0].failure}")
 
 
 def _line(outcome: Outcome) -> str:
@@ -282,7 +302,14 @@ def _read(path: Path, setup: Mapping[str, Any]) -> list[Outcome]:
     return outcomes
 
 
-def _write(path: Path, setup: Mapping[str, Any], outcomes: Sequence[Outcome]) -> None:
-    with whole_file(path) as temporary:
-        lines = (json.dumps(asdict(o) | {"setup": dict(setup)}) + "\n" for o in outcomes)
-        temporary.write_text("".join(lines), encoding="utf-8")
+def add(path: Path, setup: Mapping[str, Any], outcome: Outcome) -> list[Outcome]:
+    """All outcomes of the file, this one among them, in place of an earlier one of its kind."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path.parent):
+        own = (outcome.method, outcome.seed)
+        outcomes = [o for o in _read(path, setup) if (o.method, o.seed) != own]
+        outcomes.append(outcome)
+        with whole_file(path) as temporary:
+            lines = (json.dumps(asdict(o) | {"setup": dict(setup)}) + "\n" for o in outcomes)
+            temporary.write_text("".join(lines), encoding="utf-8")
+    return outcomes

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -22,21 +20,14 @@ from beft_ext.commands.loading import (
     load_model,
     pretrained,
 )
-from beft_ext.files import whole_file
+from beft_ext.files import whole_files
 from beft_ext.models import find_biases
 from beft_ext.selection import SETTLE, Selection, automatic, read_selection, select
 from beft_ext.tasks import Batches, Objective, subset
 from beft_ext.tasks.metrics import measure
-from beft_ext.training.tuning import Recipe, tune
+from beft_ext.training.tuning import CHECKPOINT, Recipe, tune
 
 EVALUATION_BATCH = 64
-
-
-def write_json(path: Path, record: Any) -> None:
-    """``record`` as a whole file of indented JSON; NaN is refused."""
-    with whole_file(path) as temporary:
-        text = json.dumps(record, indent=2, allow_nan=False)
-        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -48,7 +39,7 @@ class Settings:
     epochs: int = 1
     lr: float = 1e-3
     warmup: float = 0.0
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     group_by_length: bool = False
     seed: int = 0
 
@@ -61,13 +52,14 @@ class Settings:
                 raise WorkflowError(f"--{name.replace('_', '-')} must be at least 1")
         if not 0 < made.lr < math.inf:
             raise WorkflowError(f"--lr must be a positive number, but is {made.lr}")
-        if not 0 <= made.warmup <= 1 or not 0 <= made.clip < math.inf:
+        if not 0 <= made.warmup <= 1 or not 0 <= made.max_grad_norm < math.inf:
             raise WorkflowError("--warmup must be within 0 and 1, --clip 0 (none) or more")
         return made
 
     def recipe(self, **options: bool) -> Recipe:
         """What tune is told."""
-        return Recipe(self.epochs, self.lr, self.warmup, 0.0, self.clip, self.seed, **options)
+        clip = self.max_grad_norm
+        return Recipe(self.epochs, self.lr, self.warmup, 0.0, clip, self.seed, **options)
 
     def batches(self, objective: Objective, examples: Sequence[Any]) -> Batches:
         """Training batches: a seeded subset in seeded order."""
@@ -105,7 +97,7 @@ def _select(
         epochs=settings.epochs,
         lr=settings.lr,
         warmup=settings.warmup,
-        max_grad_norm=settings.clip,
+        max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
         progress=sys.stderr.isatty(),
         **options,
@@ -202,6 +194,7 @@ def run_merge(model: str, adapter: Path, out: Path) -> None:
     """``beft-ext merge``: ``out`` is a folder that transformers loads without us."""
     from beft_ext.adapters import head_classes, load_adapter, merge_adapter, model_class
 
+    _check_out(model, out)
     classes = head_classes(adapter)
     tokenizer = pretrained(model, "AutoTokenizer")
     decoder = goes_left_to_right(pretrained(model, "AutoConfig"))
@@ -210,9 +203,42 @@ def run_merge(model: str, adapter: Path, out: Path) -> None:
     loaded = load_model(model, model_class(adapter) or auto, tokenizer, **options)
     load_adapter(loaded, adapter)
     merge_adapter(loaded)
-    with tempfile.TemporaryDirectory(dir=out) as temporary:
-        loaded.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        # The configuration last: without it the folder is no model.
-        for path in sorted(Path(temporary).iterdir(), key=lambda p: p.name == "config.json"):
-            path.replace(out / path.name)
+    # The configuration last: without it the folder is no model.
+    with whole_files(out, last="config.json") as temporary:
+        try:
+            loaded.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
+        except Exception as error:  # each library has its own for a full disk
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise WorkflowError(
+                f"the model could not be written to {out} ({reason}); what was there is as it was"
+            ) from error
+        new = {p.name for p in temporary.iterdir()}
+        if left := sorted(p.name for p in out.glob("*") if _is_weights(p) and p.name not in new):
+            raise WorkflowError(
+                f"{out} holds '{left[0]}' of another model, which would be mixed with the new one: "
+                "give an empty folder"
+            )
+
+
+def _check_out(model: str, out: Path) -> None:
+    if out.resolve() == Path(model).resolve():
+        raise WorkflowError(f"{out} is the folder of the model itself: give another --out")
+    if (out / "adapter_config.json").exists():
+        raise WorkflowError(
+            f"{out} holds an adapter, beside which a model is not read as one: give another --out"
+        )
+
+
+def _is_weights(path: Path) -> bool:
+    endings = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
+    return path.name.endswith(endings)
+
+
+def tune_stands(out: Path) -> str:
+    """What an interrupted ``beft-ext tune`` has written, and how to go on."""
+    if (out / CHECKPOINT).is_file():
+        return f"{out / CHECKPOINT} is whole: the same command with --resume goes on from it"
+    if (out / "selection" / "selection.json").is_file():
+        return f"{out / 'selection'} is whole: the same command with --resume trains what it chose"
+    return "nothing was written yet: start again"

@@ -1,11 +1,13 @@
-"""``transformers.Trainer``: the live scores of ``BiasAdamW`` in the Trainer's own logs."""
+"""``transformers.Trainer``: live scores in its logs, and the adapter beside its checkpoints."""
 
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
 
+from beft_ext.adapters import save_adapter
 from beft_ext.errors import BeftError
 from beft_ext.training.optim import BiasAdamW
 
@@ -27,6 +29,20 @@ class ScoreCallback(TrainerCallback):
         optimizer = getattr(optimizer, "optimizer", optimizer)  # Accelerate wraps it
         if logs is not None and isinstance(optimizer, BiasAdamW):
             logs.update(term_scores(optimizer))
+
+
+class AdapterCallback(TrainerCallback):
+    """Saves the adapter into ``adapter/`` of each of the Trainer's checkpoints.
+
+    A checkpoint holds added biases too, but ``from_pretrained`` drops them, for the model's class
+    has none: ``load_adapter`` brings them back. Use: ``trainer.add_callback(AdapterCallback())``.
+    """
+
+    def on_save(self, args, state, control, model=None, **_):  # type: ignore[no-untyped-def]
+        """Write the adapter of the prepared ``model``."""
+        if state.is_world_process_zero:
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            save_adapter(model, checkpoint / "adapter")
 
 
 def term_scores(optimizer: BiasAdamW) -> dict[str, float]:

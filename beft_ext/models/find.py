@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -195,19 +195,26 @@ def _layers(model: nn.Module, parts: Mapping[str, Found]) -> tuple[list[str], in
     how many entries these lists have in all."""
     layers: list[str] = []
     sizes: dict[str, int] = {}
+    above = _above(parts)
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
             continue
         paths = [f"{name}.{i}" if name else str(i) for i in range(len(module))]
-        holding = [p for p in paths if any(part.startswith(p + ".") for part in parts)]
+        holding = [p for p in paths if p in above]
         # T5 keeps the parts of one layer in a list: its attention is one entry, its MLP another.
         pieces = len(holding) < len(module) and any(name.startswith(f"{a}.") for a in layers)
         if not pieces and holding:
             layers += holding
             sizes[name] = len(module)
-    innermost = [a for a in layers if not any(b != a and b.startswith(a + ".") for b in layers)]
+    outer = _above(layers)
+    innermost = [a for a in layers if a not in outer]
     lists = {a.rpartition(".")[0] for a in innermost}
     return innermost, sum(size for name, size in sizes.items() if name in lists)
+
+
+def _above(paths: Iterable[str]) -> set[str]:
+    """Every path that leads to one of ``paths``."""
+    return {p.rsplit(".", k)[0] for p in paths for k in range(1, p.count(".") + 1)}
 
 
 def _mark_tied(biases: list[Bias]) -> list[Bias]:

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from beft_ext import scores
 from beft_ext.errors import BeftError
-from beft_ext.files import save_tensors, sweep, whole_file
+from beft_ext.files import (
+    DIGEST,
+    UNSEALED,
+    digest,
+    locked,
+    whole_file,
+    whole_files,
+    write_json,
+    write_tensors,
+)
+
+RECORD, BIASES, PICTURE = "selection.json", "biases.safetensors", "heatmap.png"
 
 
 class SelectionError(BeftError, RuntimeError):
@@ -77,8 +88,7 @@ class Selection:
             heatmap(self.per_layer[self.method], self.method, temporary)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` into ``folder``."""
-        folder = Path(folder)
+        """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` as one."""
         tensors = {f"initial/{name}": t for name, t in self.initial.items()}
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
         record = {
@@ -93,20 +103,29 @@ class Selection:
             "losses": self.losses,
             "steps": self.steps,
             "settled": self.settled,
+            DIGEST: UNSEALED,
         }
-        sweep(folder)
-        save_tensors(folder / "biases.safetensors", tensors)
-        self.plot(folder / "heatmap.png")
-        with whole_file(folder / "selection.json") as temporary:
-            text = json.dumps(_nulls(record), indent=2, allow_nan=False)
-            temporary.write_text(text + "\n", encoding="utf-8")
+        with whole_files(folder, last=RECORD) as temporary:
+            record["biases"] = write_tensors(temporary / BIASES, tensors)
+            self.plot(temporary / PICTURE)
+            write_json(temporary / RECORD, _nulls(record))
+
+
+KEYS = {"method", "best", "ranking", "scores", "per_layer", "undefined", "dead", "losses", "steps"}
+KEYS |= {"above_90_degrees", "settled", "biases", DIGEST}
 
 
 def read_selection(path: Path) -> Selection:
-    """A Selection's scores and ranking from ``selection.json`` or its folder, tensors left out."""
-    path = path / "selection.json" if path.is_dir() else path
+    """A Selection's scores and ranking from ``selection.json`` or its folder, tensors left out.
+
+    Raises: SelectionError for a file that is not whole, or whose ``biases.safetensors``, where
+        it lies beside, is damaged or of another selection.
+    """
+    path = path / RECORD if path.is_dir() else path
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        with locked(path.parent):
+            record: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+            _check_digests(path, record)
         return Selection(
             method=record["method"],
             scores={m: _numbers(v) for m, v in record["scores"].items()},
@@ -120,8 +139,24 @@ def read_selection(path: Path) -> Selection:
             initial={},
             current={},
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise SelectionError(f"{path} is not a selection.json: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise SelectionError(f"{path} is not a {RECORD}: {error}") from error
+
+
+def _check_digests(path: Path, record: dict[str, Any]) -> None:
+    """Files saved before there were digests have neither; they have no other key either."""
+    if odd := sorted(record.keys() - KEYS):
+        raise SelectionError(
+            f"{path} is not a selection.json, or is damaged: it has the key '{odd[0][:80]}'"
+        )
+    biases = path.parent / BIASES
+    sealed = digest(path, SelectionError) is not None
+    if sealed != ("biases" in record) or (DIGEST in record) != sealed:
+        raise SelectionError(f"{path} is damaged: its digest is not whole")
+    if sealed and biases.exists() and digest(biases, SelectionError) != record["biases"]:
+        raise SelectionError(
+            f"{biases} is damaged or of another selection than {path.name} beside it: select again"
+        )
 
 
 def _numbers(values: dict[str, float | None]) -> dict[str, float]:

@@ -6,14 +6,14 @@ fused QKV parameter trains through its whole parameter, whose gradient a hook ze
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext.errors import BeftError
+from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.models import (
     TERMS,
     Bias,
@@ -23,6 +23,7 @@ from beft_ext.models import (
     find_projections,
     head_parameters,
     state,
+    wrappers,
 )
 
 
@@ -34,10 +35,15 @@ class PrepareError(BeftError, ValueError):
 class Prepared(state.Record):
     """What ``prepare`` made trainable.
 
-    initial: each bias's value ``(H,)`` before training, by ``Bias.name``; zero for added ones.
-    added: names of the parameters that were added. head: names of the head's parameters,
-    head_initial their values before training. hooks: on fused parameters; a deep copy of the
-    model has none.
+    Attributes:
+        initial: value ``(H,)`` of each bias before training by ``Bias.name``; zero for added ones.
+        added: names of the parameters that were added.
+        head: names of the head's parameters.
+        head_initial: their values before training.
+        parameters: number of the model's elements, added ones included.
+        adapter_bytes: size of the tensors that ``save_adapter`` writes.
+        required: ``requires_grad`` before, by parameter name.
+        outside: what keeps the rest of fused parameters from training; goes along with a copy.
     """
 
     model_type: str
@@ -51,7 +57,7 @@ class Prepared(state.Record):
     parameters: int
     adapter_bytes: int
     required: dict[str, bool] = field(repr=False)
-    hooks: list[Any] = field(default_factory=list, repr=False)
+    outside: list[_Outside] = field(default_factory=list, repr=False)
 
     def claim(self) -> str:
         return "this model is prepared already: call restore(model) first"
@@ -82,17 +88,24 @@ def prepare(
 ) -> Prepared:
     """Freeze everything but the biases of ``terms`` and the task head.
 
-    terms: one of the eight terms, or several. layers: numbers from 0; all by default.
-    biases: the biases to choose from, such as ``find_biases(model, names=...)`` for an
-        architecture that is not known; by default those of every known projection.
     A projection without a bias (LLaMA, Mistral, Gemma, GPT-J, T5) gets one of zeros, ``(H,)`` in
-    the weight's dtype. The mark that this leaves on the model is not in its ``state_dict``.
-    An optimizer's weight decay still reaches all of a fused QKV parameter: keep it at zero
-    there, as BiasAdamW does by default.
-    Raises PrepareError for an unknown term, a layer out of range, a norm that has no bias
-    (RMSNorm), a quantised head, or a model that is prepared or carries an active adapter.
+    the weight's dtype. ``save_pretrained`` writes it, but the model's class does not read it
+    again: a warning says so. The mark that ``prepare`` leaves on the model is not in its
+    ``state_dict``, and goes along with a deep copy. An optimizer's weight decay still reaches
+    all of a fused QKV parameter: keep it at zero there, as BiasAdamW does by default.
+
+    Args:
+        terms: one of the terms, or several.
+        layers: numbers from 0; all by default.
+        biases: the biases to choose from, such as ``find_biases(model, names=...)`` for an
+            architecture that is not known; by default those of every known projection.
+    Returns: what trains, printable.
+    Raises: PrepareError, the model as it was, for an unknown term, a layer out of range, a norm
+        that has no bias (RMSNorm), a quantised head, a model that is prepared or carries an
+        active adapter, and one in several processes or wrapped by PEFT.
     """
     wanted = (terms,) if isinstance(terms, str) else tuple(dict.fromkeys(terms))
+    model = wrappers.whole(model, PrepareError)
     _check_free(model)
     chosen = _choose(model, wanted, layers, biases)
     required = {n: p.requires_grad for n, p in model.named_parameters()}
@@ -117,15 +130,26 @@ def prepare(
         required=required,
     )
     mark(model, prepared)
+    if added:
+        warnings.warn(
+            f"{type(model).__name__} has no bias in '{added[0].module}', so one was added: "
+            "save_pretrained writes it but from_pretrained drops it; use save_adapter, or "
+            "merge_adapter first",
+            BeftWarning,
+            stacklevel=2,
+        )
     return prepared
 
 
 def restore(model: nn.Module) -> None:
     """Undo ``prepare``: ``requires_grad`` is as before, hooks and added biases are gone.
 
-    Trained values of biases that the model had, and of the head, stay; those of added biases
-    are lost: save or merge the adapter first. Raises PrepareError if not prepared.
+    Trained values of biases that the model had, and of the head, stay. Those of added biases are
+    lost: save or merge the adapter first.
+
+    Raises: PrepareError if not prepared.
     """
+    model = wrappers.inside(model)
     prepared = unmark(model)
     for name in prepared.added:
         model.get_submodule(name.removesuffix(".bias")).bias = None
@@ -142,7 +166,7 @@ def trained_slices(model: nn.Module) -> list[tuple[str, nn.Parameter, Bias | Non
     for bias in prepared.biases if prepared is not None else ():
         biases.setdefault(bias.parameter, []).append(bias)
     parts: list[tuple[str, nn.Parameter, Bias | None]] = []
-    for name, parameter in model.named_parameters():
+    for name, parameter in wrappers.inside(model).named_parameters():
         if parameter.requires_grad:
             parts += [(name, parameter, b) for b in biases.get(name, [None])]
     return parts
@@ -164,7 +188,7 @@ def mark(model: nn.Module, prepared: Prepared) -> None:
     for name, own in by_parameter.items():
         parameter = model.get_parameter(name)
         if sum(b.width for b in own) < parameter.numel():
-            prepared.hooks.append(parameter.register_hook(_Outside(parameter, own)))
+            prepared.outside.append(_Outside(parameter, own))
     state.put(model, prepared)
 
 
@@ -173,9 +197,9 @@ def unmark(model: nn.Module) -> Prepared:
     prepared = prepared_of(model)
     if prepared is None:
         raise PrepareError("this model is not prepared: there is nothing to restore")
-    for hook in prepared.hooks:
-        hook.remove()
-    prepared.hooks.clear()
+    for outside in prepared.outside:
+        outside.handle.remove()
+    prepared.outside.clear()
     as_before = any(prepared.required.values())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(prepared.required.get(name, as_before))
@@ -186,12 +210,31 @@ def unmark(model: nn.Module) -> Prepared:
 
 
 class _Outside:
-    """A gradient hook: zero outside the trained slices of a fused parameter ``(P,)``."""
+    """Keeps a fused parameter ``(P,)`` from training outside its trained slices, by a hook.
 
-    def __init__(self, parameter: Tensor, biases: list[Bias]) -> None:
-        self.inside = torch.zeros_like(parameter, dtype=torch.bool, requires_grad=False)
+    torch drops the hooks of a tensor that is copied or pickled. This object lies on the model,
+    so it is copied along, and sets the hook on the copy.
+    """
+
+    def __init__(self, parameter: nn.Parameter, biases: list[Bias]) -> None:
+        self.parameter, self.biases = parameter, biases
+        inside = torch.zeros_like(parameter, dtype=torch.bool, requires_grad=False)
         for bias in biases:
-            bias.view(self.inside).fill_(True)
+            bias.view(inside).fill_(True)
+        required = parameter.requires_grad
+        parameter.requires_grad_(True)  # else torch takes no hook; a copy may be of a frozen one
+        self.handle = parameter.register_hook(_Mask(inside))
+        parameter.requires_grad_(required)
+
+    def __reduce__(self) -> tuple[type[_Outside], tuple[nn.Parameter, list[Bias]]]:
+        return _Outside, (self.parameter, self.biases)
+
+
+class _Mask:
+    """A gradient hook: zero where ``inside`` is false."""
+
+    def __init__(self, inside: Tensor) -> None:
+        self.inside = inside
 
     def __call__(self, grad: Tensor) -> Tensor:
         if self.inside.device != grad.device:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext.errors import BeftError
-from beft_ext.files import save_tensors, sweep, whole_file
+from beft_ext.errors import BeftError, BeftWarning
+from beft_ext.files import digest, save_tensors, sweep, whole_file
+from beft_ext.models import wrappers
+from beft_ext.ops import dispatch
+from beft_ext.training.data import Batch, Passes, digest_of, generators
 from beft_ext.training.loss import Loss, model_loss
 from beft_ext.training.optim import BiasAdamW, rate_factor
+from beft_ext.training.preparation import prepared_of
 from beft_ext.training.steps import EagerStep, GraphedStep
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -29,17 +34,22 @@ class TuningError(BeftError, RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run depends on beside model and data. warmup: share of the steps with rising rate,
-    which then falls linearly to zero, or without ``decay`` stays. clip: global gradient norm, 0
-    for none. bf16: autocast of the forward; biases, gradients and state stay fp32. compile: the
-    forward by torch.compile, dropout as in eager mode. graphs: whole steps as CUDA graphs, see
-    ``beft_ext.training.steps``."""
+    """What a run depends on beside model and data.
+
+    Attributes:
+        warmup: fraction of the steps over which the learning rate rises linearly, in [0, 1].
+        decay: after warm-up, let the rate fall linearly to zero; otherwise it stays constant.
+        max_grad_norm: the gradient's global norm is clipped to this; 0 for no clipping.
+        bf16: autocast of the forward; biases, gradients and state stay fp32.
+        compile: the forward by torch.compile, with dropout as in eager mode.
+        graphs: whole steps as CUDA graphs, see ``beft_ext.training.steps``.
+    """
 
     epochs: int = 10
     lr: float = 1e-3
     warmup: float = 0.06
     weight_decay: float = 0.0
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     seed: int = 0
     bf16: bool = False
     compile: bool = False
@@ -49,7 +59,13 @@ class Recipe:
 
 @dataclass
 class Progress:
-    """Where a run stands: ``history`` holds one record an evaluation."""
+    """Where a run stands.
+
+    Attributes:
+        step: training steps made.
+        history: one record an evaluation.
+        best: parameters of the best evaluation.
+    """
 
     step: int = 0
     loss_sum: float = 0.0
@@ -72,15 +88,24 @@ def tune(
 ) -> Progress:
     """Train everything that requires grad, evaluate after each epoch, keep the best.
 
-    model: prepared; its output has ``loss``. loader: has a length, and ``set_epoch`` or the same
-        order each time. evaluate: the metric, the larger the better. loss: of the model and a
-        batch, in place of the output's own.
-    folder: gets ``log.jsonl`` (a line an evaluation), ``learning_curve.png`` and the checkpoint,
-        written every ``save_every`` steps. resume: go on from it; the result is the same to the
-        bit as that of a run that was not stopped.
-    The model ends with the parameters of the best epoch. Raises TuningError for a loss or
-    gradient that is not finite, nothing to train, or a checkpoint of another run; StepError
-    where graphs are asked for and cannot be had.
+    A resumed run ends in the same bits as one that was not stopped. The checkpoint names model,
+    data and recipe, and refuses others; the batches of the epoch that it stands in are read
+    again to compare them. Where torch, threads, backend, device or ranks are others, the run
+    goes on, and a warning says that it is no longer the same to the bit.
+
+    Args:
+        model: prepared; its output has ``loss``.
+        loader: has a length. Every pass may draw a new order: with torch's global generator, with
+            a torch.Generator that the loader or its sampler holds, or with ``set_epoch``.
+        evaluate: the metric, the larger the better.
+        folder: gets ``log.jsonl`` (a line an evaluation) and the checkpoint, written every
+            ``save_every`` steps.
+        loss: of the model and a batch, in place of the output's own.
+        resume: go on from the checkpoint, where there is one.
+    Returns: where the run stands at its end; the model has the parameters of the best epoch.
+    Raises: TuningError for a loss or gradient that is not finite, nothing to train, a loader that
+        gives more or fewer batches than its length, or a checkpoint that is damaged or of another
+        run; StepError where graphs are asked for and cannot be had.
     """
     recipe, folder = recipe or Recipe(), Path(folder)
     if save_every < 1:
@@ -103,20 +128,28 @@ class _Run:
     def __init__(
         self, model: nn.Module, loader: Iterable[Any], recipe: Recipe, loss: Loss, metric: str
     ) -> None:
-        self.model, self.loader, self.recipe, self.metric = model, loader, recipe, metric
-        self.parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.model, self.recipe, self.metric = model, recipe, metric
+        self.inside = wrappers.inside(model)
+        self.parameters = {n: p for n, p in self.inside.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TuningError("no parameter requires grad: call prepare first")
-        self.per_epoch = len(loader)  # type: ignore[arg-type]
+        if not isinstance(loader, Sized):
+            raise TuningError("tune needs a loader with a length: a list, or a torch DataLoader")
+        self.per_epoch = len(loader)
         self.steps = recipe.epochs * self.per_epoch
         if self.steps < 1:
             raise TuningError("nothing to train on: the loader is empty or epochs is 0")
         self.device = next(iter(self.parameters.values())).device
         self.optimizer = BiasAdamW(
-            model, lr=recipe.lr, weight_decay=recipe.weight_decay, max_grad_norm=recipe.clip
+            model,
+            lr=recipe.lr,
+            weight_decay=recipe.weight_decay,
+            max_grad_norm=recipe.max_grad_norm,
         )
         self.state = Progress()
-        self.step = self._make_step(loss)
+        self.passes = Passes(loader, recipe.seed)
+        self.rest: Iterator[Batch] | None = None  # of the epoch that a checkpoint stood in
+        self.train_step = self._make_step(loss)
 
     def _make_step(self, loss: Loss) -> EagerStep:
         recipe, model = self.recipe, self.model
@@ -142,31 +175,38 @@ class _Run:
         state = self.state
         with tqdm(total=self.steps, initial=state.step, disable=not progress, desc="tune") as bar:
             while len(state.history) < self.recipe.epochs:
-                epoch, done = divmod(state.step, self.per_epoch)
+                epoch = state.step // self.per_epoch
                 if epoch == len(state.history):  # not between an epoch's last step and its end
-                    self._epoch(epoch, done, folder, save_every, bar)
+                    self._epoch(epoch, folder, save_every, bar)
                 self._end_epoch(evaluate, folder)
                 self.save(folder / CHECKPOINT)
 
-    def _epoch(self, epoch: int, done: int, folder: Path, save_every: int, bar: Any) -> None:
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(epoch)
+    def _epoch(self, epoch: int, folder: Path, save_every: int, bar: Any) -> None:
+        batches, self.rest = self.rest or self.passes.epoch(epoch), None
         self.model.train()
-        for batch in itertools.islice(self.loader, done, None):
+        done = self.state.step - epoch * self.per_epoch
+        for batch in batches:
+            done += 1
+            if done > self.per_epoch:
+                break
             self._step(batch)
             bar.update()
-            bar.set_postfix(
-                loss=f"{self.state.loss_sum / (self.state.step - epoch * self.per_epoch):.3f}"
-            )
+            bar.set_postfix(loss=f"{self.state.loss_sum / done:.3f}")
             if self.state.step % save_every == 0:
                 self.save(folder / CHECKPOINT)
+        if done != self.per_epoch:
+            more = "more" if done > self.per_epoch else "fewer"
+            raise TuningError(
+                f"the loader gave {more} batches in epoch {epoch + 1} than its length says "
+                f"({self.per_epoch}): its length must be what a pass gives"
+            )
 
     def _step(self, batch: Mapping[str, Tensor]) -> None:
         rate = self.recipe.lr * rate_factor(
             self.state.step, self.steps, self.recipe.warmup, self.recipe.decay
         )
         inputs = {k: v.to(self.device) for k, v in batch.items()}
-        loss, norm = self.step(inputs, rate)
+        loss, norm = self.train_step(inputs, rate)
         number = float(loss)
         self.state.step += 1
         for what, value in (("loss", number), ("gradient", float(norm))):
@@ -195,48 +235,87 @@ class _Run:
             lines = (json.dumps(record) + "\n" for record in self.state.history)
             temporary.write_text("".join(lines), encoding="utf-8")
 
-    def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to be resumed."""
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be resumed, beside the data."""
         shapes = {n: list(p.shape) for n, p in self.parameters.items()}
         recipe = dataclasses.asdict(self.recipe)
-        return {**recipe, "steps an epoch": self.per_epoch, "metric": self.metric, "shapes": shapes}
+        own = {"steps an epoch": self.per_epoch, "metric": self.metric, "shapes": shapes}
+        return {**recipe, **own, "model": self._model_digest()}
 
-    def save(self, path: Path) -> None:
-        state = self.state
-        tensors = {f"param/{n}": p for n, p in self.parameters.items()}
-        tensors |= {f"best/{n}": p for n, p in state.best.items()}
+    def _model_digest(self) -> str:
+        """Of all that does not train: class, config, frozen values, and those before training."""
+        as_dict = getattr(getattr(self.inside, "config", None), "to_dict", dict)
+        facts = dict(as_dict())
+        # A moved folder is the same model; the type of problem is set by the first forward.
+        for key in ("_name_or_path", "transformers_version", "problem_type"):
+            facts.pop(key, None)
+        text = json.dumps([type(self.inside).__name__, facts], sort_keys=True, default=str)
+        named = self.inside.named_parameters()
+        values = {n: p.detach() for n, p in named if n not in self.parameters}
+        prepared = prepared_of(self.inside)
+        if prepared is not None:
+            values |= {f"initial/{n}": t for n, t in prepared.initial.items()}
+            values |= {f"initial/{n}": t for n, t in prepared.head_initial.items()}
+        return digest_of(values, text)
+
+    def _machine(self) -> dict[str, Any]:
+        """What a run is the same to the bit with, and only nearly the same without."""
+        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+        cuda = self.device.type == "cuda"
+        return {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "backend": dispatch.choose(self.device.type),
+            "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
+            "ranks": ranks,
+        }
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """All that training changes, by its name in the checkpoint."""
+        tensors = {f"param/{n}": p.detach() for n, p in self.parameters.items()}
+        kept = self.inside.state_dict().keys()
+        tensors |= {f"buffer/{n}": b for n, b in self.inside.named_buffers() if n in kept}
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state[p].items():
                 tensors[f"optimizer/{key}/{name}"] = value
+        return tensors
+
+    def save(self, path: Path) -> None:
+        state = self.state
+        tensors = self._tensors() | {f"best/{n}": p for n, p in state.best.items()}
+        tensors |= {f"loader/{i}": g for i, g in enumerate(self.passes.generators)}
         tensors["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
         record = {"step": state.step, "loss_sum": state.loss_sum, "history": state.history}
-        metadata = {"run": json.dumps(self._identity()), "progress": json.dumps(record)}
-        save_tensors(path, tensors, metadata)
+        parts = {"run": self.identity, "machine": self._machine()}
+        parts["progress"] = record | {"batches": self.passes.digest}
+        save_tensors(path, tensors, {k: json.dumps(v) for k, v in parts.items()})
 
     def load(self, path: Path) -> None:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
-            identity, record = (json.loads(metadata[k]) for k in ("run", "progress"))
-        except (SafetensorError, KeyError, ValueError, OSError) as error:
-            raise TuningError(f"{path} is no checkpoint of tune ({error}): start anew") from error
-        here = self._identity()
-        for key, value in here.items():
+        """Go on from a checkpoint; all is checked before the model changes."""
+        tensors, identity, machine, record = _read(path)
+        for key, value in self.identity.items():
             if identity.get(key) != value:
+                what = "" if key == "model" else f" is {identity.get(key)}, here it is {value}"
                 raise TuningError(
-                    f"{path} belongs to another run: its {key} is {identity.get(key)}, here it "
-                    f"is {value}; start anew or give the same settings"
+                    f"{path} belongs to another run: its {key}{what or ' is another one'}; start "
+                    "anew or give the same model and settings"
+                )
+        states = [tensors[f"loader/{i}"] for i in range(sum(k[:7] == "loader/" for k in tensors))]
+        self._enter_again(path, record, states)
+        for key, value in self._machine().items():
+            if machine.get(key) != value:
+                warnings.warn(
+                    f"the run was begun with {key} {machine.get(key)} and goes on with {value}: "
+                    "its result is no longer the same to the bit",
+                    BeftWarning,
+                    stacklevel=3,
                 )
         with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(tensors[f"param/{name}"])
-                for key, value in self.optimizer.state[p].items():
-                    value.copy_(tensors[f"optimizer/{key}/{name}"])
+            for name, into in self._tensors().items():
+                into.copy_(tensors[name])
         best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
         self.state = Progress(
             record["step"],
@@ -247,3 +326,38 @@ class _Run:
         torch.set_rng_state(tensors["random/cpu"])
         if "random/cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+
+    def _enter_again(self, path: Path, record: Mapping[str, Any], states: list[Tensor]) -> None:
+        """Read the batches again that the epoch of a checkpoint had given."""
+        epoch, done = divmod(record["step"] - 1, self.per_epoch)
+        own = generators(self.passes.loader)
+        for generator, generator_state in zip(own, states, strict=False):
+            generator.set_state(generator_state)
+        batches = self.passes.epoch(epoch)
+        for _ in range(done + 1):
+            next(batches, None)
+        if self.passes.digest != record["batches"] or len(own) != len(states):
+            raise TuningError(
+                f"{path} belongs to a run on other data: the loader does not give the batches that "
+                f"epoch {epoch + 1} had; start anew, or give the same data in the same order"
+            )
+        if done + 1 < self.per_epoch:
+            self.rest = batches
+        else:
+            next(batches, None)  # the pass is over
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Tensors, run, machine and progress of a checkpoint whose bytes are those that were saved."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        if digest(path, TuningError) is None:
+            raise ValueError("it carries no digest")
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
+        run, machine, progress = (json.loads(metadata[k]) for k in ("run", "machine", "progress"))
+        return tensors, run, machine, progress
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
+        raise TuningError(f"{path} is no checkpoint of tune ({error}): start anew") from error

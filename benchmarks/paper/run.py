@@ -132,7 +132,7 @@ def _trained(name: str, cell: Cell, place: Place, seed: int) -> store.Record:
     """One run by ``Comparison``: metrics, parameters, seconds, peak, kept, failure."""
     hyper = place.hyper(cell.hyper)
     lr = hyper.lr or 1.0  # of methods that do not train nothing is asked
-    settings = Settings(hyper.rows, hyper.batch, hyper.epochs, lr, clip=1.0)
+    settings = Settings(hyper.rows, hyper.batch, hyper.epochs, lr, max_grad_norm=1.0)
     asking = Asking(place.asked(cell), max_length=hyper.max_length)
     comparison = Comparison(
         Source(cell.task, place.data),

@@ -1,7 +1,9 @@
 """Adapters: both ways with PEFT, by name, merged; hostile files leave the model as it was."""
 
+import copy
 import json
 import os
+import random
 import shutil
 import struct
 from pathlib import Path
@@ -510,3 +512,216 @@ def test_a_failure_while_writing_leaves_the_adapter_that_was_there(tmp_path, mon
     fresh = tiny("bert")
     load_adapter(fresh, tmp_path)
     close(logits(fresh), expected)
+
+
+def bits(data, chance, count):
+    """Copies of ``data`` with one bit turned over each."""
+    for place in chance.sample(range(8 * len(data)), count):
+        bad = bytearray(data)
+        bad[place // 8] ^= 1 << place % 8
+        yield bytes(bad)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, CONFIG])
+def test_no_flipped_bit_passes(file, bert_adapter, tmp_path):
+    folder = Path(shutil.copytree(bert_adapter, tmp_path / "adapter"))
+    model = tiny("bert")
+    before = values(model)
+    for bad in bits((folder / file).read_bytes(), random.Random(0), 50):
+        (folder / file).write_bytes(bad)
+        with pytest.raises(AdapterError):
+            load_adapter(model, folder)
+    assert same(model, before)
+
+
+def test_weights_and_config_of_two_adapters_do_not_go_together(tmp_path):
+    tuned("bert", tmp_path / "a")
+    tuned("bert", tmp_path / "b", lr=2e-2)
+    shutil.copy(tmp_path / "a" / CONFIG, tmp_path / "b" / CONFIG)
+    with pytest.raises(AdapterError, match="do not belong together"):
+        load_adapter(tiny("bert"), tmp_path / "b")
+
+
+def test_an_adapter_from_before_there_were_digests_loads(tmp_path):
+    _, want = tuned("bert", tmp_path)
+    rewrite(tmp_path, lambda t, n: None)
+    config = json.loads((tmp_path / CONFIG).read_text())
+    for key in ("sha256", "weights"):
+        config["auto_mapping"]["beft_ext"].pop(key)
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    model = tiny("bert")
+    load_adapter(model, tmp_path)
+    close(logits(model), want)
+
+
+def test_what_peft_trains_on_and_saves_again_we_load(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    tuned("bert", tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(tiny("bert"), tmp_path / "ours", is_trainable=True)
+    train(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = tiny("bert")
+    load_adapter(model, tmp_path / "theirs")
+    close(logits(model), logits(theirs))
+
+
+def test_a_head_that_holds_targets_is_no_damage(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.BeftConfig(target_modules="all-linear", task_type="SEQ_CLS")
+    theirs = peft.get_peft_model(tiny("roberta"), config)
+    train(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = tiny("roberta")
+    load_adapter(model, tmp_path)
+    close(logits(model), logits(theirs))
+
+
+def causal(tied):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = hf.LlamaConfig(**sizes, vocab_size=64, intermediate_size=48, tie_word_embeddings=tied)
+    return hf.LlamaForCausalLM(config).eval()
+
+
+def test_a_tied_head_does_not_take_a_value_of_its_own(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.BeftConfig(target_modules=["v_proj"], modules_to_save=["lm_head"])
+    ids = batch()["input_ids"]
+    for tied in (True, False):
+        theirs = peft.get_peft_model(causal(tied), config)
+        for p in theirs.parameters():
+            if p.requires_grad:
+                torch.nn.init.normal_(p, std=0.3)
+        theirs.save_pretrained(tmp_path / str(tied))
+        model = causal(tied)
+        before = values(model)
+        if tied:
+            with pytest.raises(AdapterError, match="tied to 'model"):
+                load_adapter(model, tmp_path / str(tied))
+            assert same(model, before)
+        else:
+            load_adapter(model, tmp_path / str(tied))
+            close(model(input_ids=ids).logits, theirs.eval()(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("where", ["bias", "head"])
+def test_what_the_dtype_cannot_hold_is_refused(where, bert_adapter, tmp_path):
+    folder = Path(shutil.copytree(bert_adapter, tmp_path / "adapter"))
+    key = "base_model.model.classifier.bias"
+    rewrite(folder, lambda t, n: t[n if where == "bias" else key].view(-1)[0].fill_(1e6))
+    half, model = tiny("bert").half(), tiny("bert")
+    load_adapter(half, bert_adapter, "fine")
+    before = values(half)
+    with pytest.raises(AdapterError, match=r"beyond what torch.float16 can hold"):
+        load_adapter(half, folder)
+    assert same(half, before)
+    set_adapter(half, None)
+    prepare(half, "value")
+    before = values(half)
+    with pytest.raises(AdapterError, match=r"beyond what torch.float16 can hold"):
+        load_adapter(half, folder)
+    assert same(half, before)
+    load_adapter(model, folder)
+
+
+def test_a_difference_is_added_before_it_is_rounded(tmp_path):
+    """1 + 0.0039 in bf16: the sum is 1 with the difference rounded to 8 bits after the addition
+    alone; float64 says which."""
+    model = tiny("bert").bfloat16()
+    prepared = prepare(model, "value")
+    save_adapter(model, tmp_path)
+    difference = 0.00390624
+    rewrite(tmp_path, lambda t, n: [v.fill_(difference) for k, v in t.items() if "beft_" in k])
+    again = tiny("bert").bfloat16()
+    with torch.no_grad():
+        for bias in prepared.biases:
+            again.get_parameter(bias.parameter).fill_(1.0)
+    load_adapter(again, tmp_path)
+    want = torch.tensor(1.0 + float(torch.tensor(difference)), dtype=torch.float64).bfloat16()
+    for bias in prepared.biases:
+        assert again.get_parameter(bias.parameter).eq(want).all()
+
+
+def test_load_state_dict_under_an_active_adapter_is_refused(bert_adapter):
+    model, other = tiny("bert"), tiny("bert", seed=1)
+    load_adapter(model, bert_adapter)
+    active = values(model)
+    for part in (model, copy.deepcopy(model), model.bert.encoder.layer[0]):
+        with pytest.raises(AdapterError, match="set_adapter"):
+            part.load_state_dict(part.state_dict())
+    assert same(model, active)
+    set_adapter(model, None)
+    model.load_state_dict(other.state_dict())
+    load_adapter(other, bert_adapter)
+    set_adapter(model, "default")
+    assert same(model, values(other))
+    set_adapter(model, None)
+    assert same(model, values(tiny("bert", seed=1)))
+    assert not any(m._load_state_dict_pre_hooks for m in model.modules())
+
+
+def test_a_compiled_model_is_the_model_inside(tmp_path):
+    model = tiny("bert")
+    compiled = torch.compile(model)
+    prepare(compiled, "value")
+    train(model)
+    want = logits(model)
+    save_adapter(compiled, tmp_path)
+    for wrap in (lambda m: m, torch.compile, torch.nn.DataParallel):
+        plain = tiny("bert")
+        base = values(plain)
+        load_adapter(wrap(plain), tmp_path)
+        close(logits(plain), want)
+        merge_adapter(wrap(plain))
+        unmerge_adapter(wrap(plain))
+        set_adapter(wrap(plain), None)
+        assert same(plain, base)
+    restore(compiled)
+    assert prepared_of(model) is None
+
+
+def test_a_model_that_peft_wrapped_or_that_is_offloaded_is_refused(bert_adapter, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    wrapped = peft.get_peft_model(tiny("bert"), peft.BeftConfig(target_modules=["value"]))
+    for model, message in ((wrapped, "PEFT"), (tiny("bert").to("meta"), "offloaded")):
+        for call in (
+            lambda m: prepare(m),
+            lambda m: load_adapter(m, bert_adapter),
+            lambda m: save_adapter(m, tmp_path),
+            lambda m: set_adapter(m, None),
+            merge_adapter,
+        ):
+            with pytest.raises((AdapterError, PrepareError), match=message):
+                call(model)
+
+
+@pytest.mark.parametrize("labels", [2, 3, 100])
+def test_the_classes_of_a_head_of_two_layers(labels, tmp_path):
+    config = hf.RobertaConfig(**tiny("roberta").config.to_diff_dict() | {"num_labels": labels})
+    model = hf.AutoModelForSequenceClassification.from_config(config)
+    prepare(model)
+    save_adapter(model, tmp_path)
+    assert head_classes(tmp_path) == labels
+    if labels == 3:
+        with pytest.raises(AdapterError, match="has shape"):
+            load_adapter(tiny("roberta"), tmp_path)
+
+
+def test_only_a_constant_number_of_walks_over_the_modules(tmp_path, monkeypatch):
+    """Oracle: the number of calls does not grow with the number of biases."""
+    walks = []
+    for layers in (2, 6):
+        config = hf.BertConfig(**tiny("bert").config.to_diff_dict() | {"num_hidden_layers": layers})
+        model = hf.AutoModelForSequenceClassification.from_config(config)
+        prepare(model, ("query", "value"))
+        count, walk = [0], torch.nn.Module.named_modules
+
+        def counted(self, *args, _root=model, _count=count, _walk=walk, **options):
+            _count[0] += self is _root
+            return _walk(self, *args, **options)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(torch.nn.Module, "named_modules", counted)
+            save_adapter(model, tmp_path / str(layers))
+        walks.append(count[0])
+    assert walks[0] == walks[1]

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny
 
 from beft_ext.commands.cli import main
+from beft_ext.commands.comparison import Outcome, add
 from beft_ext.commands.demo import DATA
 from beft_ext.commands.methods import METHODS, MethodError, kept_bytes, method, trained
 from beft_ext.models import find_projections, head_parameters
@@ -58,6 +59,31 @@ def test_what_is_there_is_not_run_again(tiny_folder, tmp_path, capsys):
     assert (tmp_path / "runs.jsonl").read_text().splitlines()[:2] == lines
     assert compare(tiny_folder, tmp_path, ["value"], "--clip", "2") == 2
     assert "holds another comparison: its clip is 1.0" in capsys.readouterr().err
+
+
+def test_what_failed_is_tried_again_and_nothing_at_all_is_an_error(
+    tiny_folder, tmp_path, capsys, monkeypatch
+):
+    def failing(*_, **__):
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("beft_ext.commands.comparison.tune", failing)
+        assert compare(tiny_folder, tmp_path, ["value"]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("beft-ext: nothing worked") and "no space left" in error
+    assert compare(tiny_folder, tmp_path, ["value"]) == 0
+    lines = [json.loads(x) for x in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [(x["seed"], x["failure"]) for x in lines] == [(0, None), (1, None)]
+
+
+def test_two_processes_fill_one_folder(tmp_path):
+    setup = {"task": "t"}
+    for outcome in (Outcome("a", 0, {"x": 1.0}), Outcome("b", 0, {}, failure="no")):
+        found = add(tmp_path / "runs.jsonl", setup, outcome)
+    assert [o.method for o in found] == ["a", "b"]
+    found = add(tmp_path / "runs.jsonl", setup, Outcome("b", 0, {"x": 2.0}))
+    assert [(o.method, o.failure) for o in found] == [("a", None), ("b", None)]
 
 
 def test_lora_on_one_projection_reaches_that_one_alone():

@@ -1,8 +1,13 @@
 """select, tune, evaluate, merge on the command line: one story, the same predictions at its end."""
 
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 import transformers
 
 from beft_ext.commands.cli import main
@@ -77,3 +82,106 @@ def test_a_validation_file_is_asked_for(tiny_folder, tmp_path, capsys):
     args = ["--model", tiny_folder, *FILES[:2], "--out", str(tmp_path)]
     assert main(["tune", *args]) == 2
     assert "--validation-file" in capsys.readouterr().err
+
+
+def limited(size, *args):
+    """The command where no file may grow beyond ``size`` bytes, as on a full disk."""
+    script = (
+        f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size})); "
+        "from beft_ext.commands.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_a_merge_that_fails_leaves_what_was_there(tiny_folder, tuned, tmp_path):
+    args = ["merge", "--model", tiny_folder, "--adapter", str(tuned / "adapter")]
+    out = tmp_path / "merged"
+    assert main([*args, "--out", str(out)]) == 0
+    before = files(out)
+    for folder in (out, tmp_path / "new"):
+        done = limited(40_000, *args, "--out", folder)
+        assert done.returncode == 2
+        assert "could not be written" in done.stderr.strip().splitlines()[-1], done.stderr
+    assert files(out) == before and not files(tmp_path / "new")
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_a_merge_that_is_killed_is_no_mixture(tiny_folder, tuned, tmp_path, monkeypatch, moved):
+    args = ["merge", "--model", tiny_folder, "--adapter", str(tuned / "adapter")]
+    args += ["--out", str(tmp_path)]
+    (tmp_path / "config.json").write_text("{}")
+    replace, left = Path.replace, iter(range(moved))
+
+    def killing(path, target):
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return replace(path, target)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "replace", killing)
+        done = main(args)
+    assert done == (130 if not (tmp_path / "config.json").exists() else 0)
+    assert not list(tmp_path.glob(".partial*"))
+    assert main(args) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("adapter_config.json", "holds an adapter"), ("model-00001-of-00002.safetensors", "mixed")],
+)
+def test_merge_into_a_folder_of_something_else(tiny_folder, tuned, tmp_path, capsys, name, message):
+    args = ["merge", "--model", tiny_folder, "--adapter", str(tuned / "adapter"), "--out"]
+    (tmp_path / name).write_text("{}")
+    assert main([*args, str(tmp_path)]) == 2
+    assert message in capsys.readouterr().err
+    assert list(files(tmp_path)) == [name]
+    assert main([*args, tiny_folder]) == 2
+    assert "the folder of the model itself" in capsys.readouterr().err
+
+
+def test_an_interrupted_command_says_what_there_is_and_how_to_go_on(
+    tiny_folder, tmp_path, capsys, monkeypatch
+):
+    args = ["--model", tiny_folder, *FILES, *SHORT, "--out", str(tmp_path)]
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    def told(*command):
+        assert main(list(command)) == 130
+        return capsys.readouterr().err.strip().splitlines()[-1]
+
+    with monkeypatch.context() as patched:
+        patched.setattr("beft_ext.commands.workflow._select", interrupted)
+        assert "nothing was written" in told("select", *args)
+        assert "nothing was written yet: start again" in told("tune", *args)
+    with monkeypatch.context() as patched:
+        patched.setattr("beft_ext.commands.workflow.tune", interrupted)
+        assert "selection is whole: the same command with --resume" in told("tune", *args)
+    with monkeypatch.context() as patched:
+        patched.setattr("beft_ext.training.tuning._Run.write_history", interrupted)
+        more = ["--terms", "value", "--save-every", "1"]
+        assert "checkpoint.safetensors is whole" in told("tune", *args, *more)
+        assert "runs.jsonl holds 0 results" in told("compare", *args, "--methods", "value")
+
+
+def test_another_model_or_other_rows_are_not_resumed(tiny_folder, tuned, tmp_path, capsys):
+    out = Path(shutil.copytree(tuned, tmp_path / "out"))
+    rows = (DATA / "train.jsonl").read_text().splitlines()
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows[::-1]))
+    files = ["--train-file", str(tmp_path / "rows.jsonl"), *FILES[2:]]
+    more = [*SHORT, "--out", str(out), "--resume"]
+    assert main(["tune", "--model", tiny_folder, *files, *more]) == 2
+    assert "other data" in capsys.readouterr().err
+    other = shutil.copytree(tiny_folder, tmp_path / "other")
+    torch.manual_seed(5)
+    model = transformers.AutoModel.from_pretrained(other)
+    torch.nn.init.normal_(model.encoder.layer[1].output.dense.weight, std=0.02)
+    model.save_pretrained(other)
+    assert main(["tune", "--model", str(other), *FILES, *more]) == 2
+    assert "its model is another one" in capsys.readouterr().err

@@ -179,3 +179,23 @@ def test_scores_reach_the_loggers_that_come_before(tmp_path):
     run.optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     with pytest.raises(IntegrationError, match="BiasAdamW"):
         log_scores(run)
+
+
+def test_the_adapter_lies_beside_each_checkpoint_with_the_added_biases(tmp_path):
+    from beft_ext import load_adapter, prepare
+    from beft_ext.integrations.trainer import AdapterCallback
+
+    model = tiny("llama")
+    prepare(model, "value")
+    run = trainer(model, tmp_path, save_strategy="steps", save_steps=5)
+    run.add_callback(AdapterCallback())
+    run.train()
+    model.eval()
+    checkpoints = sorted(p.name for p in tmp_path.glob("checkpoint-*"))
+    assert "checkpoint-12" in checkpoints and len(checkpoints) == 3
+    assert all((tmp_path / c / "adapter" / "adapter_config.json").is_file() for c in checkpoints)
+    again, inputs = tiny("llama"), batch()
+    load_adapter(again, tmp_path / "checkpoint-12" / "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
+    assert again.model.layers[0].self_attn.v_proj.bias.abs().min() > 0

@@ -1,13 +1,16 @@
 """prepare and restore: what trains, what does not, and that nothing else of the model moved."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from conftest import inputs, tiny, train, values
+from safetensors.torch import load_file
 from torch import nn
 
-from beft_ext import PrepareError, find_biases, prepare, restore
+from beft_ext import PrepareError, find_biases, prepare, restore, save_adapter
+from beft_ext.errors import BeftWarning
 from beft_ext.models import head_parameters
 from beft_ext.training.preparation import prepared_of, trained_slices
 
@@ -160,3 +163,56 @@ def test_an_architecture_that_is_not_known():
         "blocks.0.wv.bias",
         "blocks.1.wv.bias",
     ]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m)), lambda m: copy.deepcopy(copy.copy(m))],
+)
+def test_a_copy_trains_its_slices_alone(name, copied):
+    model = tiny(name)
+    prepared = prepare(model, "value")
+    other = copied(model)
+    before, original = values(other), values(model)
+    train(other)
+    for key, after in other.state_dict().items():
+        changed = after != before[key]
+        for bias in (b for b in prepared.biases if b.parameter == key):
+            assert bias.view(changed).all()
+            bias.view(changed).fill_(False)
+        assert key in prepared.head or not changed.any(), key
+    assert all(torch.equal(t, original[n]) for n, t in model.state_dict().items())
+    restore(other)
+    assert not any(p._backward_hooks for p in other.parameters())
+    train(model)
+
+
+def test_gradients_of_what_is_frozen_again_are_gone():
+    model = tiny("bert")
+    next(model.parameters()).requires_grad_(False)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    prepare(model)
+    model(**inputs(model)).loss.backward()
+    assert any(p.grad is not None for p in model.parameters())
+    restore(model)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("name", ["bert", "llama", "gpt2"])
+def test_counts_and_bytes_are_those_of_the_model_and_the_file(name, dtype, tmp_path):
+    model = tiny(name).to(dtype)
+    prepared = prepare(model, ("value", "mlp_up"))
+    assert prepared.parameters == sum(p.numel() for p in model.parameters())
+    save_adapter(model, tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors").values()
+    assert prepared.adapter_bytes == sum(t.numel() * t.element_size() for t in saved)
+
+
+def test_an_added_bias_is_announced(recwarn):
+    prepare(tiny("bert"))
+    assert not [w for w in recwarn if issubclass(w.category, BeftWarning)]
+    with pytest.warns(BeftWarning, match="from_pretrained drops it; use save_adapter"):
+        prepare(tiny("llama"))

@@ -89,6 +89,32 @@ def test_without_a_gpu_it_says_so(tmp_path):
         tune(model, [batch()], lambda _: 0.0, tmp_path, Recipe(graphs=True, compile=True))
 
 
+def test_what_a_replay_gave_stays_when_the_graph_runs_again():
+    """A graph writes into the same memory at each replay; a loss may be read only later."""
+    step = made(GraphedStep, capture=lambda work: None)
+    fixed = torch.zeros(()), torch.zeros(())
+
+    def capture(work):
+        work()
+
+        def replay():
+            for tensor in fixed:
+                tensor.add_(1)
+
+        return replay
+
+    step.capture = capture
+    same = batch()
+    step(same, 1e-2)
+    step(same, 1e-2)  # captured here
+    (replay,) = step.graphs.values()
+    replay.outputs = fixed
+    for tensor in fixed:
+        tensor.zero_()
+    given = [step(same, 1e-2) for _ in range(3)]
+    assert [(float(loss), float(norm)) for loss, norm in given] == [(1, 1), (2, 2), (3, 3)]
+
+
 def test_a_step_that_cannot_be_captured_is_named():
     def refused(work):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")

@@ -1,17 +1,21 @@
 """tune: the best epoch is kept, and a killed run goes on to the same bits."""
 
 import json
+import random
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import batch, tiny
 from safetensors.torch import load_file
 
+from beft_ext.errors import BeftWarning
+from beft_ext.training.data import Passes, digest_of
 from beft_ext.training.optim import rate_factor
 from beft_ext.training.tuning import CHECKPOINT, Recipe, TuningError, tune
 
@@ -150,9 +154,181 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=1), resume=True)
 
 
+ROWS = [{k: v[i] for k, v in batch(rows=4, seed=s).items()} for s in range(5) for i in range(4)]
+
+
+def global_order():
+    return torch.utils.data.DataLoader(ROWS, batch_size=4, shuffle=True)
+
+
+def own_order():
+    generator = torch.Generator().manual_seed(7)
+    return torch.utils.data.DataLoader(ROWS, batch_size=4, shuffle=True, generator=generator)
+
+
+def in_workers():
+    return torch.utils.data.DataLoader(ROWS, batch_size=4, shuffle=True, num_workers=1)
+
+
+class Noisy:
+    """Not torch's and not ours: draws with three global generators, as augmentations do."""
+
+    def __len__(self):
+        return 5
+
+    def __iter__(self):
+        for i in torch.randperm(5).tolist():
+            one = batch(seed=i)
+            one["input_ids"][0, 0] = random.randint(3, 63)
+            one["input_ids"][1, 0] = int(np.random.randint(3, 63))
+            yield one
+
+
+def broken_off(make, stop):
+    """A loader as ``make`` makes, of which the run is killed at the batch of number ``stop``."""
+    inner = make()
+
+    class Broken:
+        given = 0
+
+        def __len__(self):
+            return len(inner)
+
+        def __iter__(self):
+            for item in inner:
+                if Broken.given == stop:
+                    raise Killed
+                Broken.given += 1
+                yield item
+
+    found = Broken()
+    found.inner = inner  # where torch's samplers are found
+    return found
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+@pytest.mark.parametrize("make", [global_order, own_order, in_workers, Noisy])
+def test_resumed_with_other_loaders_and_dropout_to_the_bit(tmp_path, make, stop):
+    recipe = Recipe(epochs=2, lr=1e-2)
+    whole, model = prepared(), prepared()
+    assert whole.config.hidden_dropout_prob > 0
+    tune(whole, make(), falling_loss, tmp_path / "whole", recipe)
+    with pytest.raises(Killed):
+        tune(model, broken_off(make, stop), falling_loss, tmp_path / "a", recipe, save_every=1)
+    torch.manual_seed(99)
+    random.seed(99)
+    model = prepared()
+    tune(model, make(), falling_loss, tmp_path / "a", recipe, resume=True)
+    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_loader_disturbs_no_random_state_but_its_own(tmp_path):
+    states = torch.get_rng_state(), random.getstate()
+    passes = Passes(Noisy(), seed=3)
+    first = [digest_of(b) for b in passes.epoch(0)]
+    assert torch.equal(states[0], torch.get_rng_state()) and states[1] == random.getstate()
+    assert first == [digest_of(b) for b in passes.epoch(0)]
+    assert first != [digest_of(b) for b in passes.epoch(1)]
+    assert first != [digest_of(b) for b in Passes(Noisy(), seed=4).epoch(0)]
+
+
+def other_model():
+    model = prepared()
+    with torch.no_grad():
+        model.bert.encoder.layer[1].output.dense.weight[0, 0] += 1e-3
+    return model
+
+
+def other_dropout():
+    model = prepared()
+    model.config.hidden_dropout_prob = 0.5
+    return model
+
+
+def last_label_turned():
+    batches = loader()
+    batches[-1]["labels"][-1] = 1 - batches[-1]["labels"][-1]
+    return batches
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_another_model_or_other_data_of_the_same_shapes_is_refused(tmp_path, epochs):
+    recipe = Recipe(epochs=epochs)
+    tune(prepared(), loader(), falling_loss, tmp_path, recipe)
+    before = (tmp_path / CHECKPOINT).read_bytes()
+    for make, data, message in (
+        (other_model, loader(), "its model is another one"),
+        (other_dropout, loader(), "its model is another one"),
+        (prepared, last_label_turned(), "other data"),
+        (prepared, loader()[::-1], "other data"),
+    ):
+        model = make()
+        values = {n: p.clone() for n, p in model.named_parameters()}
+        with pytest.raises(TuningError, match=message):
+            tune(model, data, falling_loss, tmp_path, recipe, resume=True)
+        assert all(torch.equal(p, values[n]) for n, p in model.named_parameters())
+    assert (tmp_path / CHECKPOINT).read_bytes() == before
+    tune(prepared(), loader(), falling_loss, tmp_path, recipe, resume=True)
+
+
+def test_on_another_machine_it_goes_on_and_says_so(tmp_path, monkeypatch):
+    tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=1))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 977)
+    with pytest.warns(BeftWarning, match=r"threads \d+ and goes on with 977.*no longer the same"):
+        tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=1), resume=True)
+
+
+def test_no_flipped_bit_of_a_checkpoint_passes(tmp_path):
+    tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=1))
+    data, model = (tmp_path / CHECKPOINT).read_bytes(), prepared()
+    for place in random.Random(0).sample(range(8 * len(data)), 25) + [8 * i for i in range(25)]:
+        bad = bytearray(data)
+        bad[place // 8] ^= 1 << place % 8
+        (tmp_path / CHECKPOINT).write_bytes(bad)
+        with pytest.raises(TuningError):
+            tune(model, loader(), falling_loss, tmp_path, Recipe(epochs=1), resume=True)
+
+
+def test_a_loader_must_give_what_its_length_says(tmp_path):
+    class Lying(list):
+        def __len__(self):
+            return 4
+
+    with pytest.raises(TuningError, match=r"more batches in epoch 1 than its length says \(4\)"):
+        tune(prepared(), Lying(loader()), falling_loss, tmp_path, RECIPE)
+    with pytest.raises(TuningError, match="fewer batches"):
+        tune(prepared(), Lying(loader()[:2]), falling_loss, tmp_path, RECIPE)
+    with pytest.raises(TuningError, match="with a length"):
+        tune(prepared(), iter(loader()), falling_loss, tmp_path, RECIPE)
+
+
+def test_the_best_epoch_is_put_back_and_losses_are_those_of_their_epoch(tmp_path):
+    """Oracle: the same run of one epoch; and the mean of the losses that it saw."""
+    seen, metrics = [], iter([0.9, 0.5, 0.1])
+
+    def watched(model, inputs):
+        loss = model(**inputs).loss
+        seen.append(float(loss.detach()))
+        return loss
+
+    best, one = prepared(), prepared()
+    recipe = Recipe(epochs=3, lr=1e-2, decay=False, warmup=0.0)
+    progress = tune(best, loader(), lambda _: next(metrics), tmp_path / "a", recipe, loss=watched)
+    for epoch, record in enumerate(progress.history):
+        mean = sum(seen[5 * epoch : 5 * epoch + 5]) / 5
+        assert record["loss"] == pytest.approx(mean, rel=1e-6)
+    short = Recipe(epochs=1, lr=1e-2, decay=False, warmup=0.0)
+    tune(one, loader(), lambda _: 0.9, tmp_path / "b", short)
+    for a, b in zip(best.parameters(), one.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     with pytest.raises(TuningError, match="not finite at step"):
-        tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=9, lr=1e30, clip=0))
+        tune(
+            prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=9, lr=1e30, max_grad_norm=0)
+        )
 
 
 def test_nothing_to_train(tmp_path):
@@ -166,6 +342,7 @@ def test_nothing_to_train(tmp_path):
 
 def test_the_schedule_rises_then_falls_to_zero_behind_the_last_step():
     factors = [rate_factor(i, 10, 0.3, True) for i in range(10)]
+    assert factors[2:] == [pytest.approx(k / 8) for k in range(8, 0, -1)]
     assert factors[:3] == [1 / 3, 2 / 3, 1.0]
     assert factors[3:] == sorted(factors[3:], reverse=True) and factors[-1] > 0
     assert rate_factor(0, 1, 0.06, True) == rate_factor(9, 10, 0.0, False) == 1.0
