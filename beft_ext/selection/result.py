@@ -14,6 +14,7 @@ from torch import Tensor
 from beft_ext import scores
 from beft_ext.errors import BeftError
 from beft_ext.files import save_tensors, sweep, whole_file
+from beft_ext.plots import draw
 
 
 class SelectionError(BeftError, RuntimeError):
@@ -74,10 +75,13 @@ class Selection:
         from beft_ext.plots import heatmap
 
         with whole_file(path) as temporary:
-            heatmap(self.per_layer[self.method], self.method, temporary)
+            heatmap(self.per_layer.get(self.method, {}), self.method, temporary)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` into ``folder``."""
+        """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` into ``folder``.
+
+        Without matplotlib a warning says that there is no picture.
+        """
         folder = Path(folder)
         tensors = {f"initial/{name}": t for name, t in self.initial.items()}
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
@@ -96,10 +100,10 @@ class Selection:
         }
         sweep(folder)
         save_tensors(folder / "biases.safetensors", tensors)
-        self.plot(folder / "heatmap.png")
         with whole_file(folder / "selection.json") as temporary:
             text = json.dumps(_nulls(record), indent=2, allow_nan=False)
             temporary.write_text(text + "\n", encoding="utf-8")
+        draw(self.plot, folder / "heatmap.png")
 
 
 def read_selection(path: Path) -> Selection:

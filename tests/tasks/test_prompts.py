@@ -28,6 +28,10 @@ DECODERS = {
 }
 
 
+with torch.device("meta"):
+    DECODER = hf.OPTForCausalLM(DECODERS["opt"]())
+
+
 @pytest.fixture(params=DECODERS)
 def model(request):
     torch.manual_seed(0)
@@ -40,7 +44,7 @@ def tokenizer(tiny_decoder):
 
 
 def objective(task, tokenizer, **options):
-    return PromptObjective(task, tokenizer, hf.OPTConfig(), **options)
+    return PromptObjective(task, tokenizer, DECODER, **options)
 
 
 @torch.no_grad()
