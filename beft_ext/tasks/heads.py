@@ -29,8 +29,7 @@ class HeadObjective(Objective):
         model: that will read the batches; one on the meta device suffices. Without it, its
             padding, longest input and arguments are taken to be the tokenizer's.
 
-    Raises: DataError for a task that generates text, a length without room for text, and a
-        tokenizer that does not belong to the model.
+    Raises: DataError for a task that generates text, and a length without room for text.
     """
 
     def __init__(

@@ -56,8 +56,7 @@ class PromptObjective(Objective):
         shots: examples to stand before each prompt.
         new_tokens: at most, of a generated answer.
 
-    Raises: DataError for a task without a prompt, and a tokenizer that does not belong to the
-        model.
+    Raises: DataError for a task without a prompt.
     """
 
     auto = "AutoModelForCausalLM"

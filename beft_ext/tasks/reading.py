@@ -54,10 +54,7 @@ class Reading:
 
 
 def reading(model: nn.Module | None, tokenizer: Any) -> Reading:
-    """How ``model`` reads, on whatever device it is ('meta' suffices); None: any model.
-
-    Raises DataError where ``model`` and ``tokenizer`` do not belong together.
-    """
+    """How ``model`` reads, on whatever device it is ('meta' suffices); None: any model."""
     config = None if model is None else model.config.get_text_config()
     pad = _pad(config, tokenizer)
     fill = {"input_ids": pad, "token_type_ids": getattr(tokenizer, "pad_token_type_id", 0)}
@@ -65,7 +62,6 @@ def reading(model: nn.Module | None, tokenizer: Any) -> Reading:
     longest = _whole(getattr(tokenizer, "model_max_length", None))
     if model is None:
         return Reading(fill, start, longest=longest)
-    _check_vocabulary(model, tokenizer)
     arguments = set(inspect.signature(_inner(model).forward).parameters)
     if getattr(config, "type_vocab_size", 2) < 2:  # RoBERTa has one type, BERT's tokenizer two
         arguments.discard("token_type_ids")
@@ -80,14 +76,16 @@ def agree(model: nn.Module, tokenizer: Any) -> None:
     we do.
 
     The tokenizer's is taken, which is in no text; the config's where the model counts positions
-    from it, or where the tokenizer has none. Raises DataError where neither has one.
+    from it, or where the tokenizer has none. Raises DataError where neither has one, and where
+    the tokenizer is another model's.
     """
+    _check_vocabulary(model, tokenizer)
     config: Any = model.config
     text = config.get_text_config()
     own = text.pad_token_id
     special = own in tokenizer.all_special_ids
     if own is not None and own != tokenizer.pad_token_id and _tables(model):
-        if not special:
+        if not special and tokenizer.pad_token_id is not None:
             raise DataError(
                 f"its positions count from padding token {own}, which is an ordinary token of the "
                 f"tokenizer ({tokenizer.convert_ids_to_tokens(own)!r}): the two are of two models"
