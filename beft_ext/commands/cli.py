@@ -236,10 +236,9 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(_: argparse.Namespace) -> None:
-    from beft_ext.ops import backends
+    from beft_ext.commands.doctor import report
 
-    for name, reason in backends().items():
-        print(f"{name:<10} {'usable' if not reason else 'not usable: ' + reason}")
+    print(report())
 
 
 def _demo(arguments: argparse.Namespace) -> None:
