@@ -69,7 +69,7 @@ setup(
         Extension(
             "beft_ext._native",
             sources=["csrc/bindings.cpp", *sorted(glob("csrc/cpu/*.cpp"))],
-            depends=[*glob("csrc/*.h"), *glob("csrc/*/*.h"), *CUDA_SOURCES],
+            depends=[*glob("csrc/*.h"), *glob("csrc/*/*.*h"), *CUDA_SOURCES],
             include_dirs=["csrc"],
             extra_compile_args=[
                 "-O3",

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from beft_ext.errors import BeftError
+from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.files import whole_file
 
 
 class PlotError(BeftError, RuntimeError):
-    """matplotlib is missing."""
+    """matplotlib is missing, or there is nothing to draw."""
+
+
+def draw(picture: Callable[..., None], *arguments: Any) -> None:
+    """Draw ``picture(*arguments)``, or say in a BeftWarning why not: it is no result."""
+    try:
+        picture(*arguments)
+    except PlotError as error:
+        warnings.warn(f"no picture was drawn: {error}", BeftWarning, stacklevel=2)
 
 
 def heatmap(per_layer: Mapping[str, Sequence[float]], title: str, path: Path) -> None:
     """Term x layer picture of one score; NaN cells stay grey. Raises PlotError."""
+    if not per_layer:
+        raise PlotError(f"there are no scores '{title}' by layer to draw")
     layers = max(len(row) for row in per_layer.values())
     cells = [[*row, *[math.nan] * (layers - len(row))] for row in per_layer.values()]
     figure = _figure(2.5 + 0.5 * layers, 1.2 + 0.42 * len(cells))
@@ -71,7 +82,7 @@ def _figure(width: float, height: float) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
-    except ImportError as error:
+    except Exception as error:  # missing, or broken by another version of numpy
         raise PlotError("a plot needs matplotlib: pip install 'beft-ext[plots]'") from error
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)

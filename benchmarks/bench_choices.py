@@ -70,7 +70,7 @@ def case(which: str, shape: tuple[int, int, int], kind: str, device: str) -> Cas
     model, asked = decoder(*shape, device), questions(*KINDS[kind])
     if which == "one by one":
         return lambda: one_by_one(model, asked)
-    objective = PromptObjective(QUESTION, _Tokens(), model.config)
+    objective = PromptObjective(QUESTION, _Tokens(), model)
     rows = [
         Encoded(Prompt(prompt, options), 0.0, len(prompt), len(options))
         for prompt, options in asked

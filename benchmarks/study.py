@@ -23,7 +23,7 @@ from torch import nn
 
 from beft_ext import find_biases, scores, select
 from beft_ext.commands import demo
-from beft_ext.commands.loading import Asking, Source
+from beft_ext.commands.loading import ModelSpec, Source
 from beft_ext.files import whole_file
 from beft_ext.models import Bias
 from beft_ext.selection import ModelSnapshot, Run
@@ -49,7 +49,7 @@ def measure(name: str, size: int, seed: int, data: Path | None) -> dict[str, Any
     origin = source(name, data)
     train = subset(origin.read("train"), size, seed)
     validation = origin.read("validation")
-    model, objective = Asking(str(demo.minilm()), seed=seed).load(origin.task)
+    model, objective = ModelSpec(str(demo.minilm()), seed=seed).load(origin.task)
     held_out = objective.held_out(validation, 64)
     biases = find_biases(model)
     choices: dict[str, dict[str, str]] = {}

@@ -1,12 +1,13 @@
 """Adapters: the trained biases and head as files, on a model by name, and merged for good."""
 
 from beft_ext.adapters.applying import load_adapter, set_adapter
-from beft_ext.adapters.contents import AdapterError, head_classes, model_class
+from beft_ext.adapters.contents import AdapterError, class_names, head_classes, model_class
 from beft_ext.adapters.merging import merge_adapter, unmerge_adapter
 from beft_ext.adapters.saving import save_adapter
 
 __all__ = [
     "AdapterError",
+    "class_names",
     "head_classes",
     "load_adapter",
     "merge_adapter",

@@ -207,6 +207,22 @@ def model_class(folder: str | Path) -> str | None:
     return name if known else None
 
 
+def class_facts(model: nn.Module) -> dict[str, Any]:
+    """``classes``: names of the head's outputs, where they say more than their numbers."""
+    found = getattr(getattr(model, "config", None), "id2label", None)
+    if not found or all(name == f"LABEL_{i}" for i, name in found.items()):
+        return {}
+    return {"classes": [str(name) for name in found.values()]}
+
+
+def class_names(folder: str | Path) -> list[str]:
+    """Names of the classes of the adapter's head; empty where it does not say them."""
+    mapping = _config(Path(folder)).get("auto_mapping")
+    facts = mapping.get("beft_ext") if isinstance(mapping, dict) else None
+    names = facts.get("classes") if isinstance(facts, dict) else None
+    return [str(n) for n in names] if isinstance(names, list) else []
+
+
 def _weights(folder: Path) -> Path:
     if not folder.is_dir():
         raise AdapterError(f"no adapter folder at {folder}")

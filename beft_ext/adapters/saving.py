@@ -14,6 +14,7 @@ from beft_ext.adapters.contents import (
     FILES,
     AdapterError,
     Contents,
+    class_facts,
     head_modules,
     head_state,
     model_facts,
@@ -73,7 +74,7 @@ def save_adapter(
 
 def _to_save(model: nn.Module) -> tuple[Contents, dict[str, Any], str]:
     """What is trained or active, the facts that its config keeps of it, and its summary."""
-    prepared, facts = prepared_of(model), model_facts(model)
+    prepared, facts = prepared_of(model), model_facts(model) | class_facts(model)
     if prepared is not None:
         facts["terms"] = list(prepared.terms)
         facts["biases"] = [

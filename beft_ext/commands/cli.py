@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from beft_ext import scores
 from beft_ext.commands import methods
-from beft_ext.commands.loading import ASKED
+from beft_ext.commands.loading import OBJECTIVES
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.files import require_writable, save_json
 from beft_ext.tasks import TASKS
@@ -138,7 +138,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text-pair-column")
     parser.add_argument("--label-column", default="label")
     parser.add_argument("--task-config", type=Path, metavar="F", help="JSON: what the files mean")
-    parser.add_argument("--objective", choices=ASKED, default="auto", help="how the task is put")
+    parser.add_argument(
+        "--objective", choices=OBJECTIVES, default="auto", help="how the task is put"
+    )
+    parser.add_argument(
+        "--new-head", action="store_true", help="put a new head in place of the model's own"
+    )
     parser.add_argument(
         "--max-length", type=int, metavar="TOKENS", help="(head: 128, prompt: 2048)"
     )
@@ -164,15 +169,15 @@ def _source(arguments: argparse.Namespace) -> Any:
     return Source(a.task, a.data, a.train_file, a.validation_file, a.task_config, *columns)
 
 
-def _asking(arguments: argparse.Namespace) -> Any:
-    from beft_ext.commands.loading import Asking, WorkflowError
+def _spec(arguments: argparse.Namespace) -> Any:
+    from beft_ext.commands.loading import ModelSpec, WorkflowError
 
     a = arguments
     if a.max_length is not None and a.max_length < 1:
         raise WorkflowError("--max-length must be at least 1")
     if not 0 <= a.seed < 2**32:
         raise WorkflowError(f"--seed must be 0 to {2**32 - 1}, but is {a.seed}")
-    return Asking(a.model, a.objective, a.max_length, a.seed)
+    return ModelSpec(a.model, a.objective, a.max_length, a.seed, a.new_head)
 
 
 def _biases(arguments: argparse.Namespace) -> None:
@@ -189,7 +194,7 @@ def _select(arguments: argparse.Namespace) -> None:
     require_writable(a.out)
     terms = a.terms.split(",") if a.terms else None
     selection = workflow.run_select(
-        _source(a), _asking(a), workflow.Settings.of(a), terms, a.method, a.steps, a.settle
+        _source(a), _spec(a), workflow.Settings.of(a), terms, a.method, a.steps, a.settle
     )
     print(selection)
     selection.save(a.out)
@@ -204,7 +209,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     settings = workflow.Settings.of(a)
     options = {"resume": a.resume, "save_every": a.save_every}
     options |= {"bf16": a.bf16, "compile": a.compile, "graphs": a.graphs}
-    workflow.run_tune(_source(a), _asking(a), settings, a.terms, a.out, **options)
+    workflow.run_tune(_source(a), _spec(a), settings, a.terms, a.out, **options)
 
 
 def _tune_stands(arguments: argparse.Namespace) -> str:
@@ -219,7 +224,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     a = arguments
     if a.out:
         require_writable(a.out)
-    record = workflow.run_evaluate(_source(a), _asking(a), a.adapter, a.split)
+    record = workflow.run_evaluate(_source(a), _spec(a), a.adapter, a.split)
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
     print(f"{metrics}  ({record['examples']} examples)")
     if a.out:
@@ -233,7 +238,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     require_writable(a.out)
     planned = comparison.Comparison(
         _source(a),
-        _asking(a),
+        _spec(a),
         workflow.Settings.of(a),
         methods=a.methods.split(","),
         seeds=range(a.seed, a.seed + a.seeds),
@@ -260,10 +265,9 @@ def _merge(arguments: argparse.Namespace) -> None:
 
 
 def _doctor(_: argparse.Namespace) -> None:
-    from beft_ext.ops import backends
+    from beft_ext.commands.doctor import report
 
-    for name, reason in backends().items():
-        print(f"{name:<10} {'usable' if not reason else 'not usable: ' + reason}")
+    print(report())
 
 
 def _demo(arguments: argparse.Namespace) -> None:

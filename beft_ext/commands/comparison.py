@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from beft_ext.commands.loading import Asking, Source, WorkflowError, classes_of
+from beft_ext.commands.loading import ModelSpec, Source, WorkflowError, classes_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
 from beft_ext.commands.workflow import EVALUATION_BATCH, Settings
@@ -52,7 +52,7 @@ class Comparison:
     evaluated: number of validation examples, drawn with seed 0; all of them by default."""
 
     source: Source
-    asking: Asking
+    spec: ModelSpec
     settings: Settings
     methods: Sequence[str]
     seeds: Sequence[int]
@@ -93,8 +93,10 @@ class Comparison:
         found: dict[str, Any] = {"task": self.source.name}
         files = (self.source.train_file, self.source.validation_file, self.source.config)
         found["files"] = " ".join(str(f) for f in files if f) or None
-        settings = asdict(replace(self.settings, seed=0)) | asdict(replace(self.asking, seed=0))
+        settings = asdict(replace(self.settings, seed=0)) | asdict(replace(self.spec, seed=0))
         settings["clip"] = settings.pop("max_grad_norm")  # as on the command line, and in old files
+        if not settings["new_head"]:
+            del settings["new_head"]  # old files do not know it
         own = {"rates": dict(self.rates), "decay": self.decay, "evaluated": self.evaluated}
         return found | settings | own
 
@@ -127,7 +129,7 @@ class Comparison:
         own = subset(train, settings.train_size, seed)
         classes = classes_of(train, validation)
         shots = own[: way.shots]
-        model, objective = replace(self.asking, seed=seed).load(self.source.task, classes, shots)
+        model, objective = replace(self.spec, seed=seed).load(self.source.task, classes, shots)
         held_out = objective.held_out(validation, EVALUATION_BATCH)
         if not way.trains:
             if not isinstance(objective, PromptObjective):
@@ -251,7 +253,7 @@ def table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
 
 def write(comparison: Comparison, outcomes: Sequence[Outcome], out: Path) -> str:
     """``out`` gets comparison.json, .md and .png. Returns the table."""
-    from beft_ext.plots import methods
+    from beft_ext.plots import draw, methods
 
     metrics = comparison.source.task.metrics
     rows = summarize(outcomes, metrics)
@@ -259,7 +261,7 @@ def write(comparison: Comparison, outcomes: Sequence[Outcome], out: Path) -> str
     save_json(out / "comparison.json", rows)
     with whole_file(out / "comparison.md") as temporary:
         temporary.write_text(found + "\n", encoding="utf-8")
-    methods(outcomes, metrics[0], out / "comparison.png")
+    draw(methods, outcomes, metrics[0], out / "comparison.png")
     return found
 
 

@@ -12,13 +12,13 @@ from typing import Any
 from torch import nn
 
 from beft_ext.commands.loading import (
-    Asking,
+    Folder,
+    ModelSpec,
     Source,
     WorkflowError,
     classes_of,
     goes_left_to_right,
-    load_model,
-    pretrained,
+    require_order,
 )
 from beft_ext.files import whole_files
 from beft_ext.models import find_biases
@@ -69,7 +69,7 @@ class Settings:
 
 def run_select(
     source: Source,
-    asking: Asking,
+    spec: ModelSpec,
     settings: Settings,
     terms: Sequence[str] | None = None,
     method: str = "beft",
@@ -80,7 +80,7 @@ def run_select(
     train = source.read("train")
     if source.validation_file is not None:
         source.read("validation")  # not needed here, but better found broken before the run
-    model, objective = asking.load(source.task, classes_of(train))
+    model, objective = spec.load(source.task, classes_of(train))
     loader = settings.batches(objective, train)
     _tell(objective)
     options = {"terms": terms, "method": method, "steps": steps, "settle": settle}
@@ -112,7 +112,7 @@ def _tell(objective: Objective) -> None:
 
 def run_tune(
     source: Source,
-    asking: Asking,
+    spec: ModelSpec,
     settings: Settings,
     terms: str,
     out: Path,
@@ -124,11 +124,11 @@ def run_tune(
     """``beft-ext tune``: ``out`` gets adapter/, log.jsonl, learning_curve.png and, for terms
     'auto', selection/. Prints what trains and each evaluation. options: of Recipe."""
     from beft_ext.adapters import save_adapter
-    from beft_ext.plots import learning_curve
+    from beft_ext.plots import draw, learning_curve
     from beft_ext.training.preparation import prepare
 
     train, validation, task = source.read("train"), source.read("validation"), source.task
-    model, objective = asking.load(task, classes_of(train, validation))
+    model, objective = spec.load(task, classes_of(train, validation))
     loader = settings.batches(objective, train)
     held_out = objective.held_out(validation, EVALUATION_BATCH)
     _tell(objective)
@@ -160,29 +160,31 @@ def run_tune(
     )
     for record in progress.history:
         print("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
-    learning_curve(progress.history, task.metric, out / "learning_curve.png")
     save_adapter(model, out / "adapter", selection=selected)
+    draw(learning_curve, progress.history, task.metric, out / "learning_curve.png")
     print(f"\nthe adapter is in {out / 'adapter'}")
 
 
 def run_evaluate(
-    source: Source, asking: Asking, adapter: Path | None, split: str = "validation"
+    source: Source, spec: ModelSpec, adapter: Path | None, split: str = "validation"
 ) -> dict[str, Any]:
     """``beft-ext evaluate``: metrics and every prediction, of a model with or without adapter."""
-    from beft_ext.adapters import head_classes, load_adapter
+    from beft_ext.adapters import class_names, head_classes, load_adapter
 
     examples, task = source.read(split), source.task
-    # A folder that was trained to the end says itself how many classes it has.
-    known = None if adapter else pretrained(asking.model, "AutoConfig").num_labels
-    classes = (head_classes(adapter) if adapter else known) or classes_of(examples)
-    model, objective = asking.load(task, classes)
-    if adapter is not None:
+    if adapter is None:  # a folder that was trained to the end says how many classes it has
+        model, objective = spec.load(task, classes=None)
+    else:
+        require_order(f"adapter '{adapter}'", class_names(adapter), task.classes)
+        classes = head_classes(adapter)
+        spec = replace(spec, new_head=spec.new_head or classes is not None)
+        model, objective = spec.load(task, classes or classes_of(examples))
         load_adapter(model, adapter)
     held_out = objective.held_out(examples, EVALUATION_BATCH)
     _tell(objective)
     found = objective.predict(model, held_out)
     return {
-        "model": asking.model,
+        "model": spec.model,
         "adapter": None if adapter is None else str(adapter),
         "metrics": measure(task.metrics, found, examples),
         "examples": len(examples),
@@ -192,15 +194,22 @@ def run_evaluate(
 
 def run_merge(model: str, adapter: Path, out: Path) -> None:
     """``beft-ext merge``: ``out`` is a folder that transformers loads without us."""
-    from beft_ext.adapters import head_classes, load_adapter, merge_adapter, model_class
+    from beft_ext.adapters import (
+        class_names,
+        head_classes,
+        load_adapter,
+        merge_adapter,
+        model_class,
+    )
 
     _check_out(model, out)
-    classes = head_classes(adapter)
-    tokenizer = pretrained(model, "AutoTokenizer")
-    decoder = goes_left_to_right(pretrained(model, "AutoConfig"))
+    classes, folder = head_classes(adapter), Folder.of(model)
+    tokenizer, decoder = folder.tokenizer, goes_left_to_right(folder.config)
     auto = "AutoModelForCausalLM" if decoder else "AutoModelForSequenceClassification"
-    options = {"num_labels": classes} if classes else {}
-    loaded = load_model(model, model_class(adapter) or auto, tokenizer, **options)
+    auto = model_class(adapter) or auto
+    options: dict[str, Any] = {"num_labels": classes, "problem_type": None} if classes else {}
+    names = class_names(adapter)
+    loaded = folder.load(auto, new_head=classes is not None, classes=names, **options)
     load_adapter(loaded, adapter)
     merge_adapter(loaded)
     # The configuration last: without it the folder is no model.

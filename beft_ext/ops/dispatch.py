@@ -27,11 +27,32 @@ def _load_native() -> tuple[ModuleType | None, str]:
 native, _why_no_native = _load_native()
 
 
+# What torch says when it starts CUDA, and what to do about it.
+NO_GPU = {
+    "not compiled with CUDA": "torch was built without CUDA: install a CUDA build of torch",
+    "driver on your system is too old": "the NVIDIA driver is too old for this torch: update the "
+    "driver, or install a torch built for an older CUDA",
+    "no NVIDIA driver": "there is no NVIDIA driver: install it",
+    "No CUDA GPUs": "no GPU is visible: check nvidia-smi and CUDA_VISIBLE_DEVICES",
+}
+
+
+def _why_no_gpu() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        said = str(error).strip() or type(error).__name__
+        return next((told for sign, told in NO_GPU.items() if sign in said), said.splitlines()[0])
+    return "torch sees no CUDA GPU"
+
+
 def backends() -> dict[str, str]:
     """Name of each backend -> '' where it is usable here, else the reason why it is not."""
     import torch
 
-    gpu = "" if torch.cuda.is_available() else "torch sees no CUDA GPU"
+    gpu = "" if torch.cuda.is_available() else _why_no_gpu()
     triton = gpu or (
         "" if importlib.util.find_spec("triton") else "triton is not installed: pip install triton"
     )

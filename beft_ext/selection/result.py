@@ -23,6 +23,7 @@ from beft_ext.files import (
     write_json,
     write_tensors,
 )
+from beft_ext.plots import draw
 
 RECORD, BIASES, PICTURE = "selection.json", "biases.safetensors", "heatmap.png"
 
@@ -85,10 +86,13 @@ class Selection:
         from beft_ext.plots import heatmap
 
         with whole_file(path) as temporary:
-            heatmap(self.per_layer[self.method], self.method, temporary)
+            heatmap(self.per_layer.get(self.method, {}), self.method, temporary)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` as one."""
+        """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` as one.
+
+        Without matplotlib a warning says that there is no picture.
+        """
         tensors = {f"initial/{name}": t for name, t in self.initial.items()}
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
         record = {
@@ -107,7 +111,7 @@ class Selection:
         }
         with whole_files(folder, last=RECORD) as temporary:
             record["biases"] = write_tensors(temporary / BIASES, tensors)
-            self.plot(temporary / PICTURE)
+            draw(self.plot, temporary / PICTURE)
             write_json(temporary / RECORD, _nulls(record))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from beft_ext.tasks.batches import padded
 from beft_ext.tasks.objective import device_of, log_probabilities
+from beft_ext.tasks.reading import takes
 
 ROWS = 128  # options that continue from copies of the cache at a time
 
@@ -64,7 +64,7 @@ def _rest(
     logits = model(
         input_ids=options[:, :-1],
         attention_mask=whole,
-        past_key_values=copied,
+        **{"cache" if takes(model, "cache") else "past_key_values": copied},  # renamed in 5.24
         use_cache=True,
         **positions,
     ).logits
@@ -83,7 +83,10 @@ def greedy(
     found = model.generate(  # type: ignore[operator]
         input_ids=ids,
         attention_mask=padded([[1] * len(p) for p in prompts], 0, left=True).to(device),
-        do_sample=False,
+        do_sample=False,  # and nothing else that the folder's generation_config.json may ask for
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
         max_new_tokens=new_tokens,
         eos_token_id=stops or None,
         pad_token_id=pad,
@@ -94,11 +97,10 @@ def greedy(
 
 def _positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
     """Positions that count from each row's first real token, for models that take them."""
-    if "position_ids" not in inspect.signature(model.forward).parameters:
+    if not takes(model, "position_ids"):
         return {}
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def _last(model: nn.Module) -> dict[str, int]:
-    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
-    return {"logits_to_keep": 1} if takes else {}
+    return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from beft_ext.tasks.batches import Batches, Encoded
 from beft_ext.tasks.examples import Example
 from beft_ext.tasks.objective import Objective, device_of
+from beft_ext.tasks.reading import reading
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
 
@@ -20,9 +21,15 @@ LONGEST = 128  # as the authors' code; batches are as long as their own longest 
 class HeadObjective(Objective):
     """``AutoModelForSequenceClassification``, or ``AutoModelForMultipleChoice`` for choices.
 
-    classes: outputs of the head; the task's own number where that is known. max_length: of a
-    text in tokens, at most ``limit``, the model's own, and the tokenizer's.
-    Raises DataError for a task that generates text, or a length without room for text.
+    Args:
+        task: of any kind but generation.
+        tokenizer: of the model.
+        classes: outputs of the head, where the task does not name its classes.
+        max_length: of a text in tokens; at most what the model and its tokenizer allow.
+        model: that will read the batches; one on the meta device suffices. Without it, its
+            padding, longest input and arguments are taken to be the tokenizer's.
+
+    Raises: DataError for a task that generates text, and a length without room for text.
     """
 
     def __init__(
@@ -31,26 +38,20 @@ class HeadObjective(Objective):
         tokenizer: Any,
         classes: int = 2,
         max_length: int | None = None,
-        limit: int | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__(task)
         if task.kind == "generation":
             raise DataError("a task that generates text needs a language model: use a decoder")
-        self.tokenizer = tokenizer
-        limits = [n for n in (limit, tokenizer.model_max_length) if n and n > 0]  # XLNet has -1
-        self.longest = min([max_length or LONGEST, *limits])
+        self.tokenizer, self.reading = tokenizer, reading(model, tokenizer)
+        self.longest = min(max_length or LONGEST, self.reading.longest or LONGEST)
         paired = task.pair is not None or task.kind == "choice"
         markers = tokenizer.num_special_tokens_to_add(pair=paired)
         if self.longest <= markers:
             raise DataError(
                 f"--max-length {self.longest} leaves no room for text: {markers} tokens are markers"
             )
-        self.auto = "AutoModelForSequenceClassification"
-        self.model_options = {"num_labels": max(2, len(task.classes) or classes)}
-        if task.kind == "regression":
-            self.model_options = {"num_labels": 1, "problem_type": "regression"}
-        elif task.kind == "choice":
-            self.auto, self.model_options = "AutoModelForMultipleChoice", {}
+        self.auto, self.model_options = _head(task, classes)
 
     def training(
         self, examples: Sequence[Example], size: int, seed: int, by_length: bool = False
@@ -58,6 +59,7 @@ class HeadObjective(Objective):
         return Batches(self._encode(examples), self._collate, size, seed, by_length)
 
     def held_out(self, examples: Sequence[Example], size: int) -> Batches:
+        self._require_metrics(examples)
         return Batches(self._encode(examples), self._collate, size)
 
     def answers(self, model: nn.Module, rows: list[Encoded]) -> list[Any]:
@@ -88,14 +90,25 @@ class HeadObjective(Objective):
         found = dict(self.tokenizer(*texts, truncation=True, max_length=self.longest))
         if len(found["input_ids"]) >= self.longest:
             self._note(f"texts as long as --max-length {self.longest} or cut there")
-        return found
+        return self.reading.row(found)
 
     def _collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """``(B, T)``, or ``(B, C, T)`` for choices; labels ``(B,)``."""
         parts = [p for row in rows for p in row.fields]
-        fields = {k: [p[k] for p in parts] for k in parts[0]}
-        batch = dict(self.tokenizer.pad(fields, return_tensors="pt"))
+        batch = self.reading.batch(parts)
         if self.task.kind == "choice":
             batch = {k: v.view(len(rows), -1, v.shape[-1]) for k, v in batch.items()}
         number = torch.float32 if self.task.kind == "regression" else torch.long
         return batch | {"labels": torch.tensor([row.label for row in rows], dtype=number)}
+
+
+def _head(task: Task, classes: int) -> tuple[str, dict[str, Any]]:
+    """The transformers class for a task, and what its config must say, whatever another task
+    left there."""
+    if task.kind == "choice":
+        return "AutoModelForMultipleChoice", {}
+    options: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if task.kind == "classification":
+        number = max(2, len(task.classes) or classes)
+        options = {"num_labels": number, "problem_type": "single_label_classification"}
+    return "AutoModelForSequenceClassification", options

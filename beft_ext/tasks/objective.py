@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from beft_ext.errors import BeftError
 from beft_ext.tasks.batches import Batches, Encoded
 from beft_ext.tasks.examples import Example
 from beft_ext.tasks.metrics import measure
+from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
 from beft_ext.training.loss import model_loss
 
@@ -46,6 +49,10 @@ class Objective(ABC):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """A mean over examples or, where labels are tokens, over these."""
+        with _readable(model):
+            return self._loss(model, batch)
+
+    def _loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return model_loss(model, batch)
 
     @torch.no_grad()
@@ -55,7 +62,8 @@ class Objective(ABC):
         model.eval()
         try:
             for indices in batches.plan():
-                answers = self.answers(model, [batches.rows[i] for i in indices])
+                with _readable(model):
+                    answers = self.answers(model, [batches.rows[i] for i in indices])
                 for i, answer in zip(indices, answers, strict=True):
                     found[i] = answer
         finally:
@@ -68,8 +76,34 @@ class Objective(ABC):
         """The task's metrics; ``batches`` as ``held_out(examples)`` made them."""
         return measure(self.task.metrics, self.predict(model, batches), examples)
 
+    def _require_metrics(self, examples: Sequence[Example]) -> None:
+        """Raise DataError now, not after the training, where a metric cannot be had."""
+        answer: Callable[[Example], Any] = {
+            "generation": lambda e: e.answers[0],
+            "regression": lambda e: e.label,
+        }.get(self.task.kind, lambda e: e.right[0])
+        try:
+            measure(self.task.metrics, [answer(e) for e in examples], examples)
+        except ValueError as error:  # scikit-learn's f1 of more than two classes
+            if isinstance(error, BeftError):
+                raise
+            names = ", ".join(self.task.metrics)
+            raise DataError(f"metric {names} does not suit these examples: {error}") from error
+
     def _note(self, what: str) -> None:
         self.notes[what] = self.notes.get(what, 0) + 1
+
+
+@contextmanager
+def _readable(model: nn.Module) -> Iterator[None]:
+    """What a model of a folder of one's own stumbles over, as one line."""
+    try:
+        yield
+    except BeftError:
+        raise
+    except (ValueError, IndexError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise DataError(f"{type(model).__name__} cannot read this batch: {reason}") from error
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -7,7 +7,6 @@ token; where all options are one token long, one row serves them all.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from beft_ext.tasks.batches import Batches, Encoded, padded
 from beft_ext.tasks.decoding import greedy, shared_prompt_scores
 from beft_ext.tasks.examples import Example
 from beft_ext.tasks.objective import Objective, device_of, log_probabilities
+from beft_ext.tasks.reading import reading, takes
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
 
@@ -43,10 +43,20 @@ class Prompt:
 class PromptObjective(Objective):
     """``AutoModelForCausalLM`` with the task's prompt.
 
-    config: of the model, for its longest input. shots: examples to stand before each prompt.
-    Prompts that are too long lose their beginning; an option or answer that would not fit with
-    one token of prompt is an error, or in training left out and counted in ``notes``.
-    Raises DataError for a task without a prompt.
+    Prompts that are too long lose their beginning. An option or answer that does not fit beside
+    one token of prompt is an error; in training its example is left out and counted in
+    ``notes``.
+
+    Args:
+        task: with a prompt.
+        tokenizer: of the model.
+        model: that will read the batches; one on the meta device suffices.
+        max_length: of prompt and answer in tokens; at most what the model and its tokenizer
+            allow.
+        shots: examples to stand before each prompt.
+        new_tokens: at most, of a generated answer.
+
+    Raises: DataError for a task without a prompt.
     """
 
     auto = "AutoModelForCausalLM"
@@ -55,7 +65,7 @@ class PromptObjective(Objective):
         self,
         task: Task,
         tokenizer: Any,
-        config: Any,
+        model: nn.Module,
         max_length: int | None = None,
         shots: Sequence[Example] = (),
         new_tokens: int = ROOM,
@@ -63,13 +73,13 @@ class PromptObjective(Objective):
         super().__init__(task)
         if not task.prompt or task.kind == "regression":
             raise DataError("this task has no prompt: use a model with a task head")
-        limit = getattr(config, "max_position_embeddings", None) or LONGEST
-        self.longest = min(max_length or LONGEST, limit)
+        self.reading = reading(model, tokenizer)
+        self.longest = min(max_length or LONGEST, self.reading.longest or LONGEST)
         self.tokenizer, self.model_options = tokenizer, {}
-        self.new_tokens = min(new_tokens, self.longest // 2)
+        self.new_tokens = max(1, min(new_tokens, self.longest // 2))
         ids = tokenizer("")["input_ids"]
         self.bos = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
-        self.pad = tokenizer.pad_token_id or 0
+        self.pad = self.reading.fill["input_ids"]
         self.shots = "".join(s.prompt + self._spoken(s) + SEPARATOR for s in shots)
 
     def training(
@@ -87,11 +97,12 @@ class PromptObjective(Objective):
         return Batches(rows, self.options if ranked else self._spelled, size, seed, by_length)
 
     def held_out(self, examples: Sequence[Example], size: int) -> Batches:
+        self._require_metrics(examples)
         options = self.task.kind != "generation"
         try:
             rows = [self._encode(e, options, e.options if options else ()) for e in examples]
         except _TooLong as error:
-            raise DataError(f"option '{error}' is longer than the model's input") from error
+            raise DataError(f"{error} is longer than the model's input") from error
         return Batches(rows, self.options if options else self._spelled, size)
 
     def answers(self, model: nn.Module, rows: list[Encoded]) -> list[Any]:
@@ -106,10 +117,10 @@ class PromptObjective(Objective):
             scores = shared_prompt_scores(model, pairs, self.pad)
         return [max(range(len(s)), key=s.__getitem__) for s in scores]
 
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    def _loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Cross-entropy over the options' scores; the model's own for teacher forcing."""
         if "options" not in batch:
-            return super().loss(model, batch)
+            return super()._loss(model, batch)
         return nn.functional.cross_entropy(option_scores(model, batch), batch["labels"])
 
     def options(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
@@ -154,19 +165,28 @@ class PromptObjective(Objective):
     def _encode(self, example: Example, ranked: bool, said: Sequence[str]) -> Encoded:
         text = self.shots + example.prompt
         prompt = self._ids(text.rstrip(" "))
-        options = [self._ids(text + option)[len(prompt) :] for option in said]
+        options = [self._continuation(prompt, text, option) for option in said]
         if any(not option for option in options):
             raise DataError(f"an option of '{example.prompt[-40:]}' has no token of its own")
         after = max((len(option) for option in options), default=self.new_tokens)
         room = self.longest - len(self.bos) - after
         if room < 1:
-            raise _TooLong(max(said, key=len)[:40])
+            longest = max(said, key=len, default="")[:40]
+            raise _TooLong(f"option '{longest}'" if said else f"an answer of {after} tokens")
         if len(prompt) > room:
             self._note(f"prompts shortened to the last {room} tokens or fewer")
             prompt = prompt[-room:]
-        encoded = Prompt(self.bos + prompt, options)
+        encoded = Prompt(self.bos + prompt or [self.reading.start], options)
         parts = len(options) if ranked else 1
-        return Encoded(encoded, example.label, len(prompt) + after, parts)
+        return Encoded(encoded, example.label, len(encoded.prompt) + after, parts)
+
+    def _continuation(self, prompt: list[int], text: str, option: str) -> list[int]:
+        """Tokens of ``option`` after ``text``, whose own are ``prompt``."""
+        whole = self._ids(text + option)
+        if whole[: len(prompt)] == prompt:
+            return whole[len(prompt) :]
+        # Its first letters and the prompt's last became one token: it speaks for itself.
+        return self._ids(text[len(text.rstrip(" ")) :] + option)
 
     def _ids(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -191,7 +211,7 @@ def option_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         "input_ids": ids.flatten(0, 1),
         "attention_mask": batch["attention_mask"].flatten(0, 1),
     }
-    if _takes(model, "logits_to_keep"):
+    if takes(model, "logits_to_keep"):
         keep, at = at.unique(return_inverse=True)
         inputs["logits_to_keep"] = keep
     logits = model(**inputs, use_cache=False).logits
@@ -201,8 +221,3 @@ def option_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     found = logs.gather(-1, options.unsqueeze(-1)).squeeze(-1)  # (B, C, O)
     mask = batch["option_mask"]
     return (found * mask).sum(-1) / mask.sum(-1)
-
-
-def _takes(model: nn.Module, argument: str) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return argument in inspect.signature(inner.forward).parameters

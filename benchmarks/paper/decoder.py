@@ -137,7 +137,7 @@ def accuracies(model: torch.nn.Module, tokenizer: Any, folder: Path) -> dict[str
     found = {}
     for name in grammar.MAKERS:
         task, examples = named_task(name), load_task(name, "validation", folder)[:200]
-        objective = PromptObjective(task, tokenizer, model.config)
+        objective = PromptObjective(task, tokenizer, model)
         batches = objective.held_out(examples, 50)
         found[name] = objective.evaluate(model, batches, examples)[task.metric]
     return found

@@ -30,7 +30,7 @@ from transformers.utils import logging
 from beft_ext import find_biases, select
 from beft_ext.commands import demo
 from beft_ext.commands.comparison import RUNS, Comparison
-from beft_ext.commands.loading import Asking, Source, pretrained
+from beft_ext.commands.loading import ModelSpec, Source, pretrained
 from beft_ext.commands.methods import method
 from beft_ext.commands.workflow import Settings
 from beft_ext.models import BiasError
@@ -133,10 +133,10 @@ def _trained(name: str, cell: Cell, place: Place, seed: int) -> store.Record:
     hyper = place.hyper(cell.hyper)
     lr = hyper.lr or 1.0  # of methods that do not train nothing is asked
     settings = Settings(hyper.rows, hyper.batch, hyper.epochs, lr, max_grad_norm=1.0)
-    asking = Asking(place.asked(cell), max_length=hyper.max_length)
+    spec = ModelSpec(place.asked(cell), max_length=hyper.max_length)
     comparison = Comparison(
         Source(cell.task, place.data),
-        asking,
+        spec,
         settings,
         [name],
         [seed],
@@ -159,7 +159,7 @@ def _importance(cell: Cell, place: Place, seed: int) -> store.Record:
     """Scores of each term by layer: BEFT and magnitude after training all biases, Fisher of the
     untrained weights."""
     hyper = place.hyper(cell.hyper)
-    model, objective = Asking(place.asked(cell), seed=seed).load(Source(cell.task).task)
+    model, objective = ModelSpec(place.asked(cell), seed=seed).load(Source(cell.task).task)
     train = subset(Source(cell.task, place.data).read("train"), hyper.rows, seed)
 
     def found(batch: int, **options: Any) -> Selection:
@@ -181,7 +181,7 @@ def _ran(cell: Cell, place: Place) -> str:
     which the authors' number is near to."""
     if place.model is None or not cell.method.startswith("random-mask"):
         return cell.method
-    model, _ = Asking(place.model).load(Source(cell.task).task)
+    model, _ = ModelSpec(place.model).load(Source(cell.task).task)
     return f"random-mask:{sum(b.width for b in find_biases(model))}"
 
 
@@ -222,7 +222,7 @@ def _train(task: str, data: Path | None) -> list[Any]:
 
 @cache
 def _key_is_dead(model: str, task: str, place: Place) -> bool:
-    loaded, objective = Asking(model).load(Source(task).task)
+    loaded, objective = ModelSpec(model).load(Source(task).task)
     loader = objective.training(_train(task, place.data)[:4], 4, 0)
     try:
         return "key" in select(loaded, loader, loss=objective.loss, steps=1).dead

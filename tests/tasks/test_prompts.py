@@ -28,6 +28,10 @@ DECODERS = {
 }
 
 
+with torch.device("meta"):
+    DECODER = hf.OPTForCausalLM(DECODERS["opt"]())
+
+
 @pytest.fixture(params=DECODERS)
 def model(request):
     torch.manual_seed(0)
@@ -40,7 +44,7 @@ def tokenizer(tiny_decoder):
 
 
 def objective(task, tokenizer, **options):
-    return PromptObjective(task, tokenizer, hf.OPTConfig(), **options)
+    return PromptObjective(task, tokenizer, DECODER, **options)
 
 
 @torch.no_grad()
@@ -154,3 +158,75 @@ def test_per_example_statistics_of_ranked_options(tokenizer, tiny_decoder):
     assert found.per_layer["example_fisher"]["value"] == pytest.approx(
         list(squares.values()), rel=1e-3
     )
+
+
+def started(tokenizer):
+    """The tokenizer with a beginning of text that it adds itself, as OPT's and LLaMA's do."""
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    found = copy.deepcopy(tokenizer)
+    found.bos_token = "</s>"
+    found.backend_tokenizer.post_processor = TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", 0)]
+    )
+    return found
+
+
+def test_long_prompts_keep_their_beginning_mark_and_their_end(tokenizer):
+    rows = [{"q": "b" * 50 + "xyz", "label": 1}, {"q": "a", "label": 0}]
+    for begun in (tokenizer, started(tokenizer)):
+        asked = objective(VERBAL, begun, max_length=20)
+        marks = [] if begun is tokenizer else [0]
+        batches = asked.held_out(VERBAL.examples(rows, ""), 2)
+        long, short = (row.fields for row in batches.rows)
+        assert long.prompt[: len(marks)] == marks == short.prompt[: len(marks)]
+        text = tokenizer.decode(long.prompt[len(marks) :])
+        assert text.endswith("xyz It was") and set(text.removesuffix("xyz It was")) == {"b"}
+        assert tokenizer.decode(short.prompt[len(marks) :]) == "a It was"
+        # As long as allowed: prompt, and the one token of the option.
+        assert len(long.prompt) + len(long.options[0]) == 20
+
+
+def test_a_prompt_without_tokens_starts_somewhere(model, tokenizer):
+    task = Task(text="{q}", kind="choice", prompt="{q}", options="c", label="y")
+    rows = [{"q": q, "c": ["Yes", "No way"], "y": 0} for q in ("", "longer than that", "x")]
+    asked = objective(task, tokenizer)
+    batches = asked.held_out(task.examples(rows, ""), 3)
+    prompts = [row.fields for row in batches.rows]
+    assert prompts[0].prompt == [0]  # the end of text, which is what the tokenizer has
+    expected = [one_by_one(model, p.prompt, p.options) for p in prompts]
+    with torch.no_grad():
+        found = option_scores(model, asked.options(batches.rows)).tolist()
+        shared = shared_prompt_scores(model, [(p.prompt, p.options) for p in prompts], pad=1)
+    assert found == [pytest.approx(e, abs=1e-5) for e in expected]
+    assert shared == [pytest.approx(e, abs=1e-5) for e in expected]
+
+
+def test_an_option_that_grows_together_with_its_prompt_keeps_its_letters(tokenizer):
+    task = Task(text="{q}", prompt="{q}Y", options=("es", "ep"))
+    asked = objective(task, tokenizer)
+    batches = asked.held_out(task.examples([{"q": "a", "label": 1}], ""), 1)
+    prompt = batches.rows[0].fields
+    said = [tokenizer.decode(prompt.prompt + option) for option in prompt.options]
+    assert said == ["aYes", "aYep"]
+
+
+def test_a_length_without_room_for_an_answer_is_refused(tokenizer):
+    asked = objective(ANSWER, started(tokenizer), max_length=2)
+    with pytest.raises(DataError, match="an answer of 1 tokens is longer than the model's input"):
+        asked.held_out(ANSWER.examples([{"q": "a", "a": "b"}], ""), 1)
+
+
+def test_text_is_greedy_whatever_the_folder_asks_for(model, tokenizer):
+    asked = objective(ANSWER, tokenizer, new_tokens=6)
+    batches = asked.held_out(ANSWER.examples([{"q": "who is it", "a": "me"}], ""), 1)
+    plain = asked.predict(model, batches)
+    for key, value in {
+        "num_beams": 3,
+        "repetition_penalty": 5.0,
+        "no_repeat_ngram_size": 1,
+    }.items():
+        setattr(model.generation_config, key, value)
+    assert asked.predict(model, batches) == plain

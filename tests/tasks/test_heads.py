@@ -1,0 +1,67 @@
+"""Task heads: what batches hold, and labels that a head has no output for."""
+
+import pytest
+import torch
+import transformers as hf
+
+from beft_ext.tasks import DataError, HeadObjective, Task
+from beft_ext.tasks.heads import LONGEST
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_folder):
+    return hf.AutoTokenizer.from_pretrained(tiny_folder)
+
+
+def examples(task, *labels):
+    return task.examples([{"a": "ab" * i, "label": y} for i, y in enumerate(labels, 1)], "")
+
+
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_a_label_needs_an_output(tokenizer, classes):
+    task = Task(text="{a}")
+    objective = HeadObjective(task, tokenizer, classes)
+    (batch,) = objective.held_out(examples(task, *range(classes)), 9)
+    assert sorted(batch["labels"].tolist()) == list(range(classes))
+    assert batch["labels"].dtype == torch.long
+    for read in (objective.held_out, lambda e, n: objective.training(e, n, 0)):
+        with pytest.raises(DataError, match=rf"label {classes} does not fit .* {classes} classes"):
+            read(examples(task, 0, classes), 2)
+
+
+def test_the_head_is_the_tasks(tokenizer):
+    def asked(number=4, **task):
+        objective = HeadObjective(Task(text="{a}", **task), tokenizer, number)
+        return objective.auto.removeprefix("AutoModelFor"), objective.model_options
+
+    one = {"problem_type": "single_label_classification"}
+    assert asked() == ("SequenceClassification", {"num_labels": 4, **one})
+    assert asked(number=1) == ("SequenceClassification", {"num_labels": 2, **one})
+    assert asked(classes=("a", "b", "c"))[1] == {"num_labels": 3, **one}
+    number = {"num_labels": 1, "problem_type": "regression"}
+    assert asked(kind="regression") == ("SequenceClassification", number)
+    assert asked(kind="choice", options="c") == ("MultipleChoice", {})
+
+
+def test_targets_of_a_regression_are_numbers(tokenizer):
+    task = Task(text="{a}", kind="regression")
+    (batch,) = HeadObjective(task, tokenizer, 2).training(examples(task, 7.5, -2), 2, seed=0)
+    assert sorted(batch["labels"].tolist()) == [-2.0, 7.5]
+
+
+def test_texts_are_cut_to_the_usual_length_or_to_ones_own(tokenizer):
+    task = Task(text="{a}")
+    rows = task.examples([{"a": "a " * 300, "label": 0}], "")
+    for asked, length in ((None, LONGEST), (20, 20), (200, 200)):
+        objective = HeadObjective(task, tokenizer, max_length=asked)
+        (batch,) = objective.held_out(rows, 1)
+        assert batch["input_ids"].shape == (1, length) and objective.notes
+    with pytest.raises(DataError, match="--max-length 2 leaves no room"):
+        HeadObjective(task, tokenizer, max_length=2)
+
+
+def test_a_metric_that_does_not_suit_the_labels_is_told_before_the_training(tokenizer):
+    pytest.importorskip("sklearn", reason="scikit-learn counts f1")
+    task = Task(text="{a}", metrics=("f1",))
+    with pytest.raises(DataError, match="metric f1 does not suit these examples"):
+        HeadObjective(task, tokenizer, 3).held_out(examples(task, 0, 1, 2), 3)
