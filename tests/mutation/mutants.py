@@ -4,7 +4,8 @@ Faults come from two places: a seeded sample of what cosmic-ray's operators make
 the ones that are planted by hand in ``faults.py``, which know C++, CUDA and Triton too. Each run
 is a fork of this process, which has torch and transformers imported but not the package. So a
 fault costs its tests and not the imports. A fault is noticed where a test fails, the package does
-not import, the process dies, or it takes five times as long as without the fault.
+not import, the process dies, or it takes five times as long as without the fault. Of the tests of
+the place those run that get to the faulted function, by coverage, the quickest first.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import coverage
 import pytest
 from faults import EQUIVALENT, FAULTS, Fault
 
@@ -106,12 +109,11 @@ class Copy:
             subprocess.run(command, cwd=self.root, env=os.environ | {"BEFT_CUDA": "0"},
                            stdout=log, stderr=log, check=True)  # fmt: skip
 
-    def passes(self, tests: tuple[str, ...], limit: float, loaded: Path | None = None) -> bool:
-        """Whether the tests pass within ``limit`` seconds; ``loaded`` gets the modules that they
-        imported."""
+    def passes(self, tests: list[str], limit: float, profile: Profile | None = None) -> bool:
+        """Whether the tests pass within ``limit`` seconds. profile: listens to it."""
         child = os.fork()
         if child == 0:
-            os._exit(self._test(tests, loaded))
+            os._exit(self._test(tests, profile))
         end = time.monotonic() + limit
         while time.monotonic() < end:
             done, status = os.waitpid(child, os.WNOHANG)
@@ -122,7 +124,7 @@ class Copy:
         os.waitpid(child, 0)
         return False
 
-    def _test(self, tests: tuple[str, ...], loaded: Path | None) -> int:
+    def _test(self, tests: list[str], profile: Profile | None) -> int:
         os.setsid()
         with self.log.open("w") as log:
             os.dup2(log.fileno(), 1)
@@ -131,13 +133,43 @@ class Copy:
         sys.path.insert(0, str(self.root))
         os.environ |= {"PYTHONPATH": str(self.root), "PYTHONDONTWRITEBYTECODE": "1"}
         sys.dont_write_bytecode = True
-        found = [str(self.root / "tests" / t) for t in tests]
-        found = [f for f in found if Path(f.partition("::")[0]).exists()]
-        code = int(pytest.main(["-x", "-p", "no:cacheprovider", "--durations=5", *found]))
-        if loaded is not None:
-            loaded.write_text(json.dumps(sorted(sys.modules)))
+        options = ["-x", "-p", "no:cacheprovider", "-p", "no:randomly"]
+        plugins = [] if profile is None else [profile]
+        code = int(pytest.main([*options, *tests], plugins=plugins))
+        if profile is not None:
+            profile.write()
         sys.stdout.flush()
         return code
+
+
+class Profile:
+    """A pytest plugin: which lines each test runs, how long it takes, and what was imported."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.path = root, root / "profile.json"
+        self.seconds: dict[str, float] = {}
+        self.coverage = coverage.Coverage(
+            data_file=None, config_file=False, include=[str(root / "beft_ext" / "*")]
+        )
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> Generator[None, object, object]:
+        self.coverage.start()
+        self.coverage.switch_context(item.nodeid)
+        start = time.monotonic()
+        result = yield
+        self.seconds[item.nodeid] = time.monotonic() - start
+        self.coverage.stop()
+        return result
+
+    def write(self) -> None:
+        data = self.coverage.get_data()
+        lines = {
+            str(Path(file).relative_to(self.root)): data.contexts_by_lineno(file)
+            for file in data.measured_files()
+        }
+        found = {"seconds": self.seconds, "lines": lines, "modules": sorted(sys.modules)}
+        self.path.write_text(json.dumps(found), encoding="utf-8")
 
 
 def preload(names: list[str]) -> None:
@@ -199,6 +231,14 @@ def sampled(file: str, count: int, seed: int) -> list[tuple[int, str]]:
     return found
 
 
+def function_at(source: str, line: int) -> range:
+    """Lines of the body of the innermost function around ``line``; none outside of functions."""
+    nodes = [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.FunctionDef)]
+    around = [n for n in nodes if n.body[0].lineno <= line <= (n.end_lineno or line)]
+    inner = max(around, key=lambda n: n.lineno, default=None)
+    return range(inner.body[0].lineno, (inner.end_lineno or 0) + 1) if inner else range(0)
+
+
 def difference(before: str, after: str) -> tuple[str, str]:
     """The first line that differs, before and after."""
     pairs = zip(before.splitlines(), after.splitlines(), strict=False)
@@ -225,23 +265,35 @@ def sample_of(module: str, count: int, seed: int) -> list[tuple[str, int, str]]:
 
 
 class Trial:
-    """Runs faults one after another, and times each set of tests without any first."""
+    """Runs faults one after another; each set of tests runs once without any before."""
 
     def __init__(self, copy: Copy, record: Path | None) -> None:
         self.copy, self.record = copy, record
-        self.limits: dict[tuple[str, ...], float] = {}
+        self.known: dict[tuple[str, ...], dict[str, Any]] = {}
         self.outcomes: list[Outcome] = []
 
-    def limit(self, tests: tuple[str, ...]) -> float:
-        if tests not in self.limits:
-            loaded, start = self.copy.root / "loaded.json", time.monotonic()
-            if not self.copy.passes(tests, 1800, loaded):
+    def profile(self, tests: tuple[str, ...]) -> dict[str, Any]:
+        if tests not in self.known:
+            paths = [str(self.copy.root / "tests" / t) for t in tests]
+            profile = Profile(self.copy.root)
+            if not self.copy.passes([p for p in paths if Path(p).exists()], 3600, profile):
                 sys.exit(f"these tests fail without a fault: {tests}\n{self.copy.log.read_text()}")
-            took = time.monotonic() - start
-            preload(json.loads(loaded.read_text()))
-            print(f"{' '.join(tests)}: {took:.1f} s without a fault", flush=True)
-            self.limits[tests] = 30 + 5 * took
-        return self.limits[tests]
+            found = json.loads(profile.path.read_text(encoding="utf-8"))
+            preload(found["modules"])
+            print(f"{' '.join(tests)}: {sum(found['seconds'].values()):.0f} s", flush=True)
+            self.known[tests] = found
+        return self.known[tests]
+
+    def those_of(self, tests: tuple[str, ...], file: str, line: int) -> tuple[list[str], float]:
+        """The tests that run the function at ``line``, the quickest first, and how long they take;
+        all of them where none does, as for constants, kernels and child processes."""
+        profile = self.profile(tests)
+        seconds: dict[str, float] = profile["seconds"]
+        lines = profile["lines"].get(file, {})
+        inside = function_at((ROOT / file).read_text(encoding="utf-8"), line) if lines else ()
+        found = {test for n in inside for test in lines.get(str(n), ()) if test}
+        chosen = sorted(found or seconds, key=lambda test: seconds[test])
+        return chosen, sum(seconds[t] for t in chosen)
 
     def run(self, module: str, file: str, line: int, text: str, tests: tuple[str, ...]) -> None:
         before = (ROOT / file).read_text(encoding="utf-8")
@@ -249,9 +301,10 @@ class Trial:
         if (file, old, new) in EQUIVALENT:
             self._note(Outcome(module, file, line, old, new, "equivalent", 0))
             return
-        limit, start = self.limit(tests), time.monotonic()
+        chosen, usual = self.those_of(tests, file, line)
+        start = time.monotonic()
         with self.copy.replaced(file, text):
-            missed = self.copy.passes(tests, limit)
+            missed = self.copy.passes(chosen, 60 + 5 * usual)
         took = round(time.monotonic() - start, 1)
         verdict = "missed" if missed else "noticed"
         self._note(Outcome(module, file, line, old, new, verdict, took))
