@@ -115,7 +115,7 @@ def bias_adamw_step(
     grad_scale, found_inf: scalars of a GradScaler: gradients are divided by the first; where
         the second is not zero nothing is written.
     Returns the global norm of the unscaled gradient, before clipping, a scalar.
-    Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101); docs/definitions.md, section 4.
+    Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101); DESIGN section 5.
     """
     # In eager mode straight to the backend: boxing some 200 tensors for the dispatcher would
     # cost a third of the step.

@@ -59,7 +59,7 @@ def bias_grad_stats(
     scale: undoes the loss's mean (``B`` for a mean over examples).
     Returns ``sum_i g_i``, ``(H,)`` in the buffers' dtype, unscaled. Bitwise reproducible.
     Raises ValueError for shapes, dtypes, devices or offsets that do not fit.
-    Source: docs/definitions.md, sections 2 and 3; Huang et al. 2025 (arXiv 2509.15974).
+    Source: DESIGN section 3, per-example Fisher; Huang et al. 2025 (arXiv 2509.15974).
     """
     _check(grad_output, grad_sum, grad_sum_sq, example_offsets)
     if _needs_dispatcher(grad_output):

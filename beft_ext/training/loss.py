@@ -29,7 +29,7 @@ def divisor(model: nn.Module, batch: Mapping[str, Tensor]) -> int:
     Labels ``(B,)``: B, and an example's loss is its own. Token labels ``(B, T)``: the tokens
     that count, those that are not -100, without the first of each row where a causal model
     predicts the next token; an example's loss is the sum over its tokens. Several targets an
-    example ``(B, C)``, as floats: all B C of them. Source: docs/definitions.md, section 2.
+    example ``(B, C)``, as floats: all B C of them. Source: DESIGN section 3.
     """
     labels = batch.get("labels")
     if labels is None or labels.ndim == 1:

@@ -33,7 +33,7 @@ class OptimizerError(BeftError, ValueError):
 class BiasScore:
     """What the last step says of one bias (or of a head's weight).
 
-    beft, magnitude: of ``b`` against the value when the optimizer was built (docs/definitions.md);
+    beft, magnitude: of ``b`` against the value when the optimizer was built (DESIGN section 3);
     beft is NaN where either is zero. grad_norm: of the unscaled gradient before clipping.
     """
 
