@@ -21,6 +21,7 @@ class Fault:
 
 
 SELECTION = ("selection",)
+TAP = ("test_tap.py", "test_layouts.py", *SELECTION)
 OPTIM = ("training/test_optim.py", "ops/test_bias_adamw_step.py")
 STATS = ("ops/test_bias_grad_stats.py", "ops/test_cuda_sources.py")
 CUDA = ("ops/test_cuda_sources.py",)
@@ -52,40 +53,64 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         ],
     ),
     "beft_ext/tap.py": (
-        ("test_tap.py", *SELECTION),
+        TAP,
         [
-            ("        self.finish_step()\n        self._step.batch", "        self._step.batch"),
-            ("grads.sum(0) / step.scale", "grads.sum(0)"),
+            ("        self.finish_step()\n        step = self._step", "        step = self._step"),
+            ("scaled = grads * step.scale", "scaled = grads"),
             ("site.grad_sum_sq += site.pending.square().sum(0)",
              "site.grad_sum_sq += site.pending.sum(0).square()"),
-            ("else site.pending + grads", "else grads"),
+            ("else site.pending + scaled", "else scaled"),
             ("parameter.requires_grad_(required)", "parameter.requires_grad_(True)"),
             ("        state.take(self._model, Tap)", "        pass"),
-            ("if rows % batch:", "if False:"),
             ("        hook.remove()\n        self._hooks", "        pass\n        self._hooks"),
+            ("            return RECOMPUTED  #", "            pass  #"),
+            ("        step.begun = True\n", ""),
+            ("        if site.uses < 2:", "        if True:"),
+            ("use == STALE or use in self.reduced or", "use == STALE or"),
+        ],
+    ),
+    "beft_ext/layouts.py": (
+        TAP,
+        [
+            ("movedim(self.axis + (not self.outer), 0)", "movedim(self.axis, 0)"),
+            ("            if size > batch:", "            if False:"),
+            ("return int(rows.sum()) == 1 and bool(rows[example])", "return bool(rows[example])"),
+            ("                unmoved.discard(key)\n", "                unmoved.clear()\n"),
+            ("    other = (example + 1) % batch", "    other = example"),
         ],
     ),
     "beft_ext/training/optim.py": (
         OPTIM,
         [
-            ("((unscaled + 1e-6) / self.max_norm)", "(self.max_norm / (unscaled + 1e-6))"),
-            ("[n.to(norms[0].device) for n in norms]).norm()",
-             "[n.to(norms[0].device) for n in norms]).sum()"),
-            ("at = [group * period + bias.start", "at = [group * width + bias.start"),
+            ("norm if scale is None else norm / scale.to(norm.device)", "norm"),
+            ("torch.float32) for n in norms]).norm()", "torch.float32) for n in norms]).sum()"),
             ('sign = -1.0 if group["maximize"] else 1.0', "sign = 1.0"),
-            ('group["eps"], group["weight_decay"], sign]', 'group["eps"], 0.0, sign]'),
+            ('(beta1, beta2, group["eps"], group["weight_decay"])',
+             '(beta1, beta2, group["eps"], 0.0)'),
             ("(values.get(\"master\", p))", "(p)"),
             ('views["initial"].copy_(values["initial"])', "pass"),
-            ("            _check(self.param_groups[-1])\n", ""),
-            ("        self._follow_outside_changes()\n", ""),
-            ("found_inf=None if found_inf is None else found_inf.to(self.device)",
-             "found_inf=None"),
-            ("0 <= beta1 < 1 and 0 <= beta2 < 1", "0 <= beta1 < 1 and 0 <= beta2 <= 1"),
-            ("float(rows[i, 0]) / self.widths[i]", "float(rows[i, 0]) / self.widths[0]"),
-            ("torch.where(current > initial, grown, -dot / initial)", "grown"),
+            ("                del self.param_groups[-1]\n", ""),
+            ('"found_inf": getattr(self, "found_inf", None)', '"found_inf": None'),
             ("            with torch.enable_grad():\n                loss = closure()",
              "            loss = closure()"),
-            ('            if s.get("amsgrad"):', "            if False:"),
+            ("                    del self.state[flat.params[i]]", "                    pass"),
+            ("                if begun:", "                if False:"),
+            ("            flat.scores.copy_(scores)", "            pass"),
+            ("        _number(\"betas\", beta, below=1)", "        _number(\"betas\", beta)"),
+        ],
+    ),
+    "beft_ext/training/flat.py": (
+        OPTIM,
+        [
+            ("at = [group * period + bias.start", "at = [group * width + bias.start"),
+            ("float(rows[i, 0]) / width if width", "float(rows[i, 0]) / self.widths[0] if width"),
+            ("torch.where(shift + growth > 0, growth / current, -shift / initial)",
+             "growth / current"),
+            ("torch.where(master.to(p.dtype) == p, master, p.to(master.dtype))", "master"),
+            ("if p.is_neg():\n        return None", "if False:\n        return None"),
+            ("            if i in self.odd or (p.dtype in HALF and g.dtype != p.dtype):",
+             "            if i in self.odd:"),
+            ("p.ndim == 2 and p.stride(1) == 1 and", "p.ndim == 2 and"),
         ],
     ),
     "beft_ext/training/optim.py#rates": (
@@ -126,7 +151,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("            self.loader.set_epoch(epoch)", "            pass"),
             ('        torch.set_rng_state(tensors["random/cpu"])\n', ""),
             ("        self.model.train()\n", ""),
-            (", max_norm=recipe.clip", ""),
+            (", max_grad_norm=recipe.clip", ""),
             ("        torch.manual_seed(recipe.seed)", "        pass"),
             ("max((h[self.metric] for h in state.history), default=-math.inf)", "-math.inf"),
         ],
@@ -258,7 +283,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ('        if "_orig_mod" in model._modules:', "        if False:"),
             ("        if parameter.is_meta:", "        if False:"),
-            ('    if _from(model, "peft"):', "    if False:"),
+            ('not adapted and _from(inside(model), "peft")', "False"),
         ],
     ),
     "beft_ext/models/registry.py": (
@@ -271,28 +296,39 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         ],
     ),
     "beft_ext/ops/dispatch.py": (
-        ("ops/test_bias_grad_stats.py", "commands/test_cli.py"),
+        ("ops/test_dispatch.py", "ops/test_bias_grad_stats.py"),
         [
-            ("        require(_forced)\n", ""),
+            ("        if _from_environment:\n", "        if False:\n"),
             ("        require(name)\n    _forced", "    _forced"),
+            ('if DEVICES[_forced] not in ("", device_type)', "if False"),
+        ],
+    ),
+    "beft_ext/ops/checks.py": (
+        ("ops", "training/test_optim.py"),
+        [
+            ("        and tensor.is_contiguous()\n", ""),
+            ("        and not tensor.is_neg()\n", ""),
+            ("        tensor.dtype is dtype\n        and tensor", "        tensor"),
+            ("        and tensor.device == device\n", ""),
         ],
     ),
     "beft_ext/ops/bias_grad_stats.py": (
         ("ops/test_bias_grad_stats.py",),
         [
-            ("offsets[0] < 0 or ", ""),
-            (" or bool((offsets.diff() < 0).any())", ""),
-            ("if buffer.dtype != dtype or buffer.device != dy.device", "if False"),
-            (" or not buffer.is_contiguous()", ""),
+            ("inside = offsets[0] >= 0 and", "inside ="),
+            ("not inside or bool((offsets.diff() < 0).any())", "not inside"),
+            ("    if torch._C._overlaps(grad_sum, grad_sum_sq):", "    if False:"),
             ("    torch.autograd.graph.increment_version((grad_sum, grad_sum_sq))\n", ""),
+            ("backend(grad_output.resolve_neg(),", "backend(grad_output,"),
         ],
     ),
     "beft_ext/ops/reference.py": (
         ("ops/test_bias_grad_stats.py", *OPTIM),
         [
             ("grad_sum.add_(total, alpha=scale)", "grad_sum.add_(total)"),
-            ("min(1.0, max_norm / (float(norm) + 1e-6))", "max_norm / (float(norm) + 1e-6)"),
-            ("value * (1 - rate * decay) - rate", "value - rate * decay - rate"),
+            ("min(1.0, t.max_grad_norm / (by + 1e-6))", "t.max_grad_norm / (by + 1e-6)"),
+            ("theta - alpha * (m_hat", "theta - (m_hat"),
+            ("    t.scores[sorted(stepped)] = 0\n", "    t.scores[:] = 0\n"),
         ],
     ),
     "beft_ext/ops/triton_bias_grad_stats.py": (
@@ -309,7 +345,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/ops/triton_bias_adamw_step.py": (
         TRITON,
         [
-            ("        table[:, 0] = lr\n", "        table[:, 0] = lr[0]\n"),
+            ("        table[:, 0] = t.lr\n", "        table[:, 0] = t.lr[0]\n"),
             (" * (infinite == 0)", ""),
             ("    raw *= tl.load(unscale)\n", ""),
             ("mask=(rows < end)[:, None], other=0.0", "mask=(rows < end + 1)[:, None], other=0.0"),
@@ -319,7 +355,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         ("tasks/test_prompts.py",),
         [
             ("prompt = prompt[-room:]", "prompt = prompt[:room]"),
-            ("Prompt(self.bos + prompt, options)", "Prompt(prompt, options)"),
+            ("Prompt(self.bos + prompt or", "Prompt(prompt or"),
         ],
     ),
     "beft_ext/tasks/heads.py": (
@@ -350,7 +386,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("sqrtf(v) * f.inverse_root + f.eps", "sqrtf(v + f.eps) * f.inverse_root"),
             ("1 - group.lr * group.weight_decay", "1 - group.weight_decay"),
             ("change_dot_initial += d * b0;", "change_dot_initial += b * b0;"),
-            ("max_norm <= 0 || factor > 1", "max_norm <= 0"),
+            ("max_grad_norm <= 0 || factor > 1", "max_grad_norm <= 0"),
         ],
     ),
     "csrc/cpu/bias_grad_stats.cpp": (
@@ -391,7 +427,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("    if (last) *counter = 0;\n", ""),
             ("scores.add(b, initial[i], g * unscale)", "scores.add(b, initial[i], g)"),
             ("tables.steps[block.tensor] + 1, clip", "tables.steps[block.tensor], clip"),
-            ("    if (arguments.tensors[i].grad) tables.steps[i] += 1;",
+            ("    if (arguments.grads[i]) tables.steps[i] += 1;",
              "    tables.steps[i] += 1;"),
         ],
     ),

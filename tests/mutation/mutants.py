@@ -35,17 +35,19 @@ from faults import EQUIVALENT, FAULTS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("beft_ext", "csrc", "tests", "docs", "benchmarks")
-# Imported before the forks. Not the compiler, which starts processes.
+# Imported before the forks, as the tests do. Of torch not more than it imports itself: its compiler
+# starts processes.
 SHARED = ("numpy", "torch", "transformers", "peft", "safetensors", "tokenizers", "hypothesis",
-          "accelerate", "scipy", "sklearn", "pandas", "datasets", "matplotlib")  # fmt: skip
-APART = ("torch._inductor", "torch._dynamo")
+          "accelerate", "scipy", "sklearn", "datasets", "matplotlib", "pyarrow")  # fmt: skip
 
 # What a module's tests are, beside those of the room with its name.
 MODULES: dict[str, tuple[str, ...]] = {
     "scores": ("test_scores.py", "selection"),
-    "tap": ("test_tap.py", "selection"),
+    "tap": ("test_tap.py", "test_layouts.py", "selection"),
+    "layouts": ("test_tap.py", "test_layouts.py", "selection"),
     "training/loss": ("training/test_loss.py", "selection"),
     "training/optim": ("training/test_optim.py", "ops/test_bias_adamw_step.py"),
+    "training/flat": ("training/test_optim.py", "ops/test_bias_adamw_step.py"),
     "training/preparation": ("training/test_preparation.py", "training/test_optim.py"),
     "training/tuning": ("training/test_tuning.py",),
     "training/steps": ("training/test_steps.py",),
@@ -85,10 +87,13 @@ class Copy:
         self.log = root / "log.txt"
         self.native = {p: p.read_bytes() for p in (root / "beft_ext").glob("*.so")}
 
+    def read(self, file: str) -> str:
+        path = self.root / file
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
     @contextmanager
     def replaced(self, file: str, text: str) -> Iterator[None]:
-        path = self.root / file
-        before = path.read_text(encoding="utf-8")
+        path, before = self.root / file, self.read(file)
         path.write_text(text, encoding="utf-8")
         built = file.startswith("csrc") and not file.startswith("csrc/cuda")
         try:
@@ -168,14 +173,14 @@ class Profile:
             str(Path(file).relative_to(self.root)): data.contexts_by_lineno(file)
             for file in data.measured_files()
         }
-        found = {"seconds": self.seconds, "lines": lines, "modules": sorted(sys.modules)}
+        found = {"seconds": self.seconds, "lines": lines, "modules": list(sys.modules)}
         self.path.write_text(json.dumps(found), encoding="utf-8")
 
 
 def preload(names: list[str]) -> None:
     """Import what the tests import, but for the package and what starts processes."""
     for name in names:
-        if name.split(".")[0] in SHARED and not name.startswith(APART):
+        if name.split(".")[0] in SHARED and not name.startswith("torch."):
             try:
                 importlib.import_module(name)
             except Exception:
@@ -199,13 +204,13 @@ def plain(source: str) -> str:
     return ast.dump(tree)
 
 
-def sampled(file: str, count: int, seed: int) -> list[tuple[int, str]]:
+def sampled(root: Path, file: str, count: int, seed: int) -> list[tuple[int, str]]:
     """Line and faulted source of ``count`` places in the file, an operator of each by chance."""
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.mutating import mutate_code
     from cosmic_ray.plugins import get_operator, operator_names
 
-    source = (ROOT / file).read_text(encoding="utf-8")
+    source = (root / file).read_text(encoding="utf-8")
     nodes = list(ast_nodes(get_ast(source)))
     places: dict[tuple[int, int], list[tuple[str, int]]] = {}
     for name in operator_names():
@@ -246,21 +251,20 @@ def difference(before: str, after: str) -> tuple[str, str]:
     return old.strip(), new.strip()
 
 
-def of_module(module: str) -> list[str]:
-    path = ROOT / "beft_ext" / module
+def of_module(root: Path, module: str) -> list[str]:
+    path = root / "beft_ext" / module
     files = [path.with_suffix(".py")] if path.with_suffix(".py").exists() else path.glob("*.py")
-    return sorted(str(f.relative_to(ROOT)) for f in files
-                  if f.name not in LEFT_OUT and "triton" not in f.name)  # fmt: skip
+    kept = (f for f in files if f.name not in LEFT_OUT and "triton" not in f.name)
+    return sorted(str(f.relative_to(root)) for f in kept)
 
 
-def sample_of(module: str, count: int, seed: int) -> list[tuple[str, int, str]]:
+def sample_of(root: Path, module: str, count: int, seed: int) -> list[tuple[str, int, str]]:
     """``count`` faults of a module, spread over its files by their length."""
-    files = of_module(module)
-    sizes = [len((ROOT / f).read_text(encoding="utf-8")) for f in files]
+    sizes = {f: (root / f).stat().st_size for f in of_module(root, module)}
     found = []
-    for file, size in zip(files, sizes, strict=True):
-        share = max(1, round(count * size / sum(sizes)))
-        found += [(file, line, text) for line, text in sampled(file, share, seed)]
+    for file, size in sizes.items():
+        share = max(1, round(count * size / sum(sizes.values())))
+        found += [(file, line, text) for line, text in sampled(root, file, share, seed)]
     return found
 
 
@@ -290,14 +294,13 @@ class Trial:
         profile = self.profile(tests)
         seconds: dict[str, float] = profile["seconds"]
         lines = profile["lines"].get(file, {})
-        inside = function_at((ROOT / file).read_text(encoding="utf-8"), line) if lines else ()
+        inside = function_at(self.copy.read(file), line) if lines else ()
         found = {test for n in inside for test in lines.get(str(n), ()) if test}
         chosen = sorted(found or seconds, key=lambda test: seconds[test])
         return chosen, sum(seconds[t] for t in chosen)
 
     def run(self, module: str, file: str, line: int, text: str, tests: tuple[str, ...]) -> None:
-        before = (ROOT / file).read_text(encoding="utf-8")
-        old, new = difference(before, text)
+        old, new = difference(self.copy.read(file), text)
         if (file, old, new) in EQUIVALENT:
             self._note(Outcome(module, file, line, old, new, "equivalent", 0))
             return
@@ -310,7 +313,7 @@ class Trial:
         self._note(Outcome(module, file, line, old, new, verdict, took))
 
     def plant(self, fault: Fault) -> None:
-        before = (ROOT / fault.file).read_text(encoding="utf-8")
+        before = self.copy.read(fault.file)
         if before.count(fault.old) != 1:
             gone = Outcome("planted", fault.file, 0, fault.old, fault.new, "gone", 0)
             self._note(gone)
@@ -353,7 +356,7 @@ def main() -> None:
                     if asked.files in fault.file:
                         trial.plant(fault)
                 continue
-            for file, line, text in sample_of(module, asked.count, asked.seed):
+            for file, line, text in sample_of(trial.copy.root, module, asked.count, asked.seed):
                 trial.run(module, file, line, text, MODULES[module])
     for module, counts in summary(trial.outcomes).items():
         tried = counts.get("noticed", 0) + counts.get("missed", 0)
