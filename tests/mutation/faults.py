@@ -45,11 +45,12 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/training/loss.py": (
         ("training/test_loss.py", *SELECTION),
         [
-            ("labels[:, 1:] if shifted", "labels[:, :-1] if shifted"),
-            ("return labels.numel()", "return len(labels)"),
-            ('"ForTokenClassification", ', ""),
-            ('getattr(getattr(model, "config", None), "is_encoder_decoder", False)', "False"),
-            ('batch["labels"] if "labels" in batch else next', "next"),
+            ("labels[..., 1:].ne(IGNORED).sum()", "labels[..., :-1].ne(IGNORED).sum()"),
+            ("labels.numel() if labels.is_floating_point()",
+             "len(labels) if labels.is_floating_point()"),
+            ("places[:, 1:] != places[:, :-1] + 1", "places[:, 1:] != places[:, :-1]"),
+            ("return int(ends.diff().gt(0).sum())", "return len(ends) - 1"),
+            ("loss.mean() if loss.ndim else loss", "loss.sum() if loss.ndim else loss"),
         ],
     ),
     "beft_ext/tap.py": (
@@ -74,8 +75,6 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ("movedim(self.axis + (not self.outer), 0)", "movedim(self.axis, 0)"),
             ("            if size > batch:", "            if False:"),
-            ("return int(rows.sum()) == 1 and bool(rows[example])", "return bool(rows[example])"),
-            ("                unmoved.discard(key)\n", "                unmoved.clear()\n"),
             ("    other = (example + 1) % batch", "    other = example"),
         ],
     ),
@@ -208,7 +207,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("run.batch_sq.get(bias, 0.0) / run.done", "run.batch_sq.get(bias, 0.0) / run.steps"),
             ("        torch.manual_seed(seed)\n", ""),
             ("        torch.random.fork_rng(devices=_devices(model)),\n", ""),
-            ("weight_decay=weight_decay,\n                clip", "clip"),
+            ("                weight_decay=weight_decay,\n", ""),
             ("warmup=warmup,\n", ""),
             ("steps = epochs * len(loader)", "steps = len(loader)"),
             ("            module.bias = None  #", "            pass  #"),
@@ -232,7 +231,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("grad_norm**2 / bias.width", "grad_norm**2"),
             ("        self.schedule.step()\n", ""),
             ("        self.model.train()\n", ""),
-            ("scale=float(divisor(self.model, inputs))", "scale=float(size)"),
+            ("self.tap.step(size, scale or 1.0,", "self.tap.step(size, float(size),"),
         ],
     ),
     "beft_ext/selection/dead.py": (
@@ -257,7 +256,6 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         MODELS,
         [
             ("shared = repeated or uses[id(module)] > 1", "shared = repeated"),
-            ("b.shared or uses[b.parameter, b.term] > 1", "b.shared"),
             ("any(step in EXPERTS for step in steps) or ", ""),
             ("return max((e for e in FUSED", "return min((e for e in FUSED"),
             ('return path == ending or path.endswith("." + ending)',
@@ -283,7 +281,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ('        if "_orig_mod" in model._modules:', "        if False:"),
             ("        if parameter.is_meta:", "        if False:"),
-            ('not adapted and _from(inside(model), "peft")', "False"),
+            ('not adapted and _from(layers[-1], "peft")', "False"),
         ],
     ),
     "beft_ext/models/registry.py": (
@@ -434,7 +432,13 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
 }  # fmt: skip
 
 # Sampled faults that change nothing that anyone could see: (file, line before, line after).
-EQUIVALENT: dict[tuple[str, str, str], str] = {}
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "beft_ext/training/preparation.py",
+        "if sum(b.width for b in own) < parameter.numel():",
+        "if sum(b.width for b in own) != parameter.numel():",
+    ): "slices of a parameter never hold more than all of it",
+}
 
 
 def planted() -> Iterator[Fault]:
