@@ -4,11 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-CRASH_ROUNDS ?= 200
-
-.PHONY: help demo test lint guard fuzz sanitize crash bench gpu docs clean
+.PHONY: help demo test lint guard fuzz sanitize crash mutants bench gpu docs clean
 help:
-	@echo "make demo | test | lint | guard | fuzz | sanitize | crash | bench | gpu | docs | clean"
+	@echo "make demo | test | lint | guard | fuzz | sanitize | crash |"
+	@echo "     mutants | bench | gpu | docs | clean"
 
 $(VENV)/.installed: pyproject.toml setup.py csrc/bindings.cpp $(wildcard csrc/*.h csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -43,8 +42,17 @@ sanitize:
 	$(PYTHON) tests/sanitize
 
 # kill -9, a full disk, flipped bits, two writers: what is read afterwards.
+CRASH_ROUNDS ?= 200
 crash: $(VENV)/.installed
 	$(BIN)/python tests/crash.py --rounds $(CRASH_ROUNDS)
+
+# Do the tests notice faults? MODULE=planted: those of tests/mutation/faults.py; MODULE=tap: COUNT
+# of cosmic-ray's in that module, drawn by chance; without MODULE all of both, which takes an hour.
+MODULE ?=
+COUNT ?= 40
+mutants: $(VENV)/.installed
+	$(BIN)/pip install -q -e ".[mutation]" "$(TORCH)"
+	$(BIN)/python tests/mutation/mutants.py $(MODULE) --count $(COUNT) $(ARGS)
 
 # Each part alone: make bench PARTS=fisher. ARGS=--quick tries them without writing results;
 # PARTS=selection ARGS="--data DIR" takes real SST-2.

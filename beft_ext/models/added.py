@@ -113,7 +113,7 @@ def _output(model: nn.Module, value: str) -> str | None:
 
 
 def _fold(model: nn.Module, value: str, plain: Plain) -> None:
-    """``b_o + W_o b_v``: rows of the attention sum to one (DESIGN section 4)."""
+    """``b_o + W_o b_v``: rows of the attention sum to one (docs/definitions.md)."""
     path = _output(model, value)
     assert path is not None
     source, output = model.get_submodule(value), model.get_submodule(path)

@@ -1,7 +1,7 @@
 """Dead terms: those whose gradient is zero but for rounding, whatever is learnt.
 
 Softmax ignores what is added to all of a row, so in an attention without rotary embeddings the
-key's bias has no effect (DESIGN section 4). Names don't tell, so each attention of the model is
+key's bias has no effect (docs/definitions.md). Names don't tell, so each attention of the model is
 run once more in float64, on what reaches it in a forward: one at a time, so that the memory is
 that of one attention and not of a second model.
 """

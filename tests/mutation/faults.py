@@ -1,0 +1,450 @@
+"""Faults planted by hand, of the kind that a tired engineer makes: text for text, one at a time.
+
+Each file has the tests that should notice, and pairs of what stands there and what would be wrong.
+Where the code moved on, ``mutants.py`` says "gone": write the fault anew or take it out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Fault:
+    """``old``, which the file holds once, replaced by ``new``; tests: those of the place."""
+
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...]
+
+
+SELECTION = ("selection",)
+TAP = ("test_tap.py", "test_layouts.py", *SELECTION)
+OPTIM = ("training/test_optim.py", "ops/test_bias_adamw_step.py")
+STATS = ("ops/test_bias_grad_stats.py", "ops/test_cuda_sources.py")
+CUDA = ("ops/test_cuda_sources.py",)
+TRITON = ("ops/test_triton.py",)
+ADAPTERS = ("adapters",)
+MODELS = ("models/test_models.py", "training/test_preparation.py")
+TUNING = ("training/test_tuning.py",)
+PREPARATION = ("training/test_preparation.py", "adapters/test_adapters.py")
+
+Pairs = list[tuple[str, str]]
+PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
+    "beft_ext/scores.py": (
+        ("test_scores.py",),
+        [
+            ("torch.maximum(b0.dot(b0), b.dot(b))", "torch.minimum(b0.dot(b0), b.dot(b))"),
+            ("if not bool(b0.any()) or not bool(b.any())", "if not bool(b0.any())"),
+            ("(current.double() - initial.double())", "(current - initial)"),
+            ("grad_sum_sq.double().mean() / count)", "grad_sum_sq.double().sum() / count)"),
+        ],
+    ),
+    "beft_ext/training/loss.py": (
+        ("training/test_loss.py", *SELECTION),
+        [
+            ("labels[..., 1:].ne(IGNORED).sum()", "labels[..., :-1].ne(IGNORED).sum()"),
+            ("labels.numel() if labels.is_floating_point()",
+             "len(labels) if labels.is_floating_point()"),
+            ("places[:, 1:] != places[:, :-1] + 1", "places[:, 1:] != places[:, :-1]"),
+            ("return int(ends.diff().gt(0).sum())", "return len(ends) - 1"),
+            ("loss.mean() if loss.ndim else loss", "loss.sum() if loss.ndim else loss"),
+        ],
+    ),
+    "beft_ext/tap.py": (
+        TAP,
+        [
+            ("        self.finish_step()\n        step = self._step", "        step = self._step"),
+            ("scaled = grads * step.scale", "scaled = grads"),
+            ("site.grad_sum_sq += site.pending.square().sum(0)",
+             "site.grad_sum_sq += site.pending.sum(0).square()"),
+            ("else site.pending + scaled", "else scaled"),
+            ("parameter.requires_grad_(required)", "parameter.requires_grad_(True)"),
+            ("        state.take(self._model, Tap)", "        pass"),
+            ("        hook.remove()\n        self._hooks", "        pass\n        self._hooks"),
+            ("            return RECOMPUTED  #", "            pass  #"),
+            ("        step.begun = True\n", ""),
+            ("        if site.uses < 2:", "        if True:"),
+            ("use == STALE or use in self.reduced or", "use == STALE or"),
+        ],
+    ),
+    "beft_ext/layouts.py": (
+        TAP,
+        [
+            ("movedim(self.axis + (not self.outer), 0)", "movedim(self.axis, 0)"),
+            ("            if size > batch:", "            if False:"),
+            ("    other = (example + 1) % batch", "    other = example"),
+        ],
+    ),
+    "beft_ext/training/optim.py": (
+        OPTIM,
+        [
+            ("norm if scale is None else norm / scale.to(norm.device)", "norm"),
+            ("torch.float32) for n in norms]).norm()", "torch.float32) for n in norms]).sum()"),
+            ('sign = -1.0 if group["maximize"] else 1.0', "sign = 1.0"),
+            ('(beta1, beta2, group["eps"], group["weight_decay"])',
+             '(beta1, beta2, group["eps"], 0.0)'),
+            ("(values.get(\"master\", p))", "(p)"),
+            ('views["initial"].copy_(values["initial"])', "pass"),
+            ("                del self.param_groups[-1]\n", ""),
+            ('"found_inf": getattr(self, "found_inf", None)', '"found_inf": None'),
+            ("            with torch.enable_grad():\n                loss = closure()",
+             "            loss = closure()"),
+            ("                    del self.state[flat.params[i]]", "                    pass"),
+            ("                if begun:", "                if False:"),
+            ("            flat.scores.copy_(scores)", "            pass"),
+            ("        _number(\"betas\", beta, below=1)", "        _number(\"betas\", beta)"),
+        ],
+    ),
+    "beft_ext/training/flat.py": (
+        OPTIM,
+        [
+            ("at = [group * period + bias.start", "at = [group * width + bias.start"),
+            ("float(rows[i, 0]) / width if width", "float(rows[i, 0]) / self.widths[0] if width"),
+            ("torch.where(shift + growth > 0, growth / current, (0 - shift) / initial)",
+             "growth / current"),
+            ("torch.where(master.to(p.dtype) == p, master, p.to(master.dtype))", "master"),
+            ("if p.is_neg():\n        return None", "if False:\n        return None"),
+            ("            if i in self.odd or (p.dtype in HALF and g.dtype != p.dtype):",
+             "            if i in self.odd:"),
+            ("p.ndim == 2 and p.stride(1) == 1 and", "p.ndim == 2 and"),
+        ],
+    ),
+    "beft_ext/training/optim.py#rates": (
+        (*TUNING, *OPTIM),
+        [
+            ("max(1, steps - rising + 1)", "max(1, steps - rising)"),
+            ("max(1, round(warmup * steps))", "max(1, round(warmup))"),
+            ("min((step + 1) / rising", "min(step / rising"),
+        ],
+    ),
+    "beft_ext/training/preparation.py": (
+        PREPARATION,
+        [
+            ("            parameter.grad = None", "            pass"),
+            ("max(4, p.element_size())", "p.element_size()"),
+            ("parameters=total + sum(b.width for b in added)", "parameters=total"),
+            ("(prepared.required.get(name, as_before))", "(True)"),
+            ("and p.bias.layer in chosen_layers", ""),
+            ("        for bias in biases:\n            bias.view(inside)",
+             "        for bias in biases[:1]:\n            bias.view(inside)"),
+            ("model.get_submodule(name.removesuffix(\".bias\")).bias = None", "pass"),
+            ("return grad.where(self.inside, 0)", "return grad * self.inside"),
+            ("for name in (*prepared.head, *(b.parameter for b in prepared.biases))",
+             "for name in (b.parameter for b in prepared.biases)"),
+            ("    state.clear(model)\n", ""),
+            ("if sum(b.width for b in own) < parameter.numel()", "if len(own) > 1"),
+        ],
+    ),
+    "beft_ext/training/tuning.py": (
+        TUNING,
+        [
+            ("p.copy_(run.state.best[name])", "pass"),
+            ("        state.loss_sum = 0.0\n", ""),
+            ("reached > best or", "reached >= best or"),
+            ("weight_decay=recipe.weight_decay, ", ""),
+            ("self.recipe.warmup, self", "0.0, self"),
+            ("itertools.islice(self.loader, done, None)", "self.loader"),
+            ("            self.loader.set_epoch(epoch)", "            pass"),
+            ('        torch.set_rng_state(tensors["random/cpu"])\n', ""),
+            ("        self.model.train()\n", ""),
+            (", max_grad_norm=recipe.clip", ""),
+            ("        torch.manual_seed(recipe.seed)", "        pass"),
+            ("max((h[self.metric] for h in state.history), default=-math.inf)", "-math.inf"),
+        ],
+    ),
+    "beft_ext/training/steps.py": (
+        ("training/test_steps.py",),
+        [
+            ("return loss.clone(), norm.clone()", "return loss, norm"),
+            ('"labels": -100}', '"labels": 0}'),
+            ("            tensor.copy_(batch[name])", "            pass"),
+            ("        self.rate.fill_(rate)\n", ""),
+            ("        step.optimizer.zero_grad()  #", "        #"),
+            ("-length % LENGTHS", "LENGTHS - length % LENGTHS"),
+            ("len(self.graphs) == MOST", "False"),
+        ],
+    ),
+    "beft_ext/adapters/applying.py": (
+        ADAPTERS,
+        [
+            ("into.copy_(into.double() + difference.to(into.device, torch.float64))",
+             "into.copy_(into + difference.to(into))"),
+            ("            _check_finite(key, into)\n        for key", "        for key"),
+            ("if more := [m for m, t in left.items() if bool(t.any())]", "if more := []"),
+            ("if not same and not torch.equal", "if False and not torch.equal"),
+            ("        _deactivate(model, adapters)\n        raise", "        raise"),
+            ("        handle.remove()\n", "        pass\n"),
+        ],
+    ),
+    "beft_ext/adapters/contents.py": (
+        ADAPTERS,
+        [
+            ("if shape != expected", "if shape[-1:] != expected[-1:]"),
+            ("return min(outputs or", "return max(outputs or"),
+            ("    outputs = [given for given, _ in layers if given not in inputs]",
+             "    outputs = []"),
+            ("    if missing := [n for n in needed if n not in seen]", "    if missing := []"),
+            ("    for name, tensor in tensors.items():\n", "    for name, tensor in ():\n"),
+            ("    _check_model(model, config)\n", ""),
+            ("if target.parent not in (home, blobs)", "if False"),
+            ("        if dtype not in DTYPES:", "        if False:"),
+        ],
+    ),
+    "beft_ext/adapters/merging.py": (
+        ADAPTERS,
+        [
+            ("    undo_plain(model, merged.plain)\n", ""),
+            ("        state.put(model, merged.adapters)", "        pass"),
+            ("    state.take(model, Adapters)\n", ""),
+        ],
+    ),
+    "beft_ext/selection/selecting.py": (
+        SELECTION,
+        [
+            ("run.batch_sq.get(bias, 0.0) / run.done", "run.batch_sq.get(bias, 0.0) / run.steps"),
+            ("        torch.manual_seed(seed)\n", ""),
+            ("        torch.random.fork_rng(devices=_devices(model)),\n", ""),
+            ("                weight_decay=weight_decay,\n", ""),
+            ("warmup=warmup,\n", ""),
+            ("steps = epochs * len(loader)", "steps = len(loader)"),
+            ("            module.bias = None  #", "            pass  #"),
+            ("if t not in dead and not", "if not"),
+            ("scores.fisher(squares, run.examples)", "scores.fisher(squares, run.done)"),
+            ("    model.eval()\n", ""),
+            ("elif values[\"beft\"] > 1", "elif values[\"beft\"] > 2"),
+            ("key=lambda t: -values[t]", "key=lambda t: values[t]"),
+        ],
+    ),
+    "beft_ext/selection/run.py": (
+        SELECTION,
+        [
+            ("(*trained, *model.buffers())", "trained"),
+            ("            parameter.grad = grad\n", ""),
+            (".grad_norm * clipped", ".grad_norm"),
+            ("itertools.chain([self.first], self.rest)", "self.rest"),
+            ('state[leaf].get("master", leaf)', "leaf"),
+            ("            module.training = mode", "            pass"),
+            ("        self.examples += size\n", "        self.examples += 1\n"),
+            ("grad_norm**2 / bias.width", "grad_norm**2"),
+            ("        self.schedule.step()\n", ""),
+            ("        self.model.train()\n", ""),
+            ("self.tap.step(size, scale or 1.0,", "self.tap.step(size, float(size),"),
+        ],
+    ),
+    "beft_ext/selection/dead.py": (
+        SELECTION,
+        [
+            ("max(share, self.sizes.get(term, 0.0))", "share"),
+            ("share = size / most if most > 0", "share = size if most > 0"),
+            ("for dtype in (torch.float64, torch.float32)", "for dtype in (torch.float32,)"),
+            ("copy.deepcopy(module).eval()", "copy.deepcopy(module)"),
+        ],
+    ),
+    "beft_ext/selection/settling.py": (
+        SELECTION,
+        [
+            ("inv_cdf(1 - risk / (len(means) - 1))", "inv_cdf(1 - risk)"),
+            ("(errors[first] + errors[other])", "errors[first]"),
+            (" * steps / examples\n", "\n"),
+            (" * run.rate_sq", ""),
+        ],
+    ),
+    "beft_ext/models/find.py": (
+        MODELS,
+        [
+            ("shared = repeated or uses[id(module)] > 1", "shared = repeated"),
+            ("any(step in EXPERTS for step in steps) or ", ""),
+            ("return max((e for e in FUSED", "return min((e for e in FUSED"),
+            ('return path == ending or path.endswith("." + ending)',
+             "return path.endswith(ending)"),
+            ("if crossing and term", "if term"),
+            ("if any(step in NO_ATTENTION for step in steps):\n            continue",
+             "if False:\n            continue"),
+        ],
+    ),
+    "beft_ext/models/added.py": (
+        (*MODELS, *ADAPTERS),
+        [
+            ("        setattr(model.config, flag, value)\n    for path, parameter",
+             "        pass\n    for path, parameter"),
+            ("dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()",
+             "dtype = torch.get_default_dtype()"),
+            ("output.bias.double() + constant", "output.bias.double() - constant"),
+            ("    source.bias = None\n", ""),
+        ],
+    ),
+    "beft_ext/models/wrappers.py": (
+        ("models", "selection", "training/test_preparation.py"),
+        [
+            ('        if "_orig_mod" in model._modules:', "        if False:"),
+            ("        if parameter.is_meta:", "        if False:"),
+            ('not adapted and _from(layers[-1], "peft")', "False"),
+        ],
+    ),
+    "beft_ext/models/registry.py": (
+        MODELS,
+        [
+            ("q = heads // shared * width", "q = heads * width"),
+            ('("query", 0, width), ("value", width, 2 * width), ("key", 2 * width, 3 * width)',
+             '("query", 0, width), ("key", width, 2 * width), ("value", 2 * width, 3 * width)'),
+            ("    q, k = heads * width, shared * width", "    q, k = heads * width, heads * width"),
+        ],
+    ),
+    "beft_ext/ops/dispatch.py": (
+        ("ops/test_dispatch.py", "ops/test_bias_grad_stats.py"),
+        [
+            ("        if _from_environment:\n", "        if False:\n"),
+            ("        require(name)\n    _forced", "    _forced"),
+            ('if DEVICES[_forced] not in ("", device_type)', "if False"),
+        ],
+    ),
+    "beft_ext/ops/checks.py": (
+        ("ops", "training/test_optim.py"),
+        [
+            ("        and tensor.is_contiguous()\n", ""),
+            ("        and not tensor.is_neg()\n", ""),
+            ("        tensor.dtype is dtype\n        and tensor", "        tensor"),
+            ("        and tensor.device == device\n", ""),
+        ],
+    ),
+    "beft_ext/ops/bias_grad_stats.py": (
+        ("ops/test_bias_grad_stats.py",),
+        [
+            ("inside = offsets[0] >= 0 and", "inside ="),
+            ("not inside or bool((offsets.diff() < 0).any())", "not inside"),
+            ("    if torch._C._overlaps(grad_sum, grad_sum_sq):", "    if False:"),
+            ("    torch.autograd.graph.increment_version((grad_sum, grad_sum_sq))\n", ""),
+            ("backend(grad_output.resolve_neg(),", "backend(grad_output,"),
+        ],
+    ),
+    "beft_ext/ops/reference.py": (
+        ("ops/test_bias_grad_stats.py", *OPTIM),
+        [
+            ("grad_sum.add_(total, alpha=scale)", "grad_sum.add_(total)"),
+            ("min(1.0, t.max_grad_norm / (by + 1e-6))", "t.max_grad_norm / (by + 1e-6)"),
+            ("theta - alpha * (m_hat", "theta - (m_hat"),
+            ("    t.scores[sorted(stepped)] = 0\n", "    t.scores[:] = 0\n"),
+        ],
+    ),
+    "beft_ext/ops/triton_bias_grad_stats.py": (
+        TRITON,
+        [
+            ("tl.reshape(error, (BLOCK_H,))", "tl.reshape(error * 0.0, (BLOCK_H,))"),
+            ("lost + error_b, HALF", "lost, HALF"),
+            ("tl.where(error == error, total + error, total)", "total + error"),
+            ("tl.minimum(tl.maximum(tl.load(example_offsets + example + 1), 0), tokens)",
+             "tl.load(example_offsets + example + 1)"),
+            ("before + scale * result", "before + result"),
+        ],
+    ),
+    "beft_ext/ops/triton_bias_adamw_step.py": (
+        TRITON,
+        [
+            ("        table[:, 0] = t.lr\n", "        table[:, 0] = t.lr[0]\n"),
+            (" * (infinite == 0)", ""),
+            ("    raw *= tl.load(unscale)\n", ""),
+            ("mask=(rows < end)[:, None], other=0.0", "mask=(rows < end + 1)[:, None], other=0.0"),
+        ],
+    ),
+    "beft_ext/tasks/prompts.py": (
+        ("tasks/test_prompts.py",),
+        [
+            ("prompt = prompt[-room:]", "prompt = prompt[:room]"),
+            ("Prompt(self.bos + prompt or", "Prompt(prompt or"),
+        ],
+    ),
+    "beft_ext/tasks/heads.py": (
+        ("tasks/test_tasks.py",),
+        [("example.label >= outputs", "example.label > outputs")],
+    ),
+    "beft_ext/files.py": (
+        ("test_files.py", "commands/test_kill.py", "commands/test_interrupted.py"),
+        [
+            ('glob(PARTIAL + "*")', 'glob("partial-*")'),
+            ("                (folder / last).unlink(missing_ok=True)", "                pass"),
+            ("    path.chmod(0o666 & ~umask)  #", "    #"),
+        ],
+    ),
+    "csrc/bias_grad_stats.h": (
+        STATS,
+        [
+            ("error += (sum - (total - taken)) + (x - taken);", "error += x - taken;"),
+            ("    error += other.error;\n", ""),
+            ("error == error ? sum + error : sum", "sum + error"),
+            ("sum += rounded_product(scale, grad_out);", "sum += grad_out;"),
+            ("last < end ? last : end", "last"),
+        ],
+    ),
+    "csrc/bias_adamw_step.h": (
+        (*OPTIM, *CUDA),
+        [
+            ("sqrtf(v) * f.inverse_root + f.eps", "sqrtf(v + f.eps) * f.inverse_root"),
+            ("1 - group.lr * group.weight_decay", "1 - group.weight_decay"),
+            ("change_dot_initial += d * b0;", "change_dot_initial += b * b0;"),
+            ("max_grad_norm <= 0 || factor > 1", "max_grad_norm <= 0"),
+        ],
+    ),
+    "csrc/cpu/bias_grad_stats.cpp": (
+        ("ops/test_bias_grad_stats.py",),
+        [
+            ("add_eight<T>(data + t * st, st, sh, cols, out)",
+             "add_eight<T>(data + t * st, st, 1, cols, out)"),
+            ("  if (cols > 2 * pairs) sum_strip<BF16>", "  if (false) sum_strip<BF16>"),
+            ("    out[2 * h + 1] = odd[h];", "    out[2 * h + 1] = even[h];"),
+            ("v.offsets[i] * v.stride_t : i", "v.offsets[i] * v.width : i"),
+        ],
+    ),
+    "csrc/cpu/bias_adamw_step.cpp": (
+        OPTIM,
+        [
+            ("    if (!view.tensors[first.tensor].grad) continue;\n", ""),
+            ("    if (half) master[i] = b;\n", ""),
+            ("x = raw * unscale;", "x = raw;"),
+            ("    view.steps[t] += 1;\n", "    view.steps[t] = view.steps[0] + 1;\n"),
+        ],
+    ),
+    "csrc/cuda/bias_grad_stats.cu": (
+        CUDA,
+        [
+            ("(s.tokens <= 1 || s.stride_t % kVec == 0)", "true"),
+            ("        mine[v].merge(Compensated{other.x, other.y});",
+             "        mine[v].add(other.x);"),
+            ("        example.merge(Compensated{part.x, part.y});", "        example.add(part.x);"),
+            ("(one_example || s.stride_b % kVec == 0)", "true"),
+            ("within(example_offsets[example + 1], tokens) : tokens",
+             "example_offsets[example + 1] : tokens"),
+        ],
+    ),
+    "csrc/cuda/bias_adamw_step.cu": (
+        CUDA,
+        [
+            ("group.lr = tables.lr[tensor.group]", "group.lr = tables.lr[0]"),
+            ("    if (last) *counter = 0;\n", ""),
+            ("scores.add(b, initial[i], g * unscale)", "scores.add(b, initial[i], g)"),
+            ("tables.steps[block.tensor] + 1, clip", "tables.steps[block.tensor], clip"),
+            ("    if (arguments.grads[i]) tables.steps[i] += 1;",
+             "    tables.steps[i] += 1;"),
+        ],
+    ),
+}  # fmt: skip
+
+# Sampled faults that change nothing that anyone could see: (file, line before, line after).
+EQUIVALENT: dict[tuple[str, str, str], str] = {
+    (
+        "beft_ext/training/preparation.py",
+        "if sum(b.width for b in own) < parameter.numel():",
+        "if sum(b.width for b in own) != parameter.numel():",
+    ): "slices of a parameter never hold more than all of it",
+}
+
+
+def planted() -> Iterator[Fault]:
+    for place, (tests, pairs) in PLACES.items():
+        for old, new in pairs:
+            yield Fault(place.partition("#")[0], old, new, tests)
+
+
+FAULTS = list(planted())
