@@ -98,7 +98,9 @@ class Run:
             parameter.requires_grad_(True)
         named = [(bias.name, leaf) for bias, leaf in self.pairs]
         named += [(f"head.{i}", p) for i, p in enumerate(head)]
-        self.optimizer = BiasAdamW(named, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
+        self.optimizer = BiasAdamW(
+            named, lr=lr, weight_decay=weight_decay, max_grad_norm=max_grad_norm
+        )
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda i: rate_factor(i, steps, warmup, decay=False)
         )
