@@ -275,7 +275,7 @@ def _layout(projections: list[Projection]) -> str:
 
 def _first(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"[:110]
+    return f"{type(error).__name__}: {lines[0]}"[:110].strip()
 
 
 def verdicts(names: list[str]) -> Iterator[Verdict]:

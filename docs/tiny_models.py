@@ -81,6 +81,7 @@ OWN: dict[str, dict[str, Any]] = {
     "longformer": {"attention_window": 4},
     "marian": {"decoder_vocab_size": VOCABULARY},
     "mobilebert": {"intra_bottleneck_size": 32, "true_hidden_size": 32, "embedding_size": 32},
+    "pegasus_x": {"block_size": 4, "num_global_tokens": 4},
     "nemotron": {"num_key_value_heads": 2, "head_dim": 8},
     "reformer": {"axial_pos_embds_dim": (16, 16), "axial_pos_shape": (8, 8)},
     "xmod": {"default_language": "en_XX"},

@@ -96,3 +96,41 @@ def test_unknown_architecture_is_described_and_can_be_named():
     assert find_biases(Odd(), names={"query": "wq", "value": "wv"}).terms == ("query", "value")
     with pytest.raises(BiasError, match="unknown term"):
         find_biases(Odd(), names={"quary": "wq"})
+
+
+class _Block(nn.Module):
+    """An attention as many models have it."""
+
+    def __init__(self):
+        super().__init__()
+        self.self_attn = nn.Module()
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(self.self_attn, name, nn.Linear(4, 4))
+
+
+class _Layers(nn.Module):
+    def __init__(self, *blocks):
+        super().__init__()
+        self.layers = nn.ModuleList(blocks)
+
+
+def test_a_module_under_two_names_is_shared():
+    model = _Layers(_Block(), _Block())
+    model.layers[1].self_attn.v_proj = model.layers[0].self_attn.v_proj
+    model.layers[1].self_attn.q_proj.bias = model.layers[0].self_attn.q_proj.bias
+    found = find_biases(model)
+    assert {b.term for b in found if b.shared} == {"query", "value"}
+    assert {b.parameter for b in found if b.term == "query"} == {"layers.0.self_attn.q_proj.bias"}
+
+
+@pytest.mark.parametrize("name", ["experts", "shared_expert", "block_sparse_moe"])
+def test_experts_have_no_term(name):
+    block = _Block()
+    block.mlp = nn.Module()
+    expert = nn.Module()
+    expert.up_proj, expert.down_proj = nn.Linear(4, 8), nn.Linear(8, 4)
+    block.mlp.up_proj, block.mlp.down_proj = nn.Linear(4, 8), nn.Linear(8, 4)
+    setattr(block, name, nn.ModuleDict({"mlp": expert}))
+    found = {b.module for b in find_biases(_Layers(block, _Block()))}
+    assert {"layers.0.mlp.up_proj", "layers.0.mlp.down_proj"} <= found
+    assert not any(f".{name}." in module for module in found)
