@@ -1,4 +1,4 @@
-"""The scores of one bias: pure functions, float64 inside. Definitions: DESIGN section 3."""
+"""The scores of one bias: pure functions, float64 inside. Definitions: docs/definitions.md."""
 
 from __future__ import annotations
 

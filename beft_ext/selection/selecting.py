@@ -60,7 +60,7 @@ def select(
     Raises SelectionError for a non-finite loss or gradient (it names the step), an empty
     loader, an unknown method or term; BiasError where the model has no such biases; ProbeError
     where an attention cannot be probed for dead terms.
-    Source: Huang et al. 2025 (arXiv 2509.15974); DESIGN sections 3 and 4.
+    Source: Huang et al. 2025 (arXiv 2509.15974); docs/definitions.md.
     """
     if method not in scores.METHODS:
         raise SelectionError(
