@@ -65,13 +65,19 @@ class _Step:
     visit: Callable[[_Listener, Tensor], Tensor] | None = None  # of a run that locates
 
 
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory, but no view to autograd: Longformer scales its query in place, and an
+    optimizer its leaves."""
+    found: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    return found
+
+
 class _Identity(torch.autograd.Function):
     @staticmethod
     def forward(
         output: Tensor, listener: _Listener, number: int, use: int, *leaves: Tensor
     ) -> Tensor:
-        # The same memory, but no view to autograd: Longformer scales its query in place.
-        return torch.ops.aten._unsafe_view(output, output.shape)
+        return _alias(output)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -251,7 +257,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             site.biases.append(bias)
             leaf = bias.view(parameter.detach()).requires_grad_()
             with torch.enable_grad():
-                site.aliases.append(leaf.view_as(leaf))
+                site.aliases.append(_alias(leaf))
             site.leaves.append(leaf)
         self._required = [(s.parameter, s.parameter.requires_grad) for s in self.sites]
         self._listen(
