@@ -221,7 +221,7 @@ def test_rows_in_any_order_are_found(order):
 def test_examples_that_see_each_other_are_refused():
     model, inputs = Rearranged("mixed"), batch(tokens=8)
     del inputs["attention_mask"]
-    with pytest.raises(TapError, match="which rows of 'layers.0.wq'"):
+    with pytest.raises(TapError, match=r"which rows of 'layers\.0\.wq'"):
         stats_of_a_step(model, model, inputs, find_biases(model, names={"query": "wq"}))
 
 
