@@ -53,16 +53,18 @@ def select(
         nor value has one, these three, with biases of zeros for the time of the run. Dead terms
         are found before the run and stay out of it, unless ``terms`` names them.
     epochs, steps: length of the run; ``steps`` wins. lr: constant after the share ``warmup`` of
-        the run. max_grad_norm: clips the global gradient norm. The authors train with a constant rate of 1e-4 to
-        1e-3 by task, without warm-up, clipped to 1, in batches of 16, for 16 to 60 epochs.
+        the run. max_grad_norm: clips the global gradient norm. The authors train with a
+        constant rate of 1e-4 to 1e-3 by task, without warm-up, clipped to 1, in
+        batches of 16, for 16 to 60 epochs.
     settle: end the run as soon as the first term by ``method`` ('beft' or 'magnitude') would be
         another by chance with at most this probability; 0: never. See ``settling.py``.
     The task head (whatever is outside ``model.base_model``) trains beside the biases.
     The model comes back as it was: weights, ``requires_grad``, training mode, hooks, also after
     Ctrl-C. The same seed gives the same selection to the bit on one machine.
     Raises SelectionError for a non-finite loss or gradient (it names the step), a loss whose
-    divisor cannot be measured, a model over several processes or devices, an empty loader, an unknown method or term; BiasError where the model has no such biases; ProbeError
-    where an attention cannot be probed for dead terms.
+    divisor cannot be measured, a model over several processes or devices, an empty loader, an
+    unknown method or term; BiasError where the model has no such biases; ProbeError where an
+    attention cannot be probed for dead terms.
     Source: Huang et al. 2025 (arXiv 2509.15974); DESIGN sections 3 and 4.
     """
     if method not in scores.METHODS:
