@@ -65,13 +65,19 @@ class _Step:
     visit: Callable[[_Listener, Tensor], Tensor] | None = None  # of a run that locates
 
 
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory, but no view to autograd: Longformer scales its query in place, and an
+    optimizer its leaves."""
+    found: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    return found
+
+
 class _Identity(torch.autograd.Function):
     @staticmethod
     def forward(
         output: Tensor, listener: _Listener, number: int, use: int, *leaves: Tensor
     ) -> Tensor:
-        # The same memory, but no view to autograd: Longformer scales its query in place.
-        return torch.ops.aten._unsafe_view(output, output.shape)
+        return _alias(output)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -249,7 +255,10 @@ class Tap(AbstractContextManager["Tap"], state.Record):
                 site = by_parameter[id(parameter)] = _site(parameter)
                 self.sites.append(site)
             site.biases.append(bias)
-            site.leaves.append(bias.view(parameter.detach()).requires_grad_())
+            leaf = bias.view(parameter.detach()).requires_grad_()
+            with torch.enable_grad():
+                site.aliases.append(_alias(leaf))
+            site.leaves.append(leaf)
         self._required = [(s.parameter, s.parameter.requires_grad) for s in self.sites]
         self._listen(
             {
@@ -295,9 +304,6 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         step.number += 1
         step.announced, step.begun, step.called = True, False, None
         step.batch, step.scale, step.offsets = batch, scale, example_offsets
-        with torch.enable_grad():
-            for site in self.sites:  # a view from before its leaf was written to gets no gradient
-                site.aliases = [leaf.view_as(leaf) for leaf in site.leaves]
         for listener in self._listeners:
             listener.uses = listener.site.uses = 0
             listener.reduced.clear()
@@ -397,11 +403,8 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         module, args, kwargs = step.called
 
         def forward(given: Mapping[Any, Any]) -> None:
-            # A forward may write to what it is given (FSMT), or add to it (caches).
-            own = {
-                k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v)
-                for k, v in given.items()
-            }
+            # Caches of keys and the like are added to by a forward: each gets its own.
+            own = {k: v if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in given.items()}
             places = [own.pop(i) for i in range(len(args))]
             module(*places, **own)
 

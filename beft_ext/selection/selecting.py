@@ -41,25 +41,30 @@ def select(
 ) -> Selection:
     """Train all candidate terms together for a short run and score each one.
 
-    model: a transformers model whose output has ``loss``, a mean over the batch's examples or,
-        with labels ``(B, T)``, over the tokens that count (see ``beft_ext.training.loss.divisor``).
-    loader: batches as keyword arguments of the model, first axis examples.
+    model: a transformers model whose output has ``loss``; compiled or not.
+    loader: batches as keyword arguments of the model, first axis examples. Texts of a packed
+        batch (``position_ids`` that start anew, or ``cu_seq_lens_q``) are examples each.
     method: 'beft', 'magnitude', 'fisher', 'example_fisher' or 'snr'; all are computed.
-    loss: of the model and a batch, in place of the output's own.
+    loss: of the model and a batch, in place of the output's own. It gives the losses of the
+        examples ``(B,)``, the loss and what the sum over examples was divided by, or a scalar. Of
+        a scalar the divisor is measured on the first batch; an example's loss is the sum over
+        its labels that count.
     terms, biases: candidates; by default every term with a bias and, where neither query, key
         nor value has one, these three, with biases of zeros for the time of the run. Dead terms
         are found before the run and stay out of it, unless ``terms`` names them.
     epochs, steps: length of the run; ``steps`` wins. lr: constant after the share ``warmup`` of
-        the run. clip: global gradient norm. The authors train with a constant rate of 1e-4 to
-        1e-3 by task, without warm-up, clipped to 1, in batches of 16, for 16 to 60 epochs.
+        the run. max_grad_norm: clips the global gradient norm. The authors train with a
+        constant rate of 1e-4 to 1e-3 by task, without warm-up, clipped to 1, in
+        batches of 16, for 16 to 60 epochs.
     settle: end the run as soon as the first term by ``method`` ('beft' or 'magnitude') would be
         another by chance with at most this probability; 0: never. See ``settling.py``.
     The task head (whatever is outside ``model.base_model``) trains beside the biases.
     The model comes back as it was: weights, ``requires_grad``, training mode, hooks, also after
     Ctrl-C. The same seed gives the same selection to the bit on one machine.
-    Raises SelectionError for a non-finite loss or gradient (it names the step), an empty
-    loader, an unknown method or term; BiasError where the model has no such biases; ProbeError
-    where an attention cannot be probed for dead terms.
+    Raises SelectionError for a non-finite loss or gradient (it names the step), a loss whose
+    divisor cannot be measured, a model over several processes or devices, an empty loader, an
+    unknown method or term; BiasError where the model has no such biases; ProbeError where an
+    attention cannot be probed for dead terms.
     Source: Huang et al. 2025 (arXiv 2509.15974); docs/definitions.md.
     """
     if method not in scores.METHODS:
