@@ -58,13 +58,15 @@ def fisher(grad_sum_sq: Tensor, count: int) -> float:
 
 
 def signal_to_noise(grad_sum: Tensor, grad_sum_sq: Tensor, count: int) -> float:
-    """``|mean g|^2 / tr Var(g)`` of the per-example gradients; NaN where no noise was seen.
+    """``|mean g|^2 / tr Var(g) - 1/N`` of the per-example gradients; NaN where no noise was seen.
 
+    The mean over N examples of pure noise has the squared length ``tr Var(g) / N``. This floor is
+    taken off, so that noise scores zero on average; a single score may lie below.
     grad_sum, grad_sum_sq: ``(H,)`` sums of ``g_i`` and ``g_i^2`` over ``count`` examples.
     """
     if count < 2:
         return float("nan")
     mean = grad_sum.double() / count
     signal = float(mean.dot(mean))
-    noise = float((grad_sum_sq.double() / count - mean.square()).clamp(min=0).sum())
-    return signal / noise if noise > 0 else float("nan")
+    noise = float((grad_sum_sq.double() - count * mean.square()).clamp(min=0).sum()) / (count - 1)
+    return signal / noise - 1 / count if noise > 0 else float("nan")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.layouts import Layout, Place, TapError as TapError, fingerprint, locate, replaced
-from beft_ext.models import Bias, BiasMap, state
+from beft_ext.models import Bias, BiasMap, output_width, state
 from beft_ext.models.wrappers import whole
 from beft_ext.ops import bias_grad_stats
 from beft_ext.ops.reference import example_grads
@@ -65,13 +65,19 @@ class _Step:
     visit: Callable[[_Listener, Tensor], Tensor] | None = None  # of a run that locates
 
 
+def _alias(tensor: Tensor) -> Tensor:
+    """The same memory, but no view to autograd: Longformer scales its query in place, and an
+    optimizer its leaves."""
+    found: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    return found
+
+
 class _Identity(torch.autograd.Function):
     @staticmethod
     def forward(
         output: Tensor, listener: _Listener, number: int, use: int, *leaves: Tensor
     ) -> Tensor:
-        # The same memory, but no view to autograd: Longformer scales its query in place.
-        return torch.ops.aten._unsafe_view(output, output.shape)
+        return _alias(output)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -190,7 +196,8 @@ class _Listener:
                 self.tap._locate_from_call()
         raise TapError(
             f"which rows of '{self.path}' belong to which example cannot be told: its output does "
-            "not change with one example alone; leave its terms out, or use batches of one"
+            "not change with one example alone (texts of a packed batch that see each other do so; "
+            "config.use_cache=False keeps them apart). Leave its terms out, or use batches of one"
         )
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
@@ -241,7 +248,6 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         self._listeners: list[_Listener] = []
         self.sites: list[Site] = []
         by_parameter: dict[int, Site] = {}
-        modules: dict[str, Site] = {}
         for bias in biases:
             parameter = model.get_parameter(bias.parameter)
             site = by_parameter.get(id(parameter))
@@ -251,11 +257,16 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             site.biases.append(bias)
             leaf = bias.view(parameter.detach()).requires_grad_()
             with torch.enable_grad():
-                site.aliases.append(leaf.view_as(leaf))
+                site.aliases.append(_alias(leaf))
             site.leaves.append(leaf)
-            modules[bias.module] = site
         self._required = [(s.parameter, s.parameter.requires_grad) for s in self.sites]
-        self._listen(modules)
+        self._listen(
+            {
+                path: by_parameter[id(module.bias)]
+                for path, module in model.named_modules()
+                if output_width(module) and id(getattr(module, "bias", None)) in by_parameter
+            }
+        )
         for site in self.sites:
             site.parameter.requires_grad_(False)
         state.put(model, self)

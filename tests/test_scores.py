@@ -49,6 +49,24 @@ def test_fisher_and_signal_to_noise_of_known_gradients():
     g = torch.randn(50, 3, dtype=torch.float64) + 1
     total, squares = g.sum(0), g.square().sum(0)
     assert math.isclose(scores.fisher(squares, 50), float(g.square().mean()))
-    want = g.mean(0).square().sum() / g.var(0, correction=0).sum()
+    want = g.mean(0).square().sum() / g.var(0).sum() - 1 / 50
     assert math.isclose(scores.signal_to_noise(total, squares, 50), float(want), rel_tol=1e-9)
     assert math.isnan(scores.fisher(squares, 0))
+
+
+def test_noise_alone_scores_zero_on_average():
+    g = torch.randn(300, 10, 2000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = [scores.signal_to_noise(d.sum(0), d.square().sum(0), 10) for d in g]
+    # 18,000 squares average to their mean within 1 %, of a floor of 1/10.
+    assert abs(np.mean(found)) < 0.01 / 10 and abs(np.mean(found) + 1 / 10) > 0.09
+
+
+def test_the_longer_of_two_vectors_divides():
+    b0 = torch.tensor([3.0, 4.0])
+    assert scores.beft_score(b0, 2 * b0) == scores.beft_score(2 * b0, b0) == 0.5
+
+
+def test_a_single_example_has_no_noise():
+    g = torch.ones(3)
+    assert math.isnan(scores.signal_to_noise(g, g, 1))
+    assert math.isnan(scores.signal_to_noise(2 * g, 2 * g, 2))

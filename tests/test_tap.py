@@ -1,7 +1,10 @@
 """The tap: the gradient autograd would give, and the statistics of a batch-of-one loop."""
 
+import copy
+
 import pytest
 import torch
+import transformers as hf
 from conftest import batch, tiny
 from torch.utils.checkpoint import checkpoint
 
@@ -116,3 +119,172 @@ def test_gradcheck():
         # The leaves are the biases' own memory, so gradcheck's perturbation moves the output.
         leaves = [leaf for _, leaf in tap.leaves()]
         assert torch.autograd.gradcheck(lambda *_: model(**inputs).logits, leaves, atol=1e-6)
+
+
+def stats_of_a_step(model, call, inputs, biases=None, rows=4):
+    with Tap(model, biases or find_biases(model)) as tap:
+        tap.step(rows, scale=float(rows))
+        call(**inputs).loss.backward()
+        return tap.statistics()
+
+
+def one_by_one(model, inputs, rows=4):
+    """Squares of the gradients of single examples, by autograd, in float64."""
+    biases = find_biases(model)
+    ones = [
+        autograd(model, biases, {k: v[i : i + 1] for k, v in inputs.items()}) for i in range(rows)
+    ]
+    model.requires_grad_(False)
+    return {b: sum(g[b].square() for g in ones) for b in biases}
+
+
+def assert_squares(found, want):
+    for bias, (_, squares) in found.items():
+        torch.testing.assert_close(squares, want[bias], rtol=1e-8, atol=1e-14)
+
+
+def test_gradients_go_on_after_an_optimizer_has_written_the_leaves(family):
+    model, inputs = tiny(family).double(), batch()
+    biases = find_biases(model)
+    with Tap(model, biases) as tap:
+        leaves = dict(tap.leaves())
+        for _ in range(2):
+            for leaf in leaves.values():
+                leaf.grad = None
+            tap.step(4, scale=4.0)
+            model(**inputs).loss.backward()
+            with torch.no_grad():
+                found = {b: leaf.grad.flatten() for b, leaf in leaves.items()}
+                for leaf in leaves.values():
+                    leaf.sub_(0.1 * leaf.grad)
+        with torch.no_grad():
+            for bias, leaf in leaves.items():
+                leaf.add_(0.1 * found[bias].view_as(leaf))
+    want = autograd(model, biases, inputs)
+    for bias in biases:
+        torch.testing.assert_close(found[bias], want[bias], rtol=1e-9, atol=1e-12)
+
+
+LONG = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+
+
+@pytest.mark.parametrize("tokens", [4, 8])
+def test_tokens_first_are_told_from_examples_first(tokens):
+    """Longformer's projections give out (T, B, H); as many tokens as examples are the hard case."""
+    torch.manual_seed(0)
+    config = hf.LongformerConfig(**LONG, intermediate_size=48, attention_window=4, pad_token_id=0)
+    model = hf.LongformerForSequenceClassification(config).double().eval()
+    inputs = batch(tokens=tokens)
+    assert_squares(stats_of_a_step(model, model, inputs), one_by_one(model, inputs))
+
+
+class Rearranged(torch.nn.Module):
+    """A model whose projections see the tokens in an order of their own."""
+
+    def __init__(self, order):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Module()])
+        self.layers[0].wq = torch.nn.Linear(8, 8)
+        self.embedding, self.order = torch.nn.Embedding(64, 8), order
+        self.double()
+
+    def forward(self, input_ids, labels):
+        x, rows = self.embedding(input_ids), len(input_ids)
+        x = x + x.mean(1, keepdim=True)
+        shapes = {
+            "flat": lambda y: y.flatten(0, 1),
+            "flat, tokens first": lambda y: y.transpose(0, 1).flatten(0, 1),
+            "windows": lambda y: y.unflatten(1, (2, -1)).flatten(0, 1),
+            "twice": lambda y: y,
+            "mixed": lambda y: y + y.mean(0),
+        }
+        y = shapes[self.order](x)
+        for _ in range(2 if self.order == "twice" else 1):
+            y = self.layers[0].wq(y.tanh())
+        if self.order == "flat, tokens first":
+            y = y.unflatten(0, (-1, rows)).transpose(0, 1)
+        y = y.reshape(rows, -1, 8)
+        losses = (y.square().sum((1, 2)) - labels).square()
+        return type("Output", (), {"loss": losses.mean()})
+
+
+@pytest.mark.parametrize("order", ["flat", "flat, tokens first", "windows", "twice"])
+def test_rows_in_any_order_are_found(order):
+    model, inputs = Rearranged(order), batch(tokens=8)
+    del inputs["attention_mask"]
+    biases = find_biases(model, names={"query": "wq"})
+    found = stats_of_a_step(model, model, inputs, biases)
+    ones = [autograd(model, biases, {k: v[i : i + 1] for k, v in inputs.items()}) for i in range(4)]
+    assert_squares(found, {b: sum(g[b].square() for g in ones) for b in biases})
+
+
+def test_examples_that_see_each_other_are_refused():
+    model, inputs = Rearranged("mixed"), batch(tokens=8)
+    del inputs["attention_mask"]
+    with pytest.raises(TapError, match="which rows of 'layers.0.wq'"):
+        stats_of_a_step(model, model, inputs, find_biases(model, names={"query": "wq"}))
+
+
+def test_a_second_backward_and_a_forward_without_a_step_are_refused():
+    model, inputs = tiny("bert"), batch()
+    with Tap(model, find_biases(model)) as tap:
+        tap.step(4, scale=4.0)
+        loss = model(**inputs).loss
+        loss.backward(retain_graph=True)
+        with pytest.raises(TapError, match="no step announced"):
+            loss.backward()
+        with pytest.raises(TapError, match="no step announced"):
+            model(**inputs).loss.backward()
+
+
+def test_a_gradient_of_something_else_is_not_counted():
+    model, inputs = tiny("bert").double(), batch()
+    embedded = model.bert.embeddings.word_embeddings(inputs.pop("input_ids")).detach()
+    inputs["inputs_embeds"] = embedded.requires_grad_()
+    results = []
+    for also in (False, True):
+        with Tap(model, find_biases(model)) as tap:
+            tap.step(4, scale=4.0)
+            output = model(**inputs)
+            if also:
+                torch.autograd.grad(output.logits.sum(), embedded, retain_graph=True)
+            output.loss.backward()
+            results.append(tap.statistics())
+    for bias, (_, squares) in results[0].items():
+        assert torch.equal(squares, results[1][bias][1])
+
+
+def test_a_tapped_model_is_not_copied():
+    model = tiny("bert")
+    with Tap(model, find_biases(model)), pytest.raises(TapError, match="remove the tap first"):
+        copy.deepcopy(model)
+    copy.deepcopy(model)
+
+
+def test_a_compiled_model_is_the_one_inside_and_its_last_batch_may_be_smaller():
+    model = tiny("bert").double()
+    compiled = torch.compile(model, backend="aot_eager")
+    with Tap(compiled, find_biases(compiled)) as tap:
+        for rows in (4, 3):
+            inputs = batch(rows=rows)
+            tap.step(rows, scale=float(rows))
+            compiled(**inputs).loss.backward()
+        found = tap.statistics()
+    first, last = one_by_one(model, batch()), one_by_one(model, batch(rows=3), rows=3)
+    assert_squares(found, {b: first[b] + last[b] for b in first})
+
+
+def test_copies_of_a_model_are_refused():
+    with pytest.raises(TapError, match="DataParallel"):
+        Tap(torch.nn.DataParallel(tiny("bert")), [])
+
+
+def test_a_tied_bias_is_one_with_two_uses():
+    model, inputs = tiny("bert").double(), batch()
+    first, second = (layer.attention.self for layer in model.bert.encoder.layer)
+    second.value.bias = first.value.bias
+    biases = find_biases(model)
+    (tied,) = (b for b in biases if b.term == "value")
+    assert tied.shared
+    found = stats_of_a_step(model, model, inputs)
+    assert_squares(found, one_by_one(model, inputs))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -210,11 +211,12 @@ def _layers(model: nn.Module, parts: Mapping[str, Found]) -> tuple[list[str], in
 
 
 def _mark_tied(biases: list[Bias]) -> list[Bias]:
-    """One entry per parameter and term; shared where several modules hold the parameter."""
-    uses = Counter((b.parameter, b.term) for b in biases)
-    return [
-        Bias(**{**vars(b), "shared": b.shared or uses[b.parameter, b.term] > 1}) for b in biases
-    ]
+    """One entry per parameter and slice; shared where several modules hold the parameter."""
+    first: dict[tuple[str, int], Bias] = {}
+    for bias in biases:
+        place = (bias.parameter, bias.start)
+        first[place] = replace(first[place], shared=True) if place in first else bias
+    return list(first.values())
 
 
 def _ends(path: str, ending: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,6 +54,10 @@ class ModelSnapshot:
         self.modes = [(m, m.training) for m in model.modules()]
         trained = [p for p in model.parameters() if p.ndim == 1]
         trained += head_parameters(model)
+        self.config: Any = getattr(model, "config", object())
+        self.cached = getattr(self.config, "use_cache", False)
+        if self.cached:  # with a cache, transformers lets the texts of a packed batch mix
+            self.config.use_cache = False
         self.values = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
 
     def __exit__(self, *_: object) -> None:
@@ -64,6 +69,8 @@ class ModelSnapshot:
             parameter.grad = grad
         for module, mode in self.modes:
             module.training = mode
+        if self.cached:
+            self.config.use_cache = True
 
 
 class Run:

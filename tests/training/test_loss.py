@@ -1,98 +1,239 @@
-"""Per-example statistics under every kind of mean: against a loop of one example at a time."""
+"""Per-example statistics under every kind of loss: against one example at a time, in float64."""
 
 import pytest
 import torch
 import transformers as hf
 from conftest import SIZES, T5, tiny
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from beft_ext import select
-from beft_ext.training.loss import divisor
+from beft_ext import SelectionError, select
+from beft_ext.training.loss import examples_of, offsets_of
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+WEIGHTS = torch.tensor([1.0, 3.0])
 
 
-def models():
+def random(config, kind):
     torch.manual_seed(0)
-    bert = SIZES | NO_DROPOUT | {"intermediate_size": 48}
-    return {
-        "causal": hf.OPTForCausalLM(hf.OPTConfig(**SIZES, **OPT)),
-        "masked": hf.BertForMaskedLM(hf.BertConfig(**bert)),
-        "tokens": hf.BertForTokenClassification(hf.BertConfig(**bert, num_labels=3)),
-        "choice": hf.BertForMultipleChoice(hf.BertConfig(**bert)),
-        "several": hf.BertForSequenceClassification(
-            hf.BertConfig(**bert, num_labels=3, problem_type="multi_label_classification")
-        ),
-    }
-
-
-def batch_for(kind):
-    generator = torch.Generator().manual_seed(1)
-
-    def numbers(high, *shape):
-        return torch.randint(0, high, shape, generator=generator)
-
-    ids = numbers(64, 4, 7)
-    if kind == "choice":
-        return {"input_ids": numbers(64, 4, 3, 7), "labels": numbers(3, 4)}
-    if kind == "several":
-        return {"input_ids": ids, "labels": numbers(2, 4, 3).float()}
-    labels = numbers(3 if kind == "tokens" else 64, 4, 7)
-    labels[numbers(2, 4, 7).bool()] = -100
-    labels[:, 3] = 1
-    return {"input_ids": ids, "labels": labels}
-
-
-@pytest.mark.parametrize("kind", models())
-def test_fisher_is_that_of_one_example_at_a_time(kind):
-    model, batch = models()[kind], batch_for(kind)
+    model = getattr(hf, kind)(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
-    found = select(model, [batch], steps=1, lr=1e-9, clip=0.0)
-    exact = model.double().eval()
-    batch = {k: v.double() if v.is_floating_point() else v for k, v in batch.items()}
-    terms = {"query": "q_proj" if kind == "causal" else "query", "value": "v"}
-    for term, part in terms.items():
-        squares = {}
-        for i in range(4):
-            exact.zero_grad()
-            one = {k: v[i : i + 1] for k, v in batch.items()}
-            loss = exact(**one).loss * divisor(exact, one)
-            loss.backward()
-            own = [
-                p.grad
-                for n, p in exact.named_parameters()
-                if part in n.split(".")[-2] and "bias" in n
-            ]
-            own = [g for g in own if g is not None][:2]
-            for layer, grad in enumerate(own):
-                squares[layer] = squares.get(layer, 0.0) + float(grad.square().mean()) / 4
-        assert found.per_layer["example_fisher"][term] == pytest.approx(
-            list(squares.values()), rel=1e-3
-        )
+    return model
 
 
-def test_the_divisor_is_what_the_models_divide_by():
-    """The loss of a batch times its divisor is the sum over examples of the same."""
-    everything = models() | {
-        "both": hf.T5ForConditionalGeneration(
-            hf.T5Config(**T5, decoder_start_token_id=0, pad_token_id=0)
+def bert(kind, **own):
+    return random(hf.BertConfig(**SIZES, **NO_DROPOUT, intermediate_size=48, **own), kind)
+
+
+def opt():
+    return random(hf.OPTConfig(**SIZES, **OPT), "OPTForCausalLM")
+
+
+def numbers(high, *shape, seed=1):
+    return torch.randint(0, high, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tokens(high, full=False):
+    labels = numbers(high, 4, 7, seed=2)
+    if not full:
+        labels[numbers(2, 4, 7, seed=3).bool()] = -100
+        labels[:, 3] = 1
+    return {"input_ids": numbers(64, 4, 7), "labels": labels}
+
+
+def classes(*labels):
+    return {"input_ids": numbers(64, len(labels), 7), "labels": torch.tensor(labels)}
+
+
+def logits(model, batch):
+    return model(input_ids=batch["input_ids"]).logits
+
+
+def own(model, batch):
+    return model(**batch).loss
+
+
+def entropies(model, batch):
+    """The loss of each example, by its definition: the sum over the labels that count."""
+    return cross_entropy(logits(model, batch).movedim(-1, 1), batch["labels"], reduction="none"
+        ).reshape(len(batch["labels"]), -1).sum(1)  # fmt: skip
+
+
+def next_entropies(model, batch):
+    found, labels = logits(model, batch)[:, :-1], batch["labels"][:, 1:]
+    return cross_entropy(found.movedim(-1, 1), labels, reduction="none").sum(1)
+
+
+def binary(model, batch):
+    return binary_cross_entropy_with_logits(
+        logits(model, batch), batch["labels"], reduction="none"
+    ).sum(1)
+
+
+def weighted(model, batch):
+    found = logits(model, batch)
+    return cross_entropy(found, batch["labels"], WEIGHTS.to(found.dtype), reduction="none")
+
+
+def smooth(reduction):
+    return lambda model, batch: cross_entropy(
+        logits(model, batch), batch["labels"], label_smoothing=0.1, reduction=reduction
+    )
+
+
+def unshifted(model, batch):
+    return cross_entropy(logits(model, batch).movedim(-1, 1), batch["labels"])
+
+
+def head():
+    return bert("BertForSequenceClassification")
+
+
+def several():
+    return bert(
+        "BertForSequenceClassification",
+        num_labels=3,
+        problem_type="multi_label_classification",
+    )
+
+
+SEVERAL = {"input_ids": numbers(64, 4, 7), "labels": numbers(2, 4, 3).float()}
+MIXED = classes(0, 1, 1, 0)
+# The model, its batch, the loss that select is given, and the losses of examples by definition.
+KINDS = {
+    "causal": (opt, tokens(64), own, next_entropies),
+    "causal, every label": (opt, tokens(64, full=True), own, next_entropies),
+    "number given": (opt, tokens(64) | {"num_items_in_batch": 50}, own, next_entropies),
+    "causal, not shifted": (opt, tokens(64, full=True), unshifted, entropies),
+    "masked": (lambda: bert("BertForMaskedLM"), tokens(64), own, entropies),
+    "tokens": (lambda: bert("BertForTokenClassification", num_labels=3), tokens(3), own, entropies),
+    "classes": (head, MIXED, own, entropies),
+    "a class left out": (head, classes(0, 1, -100, 0), own, entropies),
+    "several targets": (several, SEVERAL, own, binary),
+    "losses of examples": (head, MIXED, entropies, entropies),
+    "sum": (head, MIXED, lambda m, b: entropies(m, b).sum(), entropies),
+    "sum over tokens": (opt, tokens(64), lambda m, b: next_entropies(m, b).sum(), next_entropies),
+    "smoothed": (head, MIXED, smooth("mean"), smooth("none")),
+    "weighted, with its divisor": (
+        head,
+        MIXED,
+        lambda m, b: (weighted(m, b).sum() / 8, torch.tensor(8.0)),
+        weighted,
+    ),
+}
+
+
+def squares(model, batch, losses):
+    """The mean over examples and elements of the squared gradient of each value bias."""
+    model, total = model.double().eval(), 0
+    biases = [p for n, p in model.named_parameters() if n.endswith(("value.bias", "v_proj.bias"))]
+    for i in range(4):
+        one = {k: v[i : i + 1] for k, v in batch.items() if isinstance(v, torch.Tensor)}
+        one = {k: v.double() if v.is_floating_point() else v for k, v in one.items()}
+        biases = [
+            p for n, p in model.named_parameters() if n.endswith(("value.bias", "v_proj.bias"))
+        ]
+        grads = torch.autograd.grad(losses(model, one).sum(), biases)
+        total = total + torch.stack([g.square().mean() for g in grads]) / 4
+    return total.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fisher_is_that_of_one_example_at_a_time(kind):
+    make, batch, loss, losses = KINDS[kind]
+    found = select(make(), [batch], loss=loss, steps=1, lr=1e-9, max_grad_norm=0.0)
+    # Sums of some hundred single-precision products, squared.
+    assert found.per_layer["example_fisher"]["value"] == pytest.approx(
+        squares(make(), batch, losses), rel=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            lambda m, b: cross_entropy(logits(m, b), b["labels"], WEIGHTS),
+            "a mean of cannot be told",
         ),
-        "plain": tiny("bert"),
-        "xlm": hf.XLMWithLMHeadModel(
-            hf.XLMConfig(emb_dim=32, n_layers=1, n_heads=4, vocab_size=64, pad_index=0)
+        (lambda m, b: entropies(m, b).mean().square(), "cannot be told"),
+        (lambda m, b: logits(m, b), r"shape \(4, 2\), but the batch has 4 examples"),
+    ],
+)
+def test_a_loss_whose_examples_cannot_be_told_is_refused(loss, message):
+    with pytest.raises(SelectionError, match=message):
+        select(head(), [MIXED], loss=loss)
+
+
+def test_four_packed_texts_are_four_examples():
+    lengths, model = (
+        (5, 9, 4, 7),
+        random(
+            hf.LlamaConfig(**SIZES, intermediate_size=48, attention_bias=True), "LlamaForCausalLM"
         ),
-        "gpt2": hf.GPT2LMHeadModel(hf.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=64)),
+    )
+    texts = [numbers(64, 1, n, seed=n) for n in lengths]
+    labels = torch.cat(texts, 1)
+    offsets = torch.tensor([0, 5, 14, 18, 25])
+    labels[0, offsets[:-1]] = -100
+    packed = {
+        "input_ids": torch.cat(texts, 1),
+        "labels": labels,
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
     }
-    for kind, model in everything.items():
-        batch = batch_for(kind)
-        if kind == "plain":
-            batch["labels"] = batch["labels"][:, 3] * 0 + 1
-        model.eval()
-        with torch.no_grad():
-            whole = float(model(**batch).loss) * divisor(model, batch)
-            rows = [{k: v[i : i + 1] for k, v in batch.items()} for i in range(4)]
-            parts = sum(float(model(**row).loss) * divisor(model, row) for row in rows)
-        assert whole == pytest.approx(parts, rel=1e-5), kind
+    assert torch.equal(offsets_of(packed), offsets) and examples_of(packed, offsets) == 4
+    found = select(model, [packed], steps=1, lr=1e-9, max_grad_norm=0.0)
+    exact, want = model.double().eval(), 0
+    biases = [p for n, p in exact.named_parameters() if n.endswith("v_proj.bias")]
+    for text in texts:
+        losses = next_entropies(exact, {"input_ids": text, "labels": text})
+        grads = torch.autograd.grad(losses.sum(), biases)
+        want = want + torch.stack([g.square().mean() for g in grads]) / 4
+    got = found.per_layer["example_fisher"]["value"]
+    assert got == pytest.approx(want.tolist(), rel=1e-4)
+    assert model.config.use_cache
+
+
+def test_rows_are_packed_only_where_positions_start_anew():
+    rows = {"input_ids": numbers(64, 2, 4), "labels": numbers(64, 2, 4)}
+    assert offsets_of(rows) is None
+    assert offsets_of(rows | {"position_ids": torch.arange(4).expand(2, 4)}) is None
+    assert offsets_of({"labels": torch.tensor([0, 1]), "position_ids": torch.zeros(2, 4)}) is None
+    assert offsets_of({"cu_seq_lens_q": torch.tensor([0, 3, 8])}).tolist() == [0, 3, 8]
+    two = rows | {"position_ids": torch.tensor([[0, 1, 0, 1], [0, 1, 2, 3]])}
+    assert offsets_of(two).tolist() == [0, 2, 4, 8]
+    padded = two | {"labels": torch.tensor([[-100, 5, -100, -100], [-100, 7, 8, 9]])}
+    assert examples_of(padded, offsets_of(padded)) == 2
+
+
+@pytest.mark.parametrize("name", ["t5", "gpt2"])
+def test_models_of_both_ways_and_of_other_names_are_measured(name):
+    config = {
+        "t5": hf.T5Config(**T5, decoder_start_token_id=0, pad_token_id=0, dropout_rate=0.0),
+        "gpt2": hf.GPT2Config(
+            n_embd=32, n_layer=2, n_head=4, vocab_size=64,
+            attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+        ),
+    }[name]  # fmt: skip
+    model = random(config, {"t5": "T5ForConditionalGeneration", "gpt2": "GPT2LMHeadModel"}[name])
+    batch = tokens(64)
+
+    def examples(model, batch):
+        found, labels = model(**batch).logits, batch["labels"]
+        if name == "gpt2":
+            found, labels = found[:, :-1], labels[:, 1:]
+        return cross_entropy(found.movedim(-1, 1), labels, reduction="none").sum(1)
+
+    scalars, each = (
+        select(model, [batch], loss=loss, steps=1, lr=1e-9, max_grad_norm=0.0)
+        for loss in (own, examples)
+    )
+    for term, layers in each.per_layer["example_fisher"].items():
+        assert scalars.per_layer["example_fisher"][term] == pytest.approx(layers, rel=1e-3)
+
+
+def test_a_model_in_half_precision_is_measured_too():
+    found = select(tiny("bert").bfloat16(), [MIXED], steps=1, lr=1e-9)
+    assert found.ranking["example_fisher"]
