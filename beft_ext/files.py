@@ -182,13 +182,14 @@ def require_writable(folder: str | Path) -> None:
 
 def _temporary(folder: Path) -> tuple[Path, int]:
     """An empty folder inside ``folder`` and the handle that holds its lock."""
-    while True:
+    while True:  # another process may sweep it away between its making and its locking
         temporary = Path(tempfile.mkdtemp(dir=folder, prefix=PARTIAL))
-        handle = os.open(temporary, os.O_RDONLY)
-        _lock(handle, fcntl.LOCK_EX)
-        if temporary.exists():
-            return temporary, handle
-        os.close(handle)  # swept between its making and its locking
+        with suppress(FileNotFoundError):
+            handle = os.open(temporary, os.O_RDONLY)
+            _lock(handle, fcntl.LOCK_EX)
+            if temporary.exists():
+                return temporary, handle
+            os.close(handle)
 
 
 def _lock(handle: int, how: int) -> bool:

@@ -1,6 +1,8 @@
 """Files are whole or absent, carry a digest, and two writers leave each other's alone."""
 
+import fcntl
 import multiprocessing
+import os
 import random
 import re
 
@@ -94,6 +96,25 @@ def test_two_writers_in_one_folder(tmp_path):
                 assert (tmp_path / "weights").read_text() == mark * 1000
     assert [w.exitcode for w in writers] == [0, 0]
     assert names(tmp_path) == ["a.json", "b.json", "config", "weights"]
+
+
+@pytest.mark.parametrize("when", ["opened", "locked"])
+def test_a_folder_that_is_swept_before_it_is_locked_is_made_anew(tmp_path, monkeypatch, when):
+    """Another process may take it for one that a killed process left."""
+    real, struck = {"opened": os.open, "locked": fcntl.flock}[when], []
+
+    def swept_first(*args, **options):
+        if not struck:
+            struck.extend(tmp_path.glob(f"{PARTIAL}*"))
+            struck[0].rmdir()
+        return real(*args, **options)
+
+    module, name = (os, "open") if when == "opened" else (fcntl, "flock")
+    with monkeypatch.context() as patched:
+        patched.setattr(module, name, swept_first)
+        with whole_file(tmp_path / "x") as temporary:
+            temporary.write_text("whole")
+    assert len(struck) == 1 and names(tmp_path) == ["x"]
 
 
 def test_a_writable_folder_is_left_as_it_was(tmp_path):
