@@ -253,7 +253,7 @@ class Flat:
         )
         for i, value in work.stand_ins.items():
             p = self.params[i]
-            p.copy_(value)
+            p.copy_(value.to(p.dtype))  # of fp32 into fp16 torch loses a negative bit's sign
             if p.dtype in HALF:
                 self.views[p]["master"].copy_(value)
         # The kernels write through raw addresses; autograd must learn of it.
