@@ -121,9 +121,9 @@ class Flat:
         for i, (p, start) in enumerate(zip(params, starts, strict=True)):
             parts = [row[start : start + p.numel()].view(p.shape) for row in self.state]
             views = {"step": self.steps[i], "exp_avg": parts[0], "exp_avg_sq": parts[1]}
-            views["initial"] = parts[2].copy_(p.detach())
+            views["initial"] = parts[2].copy_(p.detach().resolve_neg())
             if p.dtype in HALF:
-                views["master"] = parts[3].copy_(p.detach())
+                views["master"] = parts[3].copy_(p.detach().resolve_neg())
             self.views[p] = views
             runs = _runs(p)
             if runs is None:
@@ -253,7 +253,7 @@ class Flat:
         )
         for i, value in work.stand_ins.items():
             p = self.params[i]
-            p.copy_(value)
+            p.copy_(value.to(p.dtype))  # torch loses the sign of a negative bit from or to fp16
             if p.dtype in HALF:
                 self.views[p]["master"].copy_(value)
         # The kernels write through raw addresses; autograd must learn of it.

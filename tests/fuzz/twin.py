@@ -10,7 +10,7 @@ import torch
 from draw import EPS, Draw, Fault
 from torch import Tensor
 
-HALF = (torch.bfloat16, torch.float16)
+HALF = {torch.bfloat16, torch.float16}
 
 
 class Twin:
@@ -80,13 +80,14 @@ class Twin:
         """Raise Fault unless the parameters, and the norm of all gradients, are these."""
         for i, (p, leaf) in enumerate(zip(self.params, self.leaves, strict=True)):
             found, want = p.detach().double(), leaf.detach()
+            kinds = {self.seen[i].dtype, p.dtype} & HALF  # without a gradient it stays as it came
             self.seen[i] = p.detach().clone()
             if p.numel() == 0:
                 continue
             # Each step rounds the value and its own size, at most a few lr, a few times.
             bound = 4 * self.steps * EPS * (want.abs().max() + 8 * self.options["lr"])
-            if p.dtype in HALF:
-                bound = bound + want.abs() * torch.finfo(p.dtype).eps / 2 + 2**-25
+            for kind in kinds:
+                bound = bound + want.abs() * torch.finfo(kind).eps / 2 + 2**-25
             error = (found - want).abs()
             if not bool((error <= bound).all()):
                 raise Fault(
