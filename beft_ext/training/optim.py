@@ -238,8 +238,9 @@ class BiasAdamW(torch.optim.Optimizer):
         with torch.no_grad():
             for p, values in pairs:
                 views = self.state[p]
-                for key in MOMENTS:
-                    views[key].copy_(torch.as_tensor(values.get(key, 0)).reshape(views[key].shape))
+                views["step"].fill_(float(values.get("step", 0)))
+                for key in ("exp_avg", "exp_avg_sq"):
+                    views[key].copy_(values.get(key, torch.zeros(())))
                 if "initial" in values:
                     views["initial"].copy_(values["initial"])
                 if "master" in views:
