@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from beft_ext.ops.bias_adamw_step import AdamWTables
+    from beft_ext.ops.bias_adamw_tables import AdamWTables
 
 
 def example_grads(grad_output: Tensor, example_offsets: Tensor | None) -> Tensor:

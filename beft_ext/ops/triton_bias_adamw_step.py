@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from beft_ext.ops.bias_adamw_step import BLOCK, AdamWTables, Located
+from beft_ext.ops.bias_adamw_tables import BLOCK, AdamWTables, Located
 
 SLOTS = 256  # slots that finish_kernel adds at a time
 

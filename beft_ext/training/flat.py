@@ -13,11 +13,11 @@ from torch.nn.parameter import UninitializedParameter
 
 from beft_ext.errors import BeftError
 from beft_ext.models import Bias
-from beft_ext.ops.bias_adamw_step import (
+from beft_ext.ops.bias_adamw_step import bias_adamw_step
+from beft_ext.ops.bias_adamw_tables import (
     BLOCK,
     AdamWTables,
     Located,
-    bias_adamw_step,
     locate,
     survey,
     workspace_size,
