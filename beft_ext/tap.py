@@ -403,8 +403,11 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         module, args, kwargs = step.called
 
         def forward(given: Mapping[Any, Any]) -> None:
-            # Caches of keys and the like are added to by a forward: each gets its own.
-            own = {k: v if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in given.items()}
+            # A forward may write to what it is given (FSMT), or add to it (caches).
+            own = {
+                k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v)
+                for k, v in given.items()
+            }
             places = [own.pop(i) for i in range(len(args))]
             module(*places, **own)
 
