@@ -116,7 +116,7 @@ def _parquet(data: bytes) -> list[Row]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    table = ParquetFile(pyarrow.BufferReader(data)).read()
+    table = ParquetFile(pyarrow.BufferReader(data)).read(use_threads=False)
     distinct(table.column_names)
     for i, field in enumerate(table.schema):
         if field.type in (pyarrow.float16(), pyarrow.float32()):
