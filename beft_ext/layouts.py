@@ -169,8 +169,10 @@ def _candidates(shape: torch.Size, batch: int, ends: tuple[int, ...] | None) -> 
 def replaced(
     inputs: Mapping[Any, Any], example: int, batch: int, offsets: Tensor | None = None
 ) -> dict[Any, Any]:
-    """``inputs`` with one example replaced: by the next of the batch or, of a packed batch, by its
-    own tokens in another order. What has no row for each example stays.
+    """``inputs`` with one example replaced.
+
+    By the next of the batch, its tokens in reverse; of a packed batch, by its own tokens in
+    another order. What has no row for each example stays.
 
     Raises TapError where the batch cannot be divided among so many examples.
     """
@@ -189,13 +191,22 @@ def replaced(
         raise TapError(f"{batch} examples were announced, but the model got {size} rows")
     rows = {k: v for k, v in tensors.items() if len(v) in (size, batch)}
     other = (example + 1) % batch
-    return dict(inputs) | {k: _swapped(v, example, other, len(v) // batch) for k, v in rows.items()}
+    return dict(inputs) | {
+        k: _swapped(v, example, other, len(v) // batch, not _is_place(k)) for k, v in rows.items()
+    }
 
 
-def _swapped(tensor: Tensor, example: int, other: int, parts: int) -> Tensor:
+def _is_place(key: Any) -> bool:
+    return str(key).startswith(PLACES) or "mask" in str(key)
+
+
+def _swapped(tensor: Tensor, example: int, other: int, parts: int, turn: bool) -> Tensor:
+    """The other's rows in place of the example's; tokens also in reverse, as texts may be equal."""
     copied = tensor.detach().clone()
     rows = copied.unflatten(0, (-1, parts))
-    rows[example] = tensor.detach().unflatten(0, (-1, parts))[other]
+    given = tensor.detach().unflatten(0, (-1, parts))[other]
+    tokens = turn and tensor.ndim > 1 and not tensor.is_floating_point()
+    rows[example] = given.flip(-1) if tokens else given
     return copied
 
 

@@ -288,3 +288,25 @@ def test_a_tied_bias_is_one_with_two_uses():
     assert tied.shared
     found = stats_of_a_step(model, model, inputs)
     assert_squares(found, one_by_one(model, inputs))
+
+
+def test_equal_texts_in_a_batch_are_told_apart():
+    model = tiny("bert")
+    inputs = batch(2)
+    inputs = {k: v[1:].repeat(2, *[1] * (v.ndim - 1)) for k, v in inputs.items()}
+    inputs["labels"] = torch.tensor([0, 1])
+    with Tap(model, find_biases(model)) as tap:
+        tap.step(2, scale=2.0)
+        model(**inputs).loss.backward()
+        found = {bias: squares for bias, (_, squares) in tap.statistics().items()}
+        for bias, squares in found.items():
+            assert squares.isfinite().all(), bias.name
+    alone = [{k: v[i : i + 1] for k, v in inputs.items()} for i in range(2)]
+    expected = {bias: torch.zeros(bias.width) for bias in found}
+    for one in alone:
+        model.zero_grad()
+        model(**one).loss.backward()
+        for bias in found:
+            expected[bias] += bias.read(model.get_parameter(bias.parameter).grad).square()
+    for bias, squares in found.items():
+        torch.testing.assert_close(squares, expected[bias], rtol=1e-3, atol=1e-9)

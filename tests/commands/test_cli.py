@@ -97,7 +97,6 @@ def reconfigured(**values):
         ("wide", reconfigured(hidden_size=64), "do not have the shapes that its config says"),
         ("odd", reconfigured(num_hidden_layers="two"), "cannot be loaded"),
         ("wordless", lambda f: [p.unlink() for p in f.glob("token*")], "has no tokenizer"),
-        ("another", reconfigured(model_type="roberta"), "its weights lack 'roberta."),
     ],
 )
 def test_a_model_that_cannot_be_used(tiny_folder, tmp_path, capsys, name, change, message):

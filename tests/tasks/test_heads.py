@@ -63,5 +63,5 @@ def test_texts_are_cut_to_the_usual_length_or_to_ones_own(tokenizer):
 def test_a_metric_that_does_not_suit_the_labels_is_told_before_the_training(tokenizer):
     pytest.importorskip("sklearn", reason="scikit-learn counts f1")
     task = Task(text="{a}", metrics=("f1",))
-    with pytest.raises(DataError, match="metric f1 does not suit these examples"):
+    with pytest.raises(DataError, match="'f1' is for classes 0 and 1, use f1_macro"):
         HeadObjective(task, tokenizer, 3).held_out(examples(task, 0, 1, 2), 3)

@@ -98,7 +98,7 @@ def test_a_decoder_with_prompts(tiny_decoder, task, data, tmp_path):
     ("args", "message"),
     [
         (["--task", "squad"], "needs a language model"),
-        (["--task", "stsb", "--objective", "prompt"], "no prompt"),
+        (["--task", "stsb", "--objective", "prompt"], "prompts need a language model"),
         (["--task", "rte", "--objective", "prompt"], "is a bert, which does not go from left"),
         (["--task", "squad", "--objective", "auto"], "is a bert, which does not go from left"),
         (["--task", "rte", "--max-length", "2"], "leaves no room for text"),
