@@ -75,7 +75,80 @@ def run(options, dtype=torch.float32, missing=None, skipped=None, scale=None, st
     return [p.detach().clone() for p in ours]
 
 
+class TensorRates(BiasAdamW):
+    def _settings(self):
+        return super()._settings()[0], [torch.tensor(0.25), torch.tensor(0.5)]
+
+
+def rates_of_two_groups():
+    ours = params(torch.float32)
+    before = [p.detach().clone() for p in ours]
+    optimizer = TensorRates([{"params": ours[:1]}, {"params": ours[1:]}])
+    for p in ours:
+        p.grad = torch.ones_like(p)
+    optimizer.step()  # the first step is of the rate's length
+    for p, b, rate in zip(ours, before, (0.25, 0.5, 0.5)):
+        torch.testing.assert_close(b - p.detach(), torch.full_like(b, rate), rtol=1e-5, atol=1e-6)
+
+
+def a_written_parameter_holds(dtype):
+    p = torch.ones(5, dtype=dtype, requires_grad=True)
+    optimizer = BiasAdamW([p], lr=1e-4)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    kept = optimizer.state[p]["master"].clone()
+    p.data[:2] = 4.0
+    optimizer.step()
+    moved = torch.tensor([4.0, 4.0, *kept[2:]]) - optimizer.state[p]["master"]
+    torch.testing.assert_close(moved, torch.full((5,), 1e-4), rtol=1e-2, atol=0)
+
+
+class OverDevices(BiasAdamW):
+    def _entries(self):
+        return [[entry] for entries in super()._entries() for entry in entries]
+
+
+def devices_are_clipped_together():
+    ours, twins = params(torch.float32), params(torch.float32)
+    for kind, ps in ((BiasAdamW, ours), (OverDevices, twins)):
+        optimizer = kind(ps, lr=0.1, eps=1.0, max_grad_norm=0.5)  # eps: size matters
+        for p in ps:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+    for a, b in zip(ours, twins):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def wild_tables_reach_nothing():
+    # A parameter, its gradient and its state in the middle of memory that is to stay as it is.
+    whole, grads = (torch.ones(5000, dtype=torch.bfloat16) for _ in range(2))
+    p = whole[2000:2007].requires_grad_()
+    optimizer = BiasAdamW([p])
+    p.grad = grads[2000:2007]
+    flat = optimizer._flats[0]
+    room = torch.ones(5000)
+    flat.state = room[2000:2028].view(4, 7)
+    for column in range(6):
+        for value in (-900, 3, 900, 2000):
+            whole[2000:2007], room[2000:2028] = 1.0, 0.0
+            blocks = flat.blocks.clone()
+            blocks[0, column] = value
+            work, groups = flat.look(), optimizer._settings()[0]
+            operator.bias_adamw_step(operator.AdamWTables(
+                work.params, work.grads, flat.state, flat.steps, flat.scores, blocks,
+                torch.tensor([0, value]), flat.group_of, groups, None, 1.0, None, None,
+                torch.zeros_like(flat.workspace),
+            ))
+            for memory, end in ((whole, 2007), (room, 2028)):
+                assert (memory[:2000] == 1).all() and (memory[end:] == 1).all(), (column, value)
+
+
 install()
+rates_of_two_groups()
+devices_are_clipped_together()
+for dtype in (torch.bfloat16, torch.float16):
+    a_written_parameter_holds(dtype)
+wild_tables_reach_nothing()
 run({"weight_decay": 0.1, "betas": (0.8, 0.95), "eps": 1e-6})
 first = run({"max_grad_norm": 1.0, "maximize": True})
 again = run({"max_grad_norm": 1.0, "maximize": True})
