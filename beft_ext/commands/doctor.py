@@ -11,7 +11,6 @@ OPTIONAL = {
     "matplotlib": ("pictures", "plots"),
     "sklearn": ("the metrics f1, f1_macro and matthews", "data"),
     "scipy": ("the metrics pearson and spearman", "data"),
-    "pyarrow": ("parquet files", "data"),
     "datasets": ("named tasks from the hub", "data"),
     "peft": ("compare's lora, prefix and peft-beft", "peft"),
     "triton": ("GPU kernels where nvcc was missing", "triton"),

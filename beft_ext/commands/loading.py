@@ -334,8 +334,11 @@ def goes_left_to_right(config: Any) -> bool:
 
 
 def classes_of(*examples: Sequence[Example]) -> int:
-    """Number of classes that the labels call for. Raises DataError where no head has so many."""
-    largest = int(max(e.label for part in examples for e in part))
+    """Number of classes that the labels call for; the targets of a regression call for none.
+
+    Raises DataError where no head has so many.
+    """
+    largest = int(max((e.label for part in examples for e in part if e.right), default=0))
     if largest >= MOST_CLASSES:
         raise DataError(
             f"label {largest} asks for a head of {largest + 1} classes, at most {MOST_CLASSES} are "

@@ -240,7 +240,7 @@ class BiasAdamW(torch.optim.Optimizer):
                 views = self.state[p]
                 views["step"].fill_(float(values.get("step", 0)))
                 for key in ("exp_avg", "exp_avg_sq"):
-                    views[key].copy_(values.get(key, torch.zeros(())))
+                    views[key].copy_(values.get(key, torch.zeros((), device="cpu")))
                 if "initial" in values:
                     views["initial"].copy_(values["initial"])
                 if "master" in views:

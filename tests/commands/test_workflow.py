@@ -12,6 +12,8 @@ import transformers
 
 from beft_ext.commands.cli import main
 from beft_ext.commands.demo import DATA
+from beft_ext.commands.loading import classes_of
+from beft_ext.tasks import Task
 
 FILES = ["--train-file", str(DATA / "train.jsonl")]
 FILES += ["--validation-file", str(DATA / "validation.jsonl")]
@@ -185,3 +187,10 @@ def test_another_model_or_other_rows_are_not_resumed(tiny_folder, tuned, tmp_pat
     model.save_pretrained(other)
     assert main(["tune", "--model", str(other), *FILES, *more]) == 2
     assert "its model is another one" in capsys.readouterr().err
+
+
+def test_targets_of_a_regression_call_for_no_classes():
+    prices = Task(text="{a}", kind="regression").examples([{"a": "x", "label": 20_000}], "rows")
+    kinds = Task(text="{a}").examples([{"a": "x", "label": 2}, {"a": "y", "label": 0}], "rows")
+    assert classes_of(prices) == 1
+    assert classes_of(kinds) == 3

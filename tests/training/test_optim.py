@@ -329,3 +329,13 @@ def tables(flat, optimizer, grads):
         flat.first_blocks, flat.group_of, optimizer._settings()[0], None, 1.0, None, None,
         flat.workspace,
     )  # fmt: skip
+
+
+def test_an_empty_state_is_loaded_whatever_the_default_device_is():
+    bias = torch.nn.Parameter(torch.ones(3))
+    optimizer = BiasAdamW([bias])
+    bias.grad = torch.ones(3)
+    optimizer.step()
+    with torch.device("meta"):
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": {}})
+    assert not optimizer.state[bias]["exp_avg"].any() and optimizer.state[bias]["step"] == 0
