@@ -25,7 +25,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* benchmarks/guard/*.cpp tests/sanitize/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* benchmarks/guard/*.h benchmarks/guard/*.cpp tests/sanitize/*.cpp
 
 # Instruction, register and spill counts against the record.
 guard: $(VENV)/.installed

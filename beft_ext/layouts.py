@@ -18,8 +18,8 @@ from beft_ext.errors import BeftError
 
 EXAMPLES = 4  # that are replaced, one after another, until every layout is known
 NOISE = 1e-3  # of the largest number: what another example may change by rounding (experts)
-# Inputs that say where the texts of a packed batch are; their tokens move, these do not.
-PLACES = ("position_ids", "attention_mask", "cu_seq", "max_length", "seq_idx")
+# Inputs that say where tokens are, as masks do; an example's tokens move, these do not.
+PLACES = ("position_ids", "cu_seq", "max_length", "seq_idx")
 
 Key = TypeVar("Key")
 
@@ -184,7 +184,7 @@ def replaced(
     if offsets is not None:
         start, stop = (int(o) for o in offsets[example : example + 2])
         moved = {k: _rolled(v, start, stop, int(offsets[-1])) for k, v in tensors.items()
-                 if not str(k).startswith(PLACES)}  # fmt: skip
+                 if not _is_place(k)}  # fmt: skip
         return dict(inputs) | moved
     size = len(next(iter(tensors.values())))
     if size % batch:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.layouts import Layout, Place, TapError as TapError, fingerprint, locate, replaced
-from beft_ext.models import Bias, BiasMap, output_width, state
+from beft_ext.models import Bias, BiasMap, outer_modules, output_width, state
 from beft_ext.models.wrappers import whole
 from beft_ext.ops import bias_grad_stats
 from beft_ext.ops.reference import example_grads
@@ -50,6 +50,10 @@ class Site:
     aliases: list[Tensor] = field(default_factory=list)  # whose nodes tell if leaves get a grad
     uses: int = 0  # forwards within one step
     pending: Tensor | None = field(default=None)  # (B, P) of a site used several times in a step
+
+
+def _refuse_copy(_self: object, _protocol: Any) -> NoReturn:
+    raise TapError("a tapped model can neither be copied nor saved whole: remove the tap first")
 
 
 class _Step:
@@ -186,6 +190,8 @@ class _Listener:
 
     def _layout(self, use: int) -> Place:
         packed = self.step.offsets is not None
+        if (known := self.layouts.get((packed, use))) is not None:
+            return known
         for _ in range(2):
             mine = {u: at for (p, u), at in self.layouts.items() if p == packed}
             # A use that was not there when the examples were located lies as all others do.
@@ -200,8 +206,7 @@ class _Listener:
             "config.use_cache=False keeps them apart). Leave its terms out, or use batches of one"
         )
 
-    def __reduce_ex__(self, _: Any) -> NoReturn:
-        raise TapError("a tapped model can neither be copied nor saved whole: remove the tap first")
+    __reduce_ex__ = _refuse_copy
 
 
 def _only(layouts: Iterable[Place | None]) -> Place | None:
@@ -272,14 +277,11 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         state.put(model, self)
 
     def _listen(self, modules: Mapping[str, Site]) -> None:
-        above = {""}
         for path, site in modules.items():
             listener = _Listener(self, path, site)
             self._listeners.append(listener)
             self._hooks.append(self._model.get_submodule(path).register_forward_hook(listener))
-            steps = path.split(".")
-            above |= {".".join(steps[:n]) for n in range(1, len(steps))}
-        for path in above - set(modules):
+        for path in ({""} | outer_modules(modules)) - set(modules):
             module = self._model.get_submodule(path)
             hook = module.register_forward_pre_hook(self._remember, with_kwargs=True)
             self._hooks.append(hook)
@@ -437,17 +439,15 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    def __reduce_ex__(self, _: Any) -> NoReturn:
-        raise TapError("a tapped model can neither be copied nor saved whole: remove the tap first")
+    __reduce_ex__ = _refuse_copy
 
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, no compiler, and the random state as it was."""
     modes = [(m, m.training) for m in model.modules()]
-    devices = list({p.device for p in model.parameters() if p.is_cuda})
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=devices))
+        stack.enter_context(torch.random.fork_rng(devices=cuda_devices(model)))
         if "torch._dynamo" in sys.modules:
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         model.eval()
@@ -456,6 +456,11 @@ def quiet(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+def cuda_devices(model: nn.Module) -> list[torch.device]:
+    """The GPUs that hold the model, whose random states its dropout draws on."""
+    return list({p.device for p in model.parameters() if p.is_cuda})
 
 
 def _site(parameter: nn.Parameter) -> Site:

@@ -27,7 +27,7 @@ from beft_ext.files import (
     write_json,
     write_tensors,
 )
-from beft_ext.models import is_linear, is_quantised, output_width
+from beft_ext.models import is_linear, is_quantised, outer_modules, output_width
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
@@ -75,11 +75,6 @@ def head_modules(model: nn.Module, parameters: Iterable[str]) -> list[str]:
             "no place for it"
         )
     return found
-
-
-def outer_modules(names: Iterable[str]) -> set[str]:
-    """Every module that lies above one of the named modules or tensors, the model left out."""
-    return {n.rsplit(".", k)[0] for n in names for k in range(1, n.count(".") + 1)}
 
 
 def head_state(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
@@ -200,8 +195,7 @@ def model_class(folder: str | Path) -> str | None:
     """Name of the transformers model class that the adapter was made for, where it says so."""
     import transformers
 
-    mapping = _config(Path(folder)).get("auto_mapping")
-    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    name = _mapping(_config(Path(folder))).get("base_model_class")
     kind = getattr(transformers, name, None) if isinstance(name, str) else None
     known = isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)
     return name if known else None
@@ -217,9 +211,7 @@ def class_facts(model: nn.Module) -> dict[str, Any]:
 
 def class_names(folder: str | Path) -> list[str]:
     """Names of the classes of the adapter's head; empty where it does not say them."""
-    mapping = _config(Path(folder)).get("auto_mapping")
-    facts = mapping.get("beft_ext") if isinstance(mapping, dict) else None
-    names = facts.get("classes") if isinstance(facts, dict) else None
+    names = _facts(_config(Path(folder))).get("classes")
     return [str(n) for n in names] if isinstance(names, list) else []
 
 
@@ -316,9 +308,13 @@ def _check_model(model: nn.Module, config: dict[str, Any]) -> None:
 
 def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """What our own adapters keep in the config; empty for PEFT's."""
-    mapping = config.get("auto_mapping")
-    facts = mapping.get("beft_ext") if isinstance(mapping, dict) else None
+    facts = _mapping(config).get("beft_ext")
     return facts if isinstance(facts, dict) else {}
+
+
+def _mapping(config: Mapping[str, Any]) -> dict[str, Any]:
+    mapping = config.get("auto_mapping")
+    return mapping if isinstance(mapping, dict) else {}
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:

@@ -83,7 +83,12 @@ class Comparison:
             for name, way in ways.items():
                 if (name, seed) in done:
                     continue
-                outcome = self._outcome(name, way, seed, train, validation, out)
+                folder = out / f"{name.replace(':', '-')}-{seed}"
+                try:
+                    outcome = self._one(name, way, seed, train, validation, folder)
+                except Exception as error:  # a peer that fails on this model is a result too
+                    said = (str(error).strip().splitlines() or [""])[0]
+                    outcome = Outcome(name, seed, {}, failure=f"{type(error).__name__}: {said}")
                 outcomes = add(out / RUNS, setup, outcome)
                 print(_line(outcome), flush=True)
         return [o for o in outcomes if o.method in ways and o.seed in self.seeds]
@@ -99,22 +104,6 @@ class Comparison:
             del settings["new_head"]  # old files do not know it
         own = {"rates": dict(self.rates), "decay": self.decay, "evaluated": self.evaluated}
         return found | settings | own
-
-    def _outcome(
-        self,
-        name: str,
-        way: Method,
-        seed: int,
-        train: Sequence[Example],
-        validation: Sequence[Example],
-        out: Path,
-    ) -> Outcome:
-        try:
-            folder = out / f"{name.replace(':', '-')}-{seed}"
-            return self._one(name, way, seed, train, validation, folder)
-        except Exception as error:  # a peer that fails on this model is a result too
-            lines = str(error).strip().splitlines() or [""]
-            return Outcome(name, seed, {}, failure=f"{type(error).__name__}: {lines[0]}")
 
     def _one(
         self,

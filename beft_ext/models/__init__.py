@@ -7,6 +7,7 @@ from beft_ext.models.find import (
     find_projections,
     is_linear,
     is_quantised,
+    outer_modules,
     output_width,
 )
 from beft_ext.models.head import head_parameters
@@ -25,6 +26,7 @@ __all__ = [
     "is_linear",
     "is_quantised",
     "make_plain",
+    "outer_modules",
     "output_width",
     "undo_plain",
 ]

@@ -96,6 +96,11 @@ def output_width(module: nn.Module) -> int | None:
     return int(width or weight.shape[0]) if width or weight.ndim == 1 else None
 
 
+def outer_modules(names: Iterable[str]) -> set[str]:
+    """Every module that lies above one of the named modules or tensors, the model left out."""
+    return {n.rsplit(".", k)[0] for n in names for k in range(1, n.count(".") + 1)}
+
+
 def is_linear(module: nn.Module) -> bool:
     """False for a norm: its weight is a vector ``(H,)``."""
     return getattr(getattr(module, "weight", None), "ndim", 2) == 2
@@ -195,7 +200,7 @@ def _layers(model: nn.Module, parts: Mapping[str, Found]) -> tuple[list[str], in
     how many entries these lists have in all."""
     layers: list[str] = []
     sizes: dict[str, int] = {}
-    above = _above(parts)
+    above = outer_modules(parts)
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
             continue
@@ -206,15 +211,10 @@ def _layers(model: nn.Module, parts: Mapping[str, Found]) -> tuple[list[str], in
         if not pieces and holding:
             layers += holding
             sizes[name] = len(module)
-    outer = _above(layers)
+    outer = outer_modules(layers)
     innermost = [a for a in layers if a not in outer]
     lists = {a.rpartition(".")[0] for a in innermost}
     return innermost, sum(size for name, size in sizes.items() if name in lists)
-
-
-def _above(paths: Iterable[str]) -> set[str]:
-    """Every path that leads to one of ``paths``."""
-    return {p.rsplit(".", k)[0] for p in paths for k in range(1, p.count(".") + 1)}
 
 
 def _mark_tied(biases: list[Bias]) -> list[Bias]:

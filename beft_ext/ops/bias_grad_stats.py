@@ -11,15 +11,24 @@ from beft_ext.ops import checks, dispatch, reference
 from beft_ext.ops.checks import DTYPE_CODES, OperatorError
 
 
-@torch.library.custom_op("beft_ext::bias_grad_stats", mutates_args=("grad_sum", "grad_sum_sq"))
-def _op(
+def _run(
     grad_output: Tensor,
     example_offsets: Tensor | None,
     scale: float,
     grad_sum: Tensor,
     grad_sum_sq: Tensor,
 ) -> Tensor:
-    return _run(grad_output, example_offsets, scale, grad_sum, grad_sum_sq)
+    _check(grad_output, example_offsets, grad_sum, grad_sum_sq)
+    name = dispatch.choose(grad_output.device.type)
+    backend = _BACKENDS[name if grad_output.dtype in DTYPE_CODES else "reference"]
+    grad = torch.empty_like(grad_sum)
+    backend(grad_output.resolve_neg(), example_offsets, scale, grad, grad_sum, grad_sum_sq)
+    return grad
+
+
+_op = torch.library.custom_op(
+    "beft_ext::bias_grad_stats", _run, mutates_args=("grad_sum", "grad_sum_sq")
+)
 
 
 @_op.register_fake
@@ -97,21 +106,6 @@ def _needs_dispatcher(grad_output: Tensor, grad_sum: Tensor, grad_sum_sq: Tensor
         or grad_output.is_meta
         or is_in_torch_dispatch_mode()
     )
-
-
-def _run(
-    grad_output: Tensor,
-    example_offsets: Tensor | None,
-    scale: float,
-    grad_sum: Tensor,
-    grad_sum_sq: Tensor,
-) -> Tensor:
-    _check(grad_output, example_offsets, grad_sum, grad_sum_sq)
-    name = dispatch.choose(grad_output.device.type)
-    backend = _BACKENDS[name if grad_output.dtype in DTYPE_CODES else "reference"]
-    grad = torch.empty_like(grad_sum)
-    backend(grad_output.resolve_neg(), example_offsets, scale, grad, grad_sum, grad_sum_sq)
-    return grad
 
 
 def _check(dy: Tensor, offsets: Tensor | None, grad_sum: Tensor, grad_sum_sq: Tensor) -> None:

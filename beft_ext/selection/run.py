@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from beft_ext.models import Bias, head_parameters
 from beft_ext.selection.result import SelectionError
-from beft_ext.tap import Tap, quiet
+from beft_ext.tap import Tap
 from beft_ext.training.loss import (
     Batch,
     Divisor,
@@ -138,7 +138,8 @@ class Run:
     def _step(self, batch: Batch) -> float:
         inputs = on_device(batch, self.pairs[0][1].device)
         try:
-            offsets, scale = offsets_of(inputs), self._divisor(inputs)
+            self.tap.rest()  # measuring a divisor takes backwards that are no example's
+            offsets, scale = offsets_of(inputs), self.divisor.measured(self.model, inputs)
             size = examples_of(inputs, offsets)
             self._locate(inputs, size, offsets)
             self.tap.step(size, scale or 1.0, offsets)
@@ -167,12 +168,6 @@ class Run:
         self.examples += size
         self.done += 1
         return number
-
-    def _divisor(self, inputs: Batch) -> float | None:
-        """What the batch's loss is divided by; None where the loss tells."""
-        self.tap.rest()
-        with quiet(self.model):
-            return self.divisor.measured(self.model, inputs)
 
     def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
         """Find where the examples lie, by the first batch of several."""

@@ -17,7 +17,7 @@ from beft_ext.selection.dead import QKV, dead_terms
 from beft_ext.selection.result import Selection, SelectionError
 from beft_ext.selection.run import BufferedLoader, ModelSnapshot, Run
 from beft_ext.selection.settling import SETTLING, Settling
-from beft_ext.tap import Tap, require_untapped
+from beft_ext.tap import Tap, cuda_devices, require_untapped
 from beft_ext.training.loss import Batch, Loss, model_loss, on_device, rows_of
 
 
@@ -79,7 +79,7 @@ def select(
     with (
         ModelSnapshot(model),
         _added(model, added),
-        torch.random.fork_rng(devices=_devices(model)),
+        torch.random.fork_rng(devices=cuda_devices(model)),
     ):
         torch.manual_seed(seed)
         batches = BufferedLoader(loader)
@@ -215,7 +215,3 @@ def _schedule(loader: Iterable[Any], epochs: int, steps: int | None) -> int:
     if steps < 1:
         raise SelectionError("nothing to train on: the loader is empty or epochs and steps are 0")
     return steps
-
-
-def _devices(model: nn.Module) -> list[torch.device]:
-    return list({p.device for p in model.parameters() if p.is_cuda})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
+from beft_ext.tap import quiet
 
 Batch = Mapping[str, Any]
 Measure = Callable[[Batch], float | None]
@@ -144,7 +145,7 @@ class Divisor:
         return float(examples)
 
     def measured(self, model: nn.Module, batch: Batch) -> float | None:
-        """Of a scalar; None where the loss itself tells. ``model`` in evaluation mode.
+        """Of a scalar; None where the loss itself tells. Measured in evaluation mode.
 
         Raises LossError where no divisor is the right one.
         """
@@ -158,7 +159,8 @@ class Divisor:
 
     def _measure(self, model: nn.Module, batch: Batch) -> Measure:
         pairs = _pairs(batch)
-        grads = [self._gradient(model, pair) for pair in pairs]
+        with quiet(model):
+            grads = [self._gradient(model, pair) for pair in pairs]
         if self.told:
             return DIVISORS[-1]
         coarse = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)

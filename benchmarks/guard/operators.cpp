@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "cpu/bias_adamw_step_cpu.h"
+#include "adamw_case.h"
 #include "cpu/bias_grad_stats_cpu.h"
 
 namespace {
@@ -44,35 +44,15 @@ void stats(int64_t batch, int64_t tokens, int64_t width, int dtype) {
 
 void adamw(int64_t tensors, int64_t width, int dtype, double max_grad_norm) {
   std::vector<float> param = values(tensors * width, dtype), grad = param;
-  std::vector<float> state(4 * tensors * width, 0.5f), steps(tensors), scores(4 * tensors);
-  std::vector<beft::AdamWBlock> blocks;
-  const int64_t all = tensors * width, size = dtype ? 2 : 4;
-  beft::AdamWView view{{},
-                       {{1e-3, 0.9, 0.999, 1e-8, 0.0, 1.0}},
-                       nullptr,
-                       0,
-                       &state[0],
-                       &state[all],
-                       &state[2 * all],
-                       dtype ? &state[3 * all] : nullptr,
-                       steps.data(),
-                       scores.data(),
-                       max_grad_norm,
-                       -1.0,
-                       1.0};
+  AdamWCase own(tensors, width, dtype, max_grad_norm);
   for (int64_t t = 0; t < tensors; ++t) {
-    const int64_t at = t * width * size;
-    view.tensors.push_back({reinterpret_cast<char*>(param.data()) + at,
-                            reinterpret_cast<char*>(grad.data()) + at, dtype, 0, width, width});
-    for (int64_t k = 0; k < width; k += 1024)
-      blocks.push_back({t, t, k, k, t * width + k, std::min<int64_t>(1024, width - k)});
+    const int64_t at = t * width * (dtype ? 2 : 4);
+    own.add(reinterpret_cast<char*>(param.data()) + at, reinterpret_cast<char*>(grad.data()) + at);
   }
-  view.blocks = blocks.data();
-  view.block_count = static_cast<int64_t>(blocks.size());
   const std::string shape = std::to_string(tensors) + "x" + std::to_string(width);
   const std::string clipped = max_grad_norm > 0 ? " clipped" : "";
   count("bias_adamw_step " + shape + " " + DTYPES[dtype] + clipped,
-        [&] { beft::bias_adamw_step_cpu(view, 1); });
+        [&] { beft::bias_adamw_step_cpu(own.view, 1); });
 }
 
 }  // namespace

@@ -10,7 +10,8 @@ from optimizer import SHAPES
 from torch import Tensor
 from twin import HALF, Twin
 
-BLOCK = 1024
+from beft_ext.ops.bias_adamw_tables import BLOCK
+
 Tables = dict[str, Any]  # the operator's arguments, in its order
 
 

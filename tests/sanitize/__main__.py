@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parents[1] / "csrc"
+ROOT = HERE.parents[1]
+CSRC, SHARED = ROOT / "csrc", ROOT / "benchmarks" / "guard"
 FLAGS = ["-O1", "-g", "-std=c++17", "-ffp-contract=off", "-fno-sanitize-recover=all"]
 SANITIZERS = {"address,undefined": ["libasan.so", "libubsan.so"], "thread": ["libtsan.so"]}
 
@@ -33,7 +34,7 @@ def watched(sanitizer: str) -> bool:
     sources = [HERE / "operators.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]
     with tempfile.TemporaryDirectory() as folder:
         program = Path(folder) / "operators"
-        flags = [*FLAGS, f"-fsanitize={sanitizer}", f"-I{CSRC}", "-pthread"]
+        flags = [*FLAGS, f"-fsanitize={sanitizer}", f"-I{CSRC}", f"-I{SHARED}", "-pthread"]
         subprocess.run(["g++", *flags, *sources, "-ldl", "-o", program], check=True)
         print(f"sanitize: {sanitizer}: ", end="", flush=True)
         return subprocess.run([program]).returncode == 0

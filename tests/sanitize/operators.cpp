@@ -1,13 +1,12 @@
 // Calls the CPU operators on odd shapes, strides and numbers of threads, for the sanitizers to
 // watch. Every tensor is an allocation of its own and of its exact size, so that one element
 // beside it is seen. Results must be the same to the bit for any number of threads.
-#include <algorithm>
 #include <cstdio>
 #include <cstring>
 #include <memory>
 #include <vector>
 
-#include "cpu/bias_adamw_step_cpu.h"
+#include "adamw_case.h"
 #include "cpu/bias_grad_stats_cpu.h"
 
 namespace {
@@ -69,42 +68,21 @@ void stats(const Layout& l, int dtype, const std::vector<int64_t>& offsets, bool
 void step(int64_t tensors, int64_t width, int64_t dtype, double max_grad_norm) {
   std::vector<float> first;
   for (int threads : {1, 2, 3, 8}) {
-    const int64_t all = tensors * width, rows = dtype ? 4 : 3;
-    std::vector<float> state(rows * all), steps(tensors), scores(4 * tensors);
-    std::vector<beft::AdamWBlock> blocks;
+    AdamWCase own(tensors, width, dtype, max_grad_norm);
     std::vector<Tensor> params, grads;
-    std::fill(state.begin() + 2 * all, state.end(), 0.5f);
-    beft::AdamWView view{{},
-                         {{1e-3, 0.9, 0.999, 1e-8, 0.1, 1.0}},
-                         nullptr,
-                         0,
-                         state.data(),
-                         state.data() + all,
-                         state.data() + 2 * all,
-                         dtype ? state.data() + 3 * all : nullptr,
-                         steps.data(),
-                         scores.data(),
-                         max_grad_norm,
-                         -1.0,
-                         1.0};
     for (int64_t t = 0; t < tensors; ++t) {
       params.emplace_back(width, dtype);
       grads.emplace_back(width, dtype);
       const bool without = tensors > 2 && t == 1;
-      view.tensors.push_back({params.back().bytes.get(),
-                              without ? nullptr : grads.back().bytes.get(), dtype, 0, width,
-                              width});
-      for (int64_t k = 0; k < width; k += 1024)
-        blocks.push_back({t, t, k, k, t * width + k, std::min<int64_t>(1024, width - k)});
+      own.add(params.back().bytes.get(), without ? nullptr : grads.back().bytes.get());
     }
-    view.blocks = blocks.data();
-    view.block_count = static_cast<int64_t>(blocks.size());
-    for (int n = 0; n < 2; ++n) beft::bias_adamw_step_cpu(view, threads), ++calls;
-    state.insert(state.end(), scores.begin(), scores.end());
-    if (threads == 1) first = state;
-    check(state == first, "threads changed a step");
+    for (int n = 0; n < 2; ++n) beft::bias_adamw_step_cpu(own.view, threads), ++calls;
+    std::vector<float> after(own.state);
+    after.insert(after.end(), own.scores.begin(), own.scores.end());
+    if (threads == 1) first = after;
+    check(after == first, "threads changed a step");
     for (int64_t t = 0; t < tensors; ++t)
-      check(steps[t] == (view.tensors[t].grad ? 2.0f : 0.0f), "steps are miscounted");
+      check(own.steps[t] == (own.view.tensors[t].grad ? 2.0f : 0.0f), "steps are miscounted");
   }
 }
 
