@@ -77,15 +77,13 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 class _Identity(torch.autograd.Function):
+    # With a setup_context of its own torch would parse forward's signature at each call.
     @staticmethod
     def forward(
-        output: Tensor, listener: _Listener, number: int, use: int, *leaves: Tensor
+        ctx: Any, output: Tensor, listener: _Listener, number: int, use: int, *leaves: Tensor
     ) -> Tensor:
+        ctx.listener, ctx.number, ctx.use = listener, number, use
         return _alias(output)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.listener, ctx.number, ctx.use = inputs[1:4]
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
