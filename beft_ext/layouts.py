@@ -206,7 +206,11 @@ def _swapped(tensor: Tensor, example: int, other: int, parts: int, turn: bool) -
     rows = copied.unflatten(0, (-1, parts))
     given = tensor.detach().unflatten(0, (-1, parts))[other]
     tokens = turn and tensor.ndim > 1 and not tensor.is_floating_point()
-    rows[example] = given.flip(-1) if tokens else given
+    if tokens:
+        given = given.flip(-1)
+        if torch.equal(given, rows[example]):  # equal texts of one repeated token
+            given = torch.where(given > 0, given - 1, given)
+    rows[example] = given
     return copied
 
 

@@ -108,7 +108,8 @@ class Run:
         self.batch_sq = {b: 0.0 for b, _ in self.pairs}
         self.rate_sq = 0.0  # sum over steps of the squared rate
         self.examples = self.done = 0
-        self.divisor = Divisor(loss, [leaf for _, leaf in self.pairs])
+        vectors = [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point()]
+        self.divisor = Divisor(loss, list(dict.fromkeys([*head, *vectors])))
         self.located: set[bool] = set()  # whether examples were located in packed batches or not
 
     def train(

@@ -7,7 +7,8 @@ tried once.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -125,7 +126,8 @@ class Divisor:
 
     Args:
         loss: of a model and a batch.
-        parameters: whose gradients are compared.
+        parameters: whose gradients are compared. Some must not be zero: the head's and the
+            model's vectors, not the candidate biases alone, which may be dead.
     """
 
     def __init__(self, loss: Loss, parameters: Sequence[Tensor]) -> None:
@@ -159,7 +161,7 @@ class Divisor:
 
     def _measure(self, model: nn.Module, batch: Batch) -> Measure:
         pairs = _pairs(batch)
-        with quiet(model):
+        with quiet(model), _required(self.parameters):
             grads = [self._gradient(model, pair) for pair in pairs]
         if self.told:
             return DIVISORS[-1]
@@ -187,6 +189,19 @@ class Divisor:
         self.told = isinstance(value, tuple) or value.ndim > 0
         grads = torch.autograd.grad(scalar(value), list(self.parameters), allow_unused=True)
         return torch.cat([g.flatten().double() for g in grads if g is not None])
+
+
+@contextmanager
+def _required(parameters: Sequence[Tensor]) -> Iterator[None]:
+    """Gradients of these, for a while."""
+    before = [p.requires_grad for p in parameters]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, required in zip(parameters, before, strict=True):
+            parameter.requires_grad_(required)
 
 
 def _adds_up(values: Sequence[Any], grads: Sequence[Tensor], tolerance: float) -> bool:

@@ -219,3 +219,30 @@ def test_chance_is_the_noise_of_an_adamw_step():
     predicted = (share * steps * lr**2).sqrt()
     found = bias.detach().std(0)
     assert ((found / predicted - 1).abs() < 0.35).all()
+
+
+@pytest.mark.parametrize("name", ["bert", "opt", "gpt2"])
+def test_a_dead_term_that_is_named_runs_alone(name):
+    found = select(tiny(name), [batch()] * 2, terms=["key"])
+    assert len(found.losses) == 2
+
+
+def test_a_dead_term_of_a_language_model_runs_alone():
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(CONFIGS["opt"]())
+    ids = batch()["input_ids"]
+    found = select(model, [{"input_ids": ids, "labels": ids}] * 2, terms=["key"])
+    assert len(found.losses) == 2
+
+
+def test_a_head_of_zeros_does_not_hide_what_the_loss_is_a_mean_of():
+    model = tiny("bert")
+    torch.nn.init.zeros_(model.classifier.weight)  # no gradient reaches the body
+    assert len(select(model, [batch()] * 2, terms=["value"]).losses) == 2
+
+
+@pytest.mark.parametrize("tokens", [1, 9])
+def test_equal_texts_of_one_repeated_token(tokens):
+    data = {k: v[..., :tokens] if v.ndim > 1 else v for k, v in batch().items()}
+    data["input_ids"], data["attention_mask"] = (torch.full((4, tokens), n) for n in (7, 1))
+    assert len(select(tiny("bert"), [data] * 2).losses) == 2
