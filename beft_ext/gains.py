@@ -1,0 +1,241 @@
+"""The gain: the share of unseen examples' loss that a term alone explains, to first order.
+
+Each example is a row of a linear regression: its target ``t_i`` says how much loss there is, its
+row ``g_i`` how the term's biases change it, and ``z_i`` how a mere class prior does. All that a
+gain needs of the rows is their Gram matrix ``K``. A ridge regression that leaves each example out
+in turn says what was learnt from the others; closed forms stand for the refits.
+
+Pure functions in float64. Definitions and letters: docs/definitions.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from beft_ext.errors import BeftError
+
+# Ridges, in units of the mean eigenvalue of K.
+RIDGES = torch.logspace(-4, 3, 22, dtype=torch.float64)
+# Below this share of an example's own weight, nothing is left of it but rounding.
+LEVERAGE = 1e-9
+
+
+class GainError(BeftError, ValueError):
+    """Examples from which no gain can be told."""
+
+
+@dataclass(frozen=True)
+class Regression:
+    """What is to be explained.
+
+    Attributes:
+        targets: ``t``, the examples' losses, weighted.
+        prior: ``Z``, how a class prior changes them; no column where there is none.
+        groups: examples with the same number are left out together.
+
+    Shape: ``(N,)``, ``(N, C - 1)``, ``(N,)`` int64.
+
+    Raises:
+        GainError: fewer than three groups, or a prior that explains everything.
+    """
+
+    targets: Tensor
+    prior: Tensor
+    groups: Tensor
+
+    def __post_init__(self) -> None:
+        if len(self.blocks) < 3:
+            raise GainError(
+                f"a gain needs at least 3 examples that differ, but there are {len(self.blocks)}"
+            )
+        if float(self.prior_errors.square().sum()) <= 1e-20 * float(self.targets.square().sum()):
+            raise GainError(
+                "the examples' losses are all alike once their class is known, so there is "
+                "nothing to explain: are all labels the same?"
+            )
+
+    @cached_property
+    def blocks(self) -> list[Tensor]:
+        """Numbers of the examples of each group."""
+        order = self.groups.argsort(stable=True)
+        counts = self.groups.unique(return_counts=True)[1]
+        return list(order.split(counts.tolist()))
+
+    @cached_property
+    def basis(self) -> Tensor:
+        """Orthonormal columns that span the prior, ``(N, rank)``."""
+        left, sizes, _ = torch.linalg.svd(self.prior.double(), full_matrices=False)
+        kept = sizes > 1e-10 * sizes.max() if len(sizes) else sizes.bool()
+        return left[:, kept]
+
+    @cached_property
+    def residuals(self) -> Tensor:
+        """``M t``: what the prior leaves, fitted to all examples."""
+        t = self.targets.double()
+        return t - self.basis @ (self.basis.T @ t)
+
+    @cached_property
+    def prior_errors(self) -> Tensor:
+        """``e0``: what a prior fitted to the others leaves of each example, ``(N,)``."""
+        return _nothing(self).errors(self, self.targets.double()[:, None])[0, :, 0]
+
+    def part(self, rows: Tensor) -> Regression:
+        """Of some of the examples alone."""
+        return Regression(self.targets[rows], self.prior[rows], self.groups[rows])
+
+
+@dataclass(frozen=True)
+class Gram:
+    """``K = U diag(s) U^T`` of a term's rows: eigenvalues ``(R,)`` and vectors ``(N, R)``."""
+
+    values: Tensor
+    vectors: Tensor
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> Gram:
+        """Of ``K`` ``(N, N)``."""
+        values, vectors = torch.linalg.eigh(matrix.double())
+        return cls(values.clamp(min=0), vectors)
+
+    @cached_property
+    def ridges(self) -> Tensor:
+        """The ridges that are tried; a single one where the term does nothing."""
+        mean = float(self.values.sum()) / max(1, len(self.vectors))
+        return RIDGES * mean if mean > 0 else torch.ones(1, dtype=torch.float64)
+
+    def errors(self, regression: Regression, targets: Tensor) -> Tensor:
+        """What ridge regressions without each group leave of its targets.
+
+        targets: ``(N, F)``, several sets at once, in their dtype. Returns ``(ridges, N, F)``.
+        """
+        kind = targets.dtype
+        u, q = self.vectors.to(kind), regression.basis.to(kind)
+        # A = I - U diag(shrunk) U^T, and A_Z = A - A Q (Q^T A Q)^-1 Q^T A.
+        shrunk = (self.values / (self.values + self.ridges[:, None])).to(kind)
+        a_q = q - u @ (shrunk[:, :, None] * (u.T @ q))
+        a_t = targets - u @ (shrunk[:, :, None] * (u.T @ targets))
+        half = torch.linalg.solve(q.T @ a_q, a_q.mT).mT  # A Q (Q^T A Q)^-1
+        a_t = a_t - half @ (q.T @ a_t)
+        own = 1 - shrunk @ u.square().T - (a_q * half).sum(-1)  # diag A_Z
+        errors = torch.where(own[..., None] > LEVERAGE, a_t / own[..., None], targets)
+        for block in (b for b in regression.blocks if len(b) > 1):
+            among = torch.eye(len(block), dtype=kind) - u[block] * shrunk[:, None] @ u[block].T
+            among = among - a_q[:, block] @ half[:, block].mT
+            errors[:, block] = torch.linalg.pinv(among, hermitian=True) @ a_t[:, block]
+        return errors
+
+
+def _nothing(regression: Regression) -> Gram:
+    """Of a term that has no effect: what is left is what the prior leaves."""
+    basis = regression.basis
+    return Gram(basis.new_zeros(0), basis.new_zeros(len(basis), 0))
+
+
+@dataclass(frozen=True)
+class Gain:
+    """What a term explains.
+
+    Attributes:
+        value: 1 minus the squared errors, as a share of those of the prior alone.
+        error: standard error of ``value``.
+        ridge: the best ridge, in units of ``K``.
+        squares: each group's squared error and that of the prior alone, ``(groups, 2)``.
+    """
+
+    value: float
+    error: float
+    ridge: float
+    squares: Tensor
+
+
+def gain(gram: Gram, regression: Regression) -> Gain:
+    """The gain at the best ridge.
+
+    Source: leave-one-out in closed form, Allen 1974 (PRESS); the kernel is that of Malladi et
+    al. 2023 (arXiv 2210.05643).
+    """
+    errors = gram.errors(regression, regression.targets.double()[:, None])[..., 0]
+    best = int(errors.square().sum(-1).argmin())
+    before = regression.prior_errors
+    squares = torch.stack([errors[best].square(), before.square()], dim=-1)
+    squares = torch.stack([squares[block].sum(0) for block in regression.blocks])
+    own, prior = squares.unbind(-1)
+    value = 1 - float(own.sum() / prior.sum())
+    spread = (1 - value) * prior - own
+    error = _error_of_sum(spread) / float(prior.sum())
+    return Gain(value, error, float(gram.ridges[best]), squares)
+
+
+def lead(first: Gain, rival: Gain) -> tuple[float, float]:
+    """By how much ``first`` explains more than ``rival``, and the standard error of that.
+
+    Paired over examples. Source: Nadeau & Bengio 2003, the corrected variance of
+    cross-validation; no unbiased one exists.
+    """
+    difference = rival.squares[:, 0] - first.squares[:, 0]
+    total = float(first.squares[:, 1].sum())
+    return float(difference.sum()) / total, _error_of_sum(difference) / total
+
+
+def _error_of_sum(values: Tensor) -> float:
+    """Of the sum over N groups that were each left out once: ``N sd sqrt(1/N + 1/(N-1))``."""
+    n = len(values)
+    return n * float(values.std()) * (1 / n + 1 / (n - 1)) ** 0.5
+
+
+def beyond_chance(
+    grams: Sequence[Gram], gains: Sequence[Gain], regression: Regression, flips: int, seed: int
+) -> list[float]:
+    """For each term the probability that noise alone shows such a gain somewhere.
+
+    The signs of what the prior leaves are flipped at random, group by group; a term's p is the
+    share of the ``flips`` whose largest gain, over all terms and ridges, reaches the term's own.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(2, (len(regression.blocks), flips), generator=generator)
+    flipped = regression.residuals[:, None].repeat(1, flips)
+    for block, sign in zip(regression.blocks, 2.0 * signs - 1, strict=True):
+        flipped[block] *= sign
+    flipped = flipped.float()
+    before = _nothing(regression).errors(regression, flipped)[0].square().sum(0)
+    largest = torch.full((flips,), -torch.inf)
+    for gram in grams:
+        left = gram.errors(regression, flipped).square().sum(1).amin(0)
+        largest = torch.maximum(largest, 1 - left / before)
+    return [(1 + int((largest >= g.value).sum())) / (1 + flips) for g in gains]
+
+
+def equal_rows(keys: Sequence[object]) -> Tensor:
+    """Group numbers ``(N,)``: examples with equal keys are one group."""
+    numbers: dict[object, int] = {}
+    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+
+
+def learning_curve(
+    matrix: Tensor, regression: Regression, parts: Sequence[int], seed: int
+) -> dict[int, float]:
+    """The gain had there been only a part of the examples, by their number.
+
+    matrix: ``K`` ``(N, N)``. parts: 4 cuts the examples into quarters at random; their gains
+    are averaged, so that every example counts once. A part too small for a gain is left out.
+    """
+    count = len(regression.blocks)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    curve: dict[int, float] = {}
+    for number in parts:
+        found = []
+        for k in range(number):
+            rows = torch.cat([regression.blocks[i] for i in order[k::number]])
+            try:
+                own = regression.part(rows)
+            except GainError:
+                break
+            found.append(gain(Gram.of(matrix[rows][:, rows]), own).value)
+        if len(found) == number:
+            curve[count // number] = sum(found) / number
+    return curve
