@@ -16,7 +16,7 @@ from beft_ext.tasks.examples import Example
 from beft_ext.tasks.metrics import measure
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
-from beft_ext.training.loss import model_loss
+from beft_ext.training.loss import Observed, model_loss, model_observe
 
 
 class Objective(ABC):
@@ -54,6 +54,14 @@ class Objective(ABC):
 
     def _loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         return model_loss(model, batch)
+
+    def observe(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Observed:
+        """The batch example by example: ``loss`` before its mean is taken."""
+        with _readable(model):
+            return self._observe(model, batch)
+
+    def _observe(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Observed:
+        return model_observe(model, batch)
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batches: Batches) -> list[Any]:

@@ -21,6 +21,7 @@ from beft_ext.tasks.objective import Objective, device_of, log_probabilities
 from beft_ext.tasks.reading import reading, takes
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
+from beft_ext.training.loss import Observed
 
 LONGEST = 2048  # tokens of prompt and answer, where the model's own limit is not lower
 SEPARATOR = "\n\n"  # between the examples of a prompt
@@ -122,6 +123,11 @@ class PromptObjective(Objective):
         if "options" not in batch:
             return super()._loss(model, batch)
         return nn.functional.cross_entropy(option_scores(model, batch), batch["labels"])
+
+    def _observe(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Observed:
+        if "options" not in batch:
+            return super()._observe(model, batch)
+        return Observed.of_classes(option_scores(model, batch), batch["labels"])
 
     def options(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """``input_ids``, ``attention_mask`` ``(B, R, T)``, R the options or 1 where these are

@@ -65,3 +65,17 @@ def test_a_metric_that_does_not_suit_the_labels_is_told_before_the_training(toke
     task = Task(text="{a}", metrics=("f1",))
     with pytest.raises(DataError, match="'f1' is for classes 0 and 1, use f1_macro"):
         HeadObjective(task, tokenizer, 3).held_out(examples(task, 0, 1, 2), 3)
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "choice"])
+def test_what_is_observed_of_examples_is_the_loss_before_its_mean(tiny_folder, tokenizer, kind):
+    options = {"options": "c"} if kind == "choice" else {}
+    task = Task(text="{a}", kind=kind, **options)
+    rows = [{"a": "ab" * i, "label": i % 2, "c": ["a b", "b"]} for i in range(1, 6)]
+    asked = HeadObjective(task, tokenizer)
+    loaded = getattr(hf, asked.auto).from_pretrained(tiny_folder, **asked.model_options).eval()
+    (batch,) = asked.held_out(task.examples(rows, ""), 5)
+    seen = asked.observe(loaded, batch)
+    # fp32 means of five losses of like size.
+    torch.testing.assert_close(seen.means.mean(), asked.loss(loaded, batch), rtol=1e-5, atol=0)
+    assert (seen.probabilities is None) == (seen.outputs is not None) == (kind == "regression")

@@ -230,3 +230,22 @@ def test_text_is_greedy_whatever_the_folder_asks_for(model, tokenizer):
     }.items():
         setattr(model.generation_config, key, value)
     assert asked.predict(model, batches) == plain
+
+
+def test_what_is_observed_of_examples_is_the_loss_before_its_mean(model, tokenizer):
+    answers = [{"q": "ab", "a": "c"}, {"q": "c", "a": "da"}]
+    for task, rows in ((CHOICE, CHOICES[::2]), (ANSWER, answers)):
+        asked = objective(task, tokenizer)
+        examples = task.examples(rows, "")
+        (batch,) = asked.training(examples, 3, seed=0)
+        seen = asked.observe(model, batch)
+        # fp32 sums of a few log-probabilities below 10.
+        torch.testing.assert_close(
+            seen.losses.sum() / seen.counts.sum(), asked.loss(model, batch), rtol=1e-5, atol=0
+        )
+        if task is CHOICE:
+            assert seen.probabilities.shape == (2, 3)
+            assert torch.equal(seen.right, batch["labels"])
+        else:
+            assert seen.probabilities is None
+            assert seen.counts.tolist() == batch["labels"].ne(-100).sum(1).tolist()
