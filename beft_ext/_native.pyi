@@ -42,6 +42,23 @@ def bias_grad_stats_cuda(
     stream: int,
     /,
 ) -> None: ...
+def bias_example_grads_cpu(
+    data: int,
+    dtype: int,
+    batch: int,
+    tokens: int,
+    width: int,
+    stride_b: int,
+    stride_t: int,
+    stride_h: int,
+    offsets: int,
+    scale: float,
+    threads: int,
+    out: int,
+    out_dtype: int,
+    out_stride: int,
+    /,
+) -> bool: ...
 def bias_adamw_step_gather(
     params: list[Tensor],
     grads: list[Tensor | None],

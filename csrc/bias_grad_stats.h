@@ -50,10 +50,15 @@ struct Compensated {
   BEFT_HD float value() const { return error == error ? sum + error : sum; }
 };
 
-// Ends one example: g_i enters the gradient, (scale * g_i)^2 the sum of squares.
+// Ends one example: its gradient g_i, times scale.
+BEFT_HD float scaled_example(Compensated example, float scale) {
+  return rounded_product(scale, example.value());
+}
+
+// The same for the statistics: g_i enters the gradient, (scale * g_i)^2 the sum of squares.
 BEFT_HD void finish_example(Compensated example, float scale, Compensated& grad,
                             Compensated& squares) {
-  const float scaled = rounded_product(scale, example.value());
+  const float scaled = scaled_example(example, scale);
   grad.merge(example);
   squares.add(rounded_product(scaled, scaled));
 }

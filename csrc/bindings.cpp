@@ -25,21 +25,37 @@ T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+beft::GradView grad_view(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
+                         int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets) {
+  return {pointer<const void>(data),
+          static_cast<beft::DType>(dtype),
+          batch,
+          tokens,
+          width,
+          stride_b,
+          stride_t,
+          stride_h,
+          pointer<const int64_t>(offsets)};
+}
+
 bool stats_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
                int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets, float scale,
                int threads, uintptr_t grad, uintptr_t sum, uintptr_t sum_sq) {
-  beft::GradView view{pointer<const void>(data),
-                      static_cast<beft::DType>(dtype),
-                      batch,
-                      tokens,
-                      width,
-                      stride_b,
-                      stride_t,
-                      stride_h,
-                      pointer<const int64_t>(offsets)};
+  const auto view =
+      grad_view(data, dtype, batch, tokens, width, stride_b, stride_t, stride_h, offsets);
   py::gil_scoped_release release;
   return beft::bias_grad_stats_cpu(view, scale, threads, pointer<float>(grad), pointer<float>(sum),
                                    pointer<float>(sum_sq));
+}
+
+bool example_grads_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
+                       int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets,
+                       float scale, int threads, uintptr_t out, int out_dtype, int64_t out_stride) {
+  const auto view =
+      grad_view(data, dtype, batch, tokens, width, stride_b, stride_t, stride_h, offsets);
+  const beft::RowsView rows{pointer<void>(out), static_cast<beft::DType>(out_dtype), out_stride};
+  py::gil_scoped_release release;
+  return beft::bias_example_grads_cpu(view, scale, threads, rows);
 }
 
 // Tensors of a step from packed words: addresses, 0 for no gradient; and of each tensor dtype,
@@ -186,6 +202,7 @@ void adamw_cuda(const py::bytes& params, const py::bytes& grads, const py::bytes
 PYBIND11_MODULE(_native, m) {
   m.def("survey", &beft::survey);
   m.def("bias_grad_stats_cpu", &stats_cpu);
+  m.def("bias_example_grads_cpu", &example_grads_cpu);
   m.def("bias_adamw_step_cpu", &adamw_cpu);
   m.def("bias_adamw_step_gather", &adamw_gather);
   m.def("bias_adamw_step_table_fits", &adamw_table_fits);

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 from torch._guards import TracingContext
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from beft_ext.ops import checks, dispatch, reference
+from beft_ext.ops import checks, dispatch, grad_output as inputs, reference
 from beft_ext.ops.checks import DTYPE_CODES, OperatorError
 
 
@@ -84,7 +83,7 @@ def bias_grad_stats(
         BackendError: where a forced backend does not read this device's memory.
     Source: Huang et al. 2025 (arXiv 2509.15974); per-example Fisher information.
     """
-    if _needs_dispatcher(grad_output, grad_sum, grad_sum_sq):
+    if inputs.needs_dispatcher(grad_output, grad_sum, grad_sum_sq):
         grad: Tensor = _op(grad_output, example_offsets, scale, grad_sum, grad_sum_sq)
         return grad
     grad = _run(grad_output, example_offsets, scale, grad_sum, grad_sum_sq)
@@ -93,82 +92,18 @@ def bias_grad_stats(
     return grad
 
 
-def _needs_dispatcher(grad_output: Tensor, grad_sum: Tensor, grad_sum_sq: Tensor) -> bool:
-    """Whether someone listens to operators: a compiler, autograd (which then refuses to go back
-    through this one), a tensor subclass or a mode. For a small bias the dispatcher's wrapper costs
-    several times the work itself."""
-    return (
-        torch.compiler.is_compiling()
-        or type(grad_output) is not Tensor
-        or type(grad_sum) is not Tensor
-        or type(grad_sum_sq) is not Tensor
-        or (grad_output.requires_grad and torch.is_grad_enabled())
-        or grad_output.is_meta
-        or is_in_torch_dispatch_mode()
-    )
-
-
 def _check(dy: Tensor, offsets: Tensor | None, grad_sum: Tensor, grad_sum_sq: Tensor) -> None:
-    """Everything but the values of the offsets: those are read beside the kernels."""
-    if dy.layout is not torch.strided or dy.ndim != (3 if offsets is None else 2):
-        shape = "(B, T, H)" if offsets is None else "(N, H) beside example_offsets"
-        raise OperatorError(
-            f"grad_output must be dense of shape {shape}, but is {checks.described(dy)}"
-        )
-    dtype = torch.float32
-    if dy.dtype not in DTYPE_CODES:
-        dtype = torch.float64
-        if dy.dtype is not dtype:
-            raise OperatorError(f"grad_output must be a float tensor, but its dtype is {dy.dtype}")
-    device, width = dy.device, dy.shape[2 if offsets is None else 1]
-    checks.require("grad_sum", grad_sum, (width,), dtype, device)
-    checks.require("grad_sum_sq", grad_sum_sq, (width,), dtype, device)
-    if torch._C._overlaps(grad_sum, grad_sum_sq):
+    _, width, dtype = inputs.check(dy, offsets)
+    checks.require("grad_sum", grad_sum, (width,), dtype, dy.device)
+    checks.require("grad_sum_sq", grad_sum_sq, (width,), dtype, dy.device)
+    if checks.overlap(grad_sum, grad_sum_sq):
         raise OperatorError("grad_sum and grad_sum_sq must not share memory")
-    if offsets is not None:
-        if offsets.ndim != 1 or offsets.shape[0] == 0:
-            raise OperatorError(
-                "example_offsets must be a vector of B + 1 entries, "
-                f"but its shape is {tuple(offsets.shape)}"
-            )
-        checks.require("example_offsets", offsets, offsets.shape, torch.int64, device)
-
-
-def _bad_offsets(rows: int) -> OperatorError:
-    return OperatorError(f"example_offsets must ascend within [0, {rows}], the rows there are")
-
-
-def chunk_count(batch: int, tokens: int, width: int) -> int:
-    """Chunks of rows into which the GPU kernels cut each example.
-
-    Enough for about 1024 blocks of 128 columns, none shorter than 64 rows on average. It depends
-    on the shape alone, never on the device: the order of additions is the same everywhere.
-    """
-    blocks = batch * _ceil(width, 128)
-    if blocks == 0 or blocks >= 1024:
-        return 1
-    return max(1, min(_ceil(1024, blocks), _ceil(tokens, 64), 256))
-
-
-def _ceil(n: int, of: int) -> int:
-    return -(-n // of)
-
-
-def _layout(dy: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
-    """dtype, batch, tokens, width, the three strides, and the offsets' address (0: none)."""
-    dtype = DTYPE_CODES[dy.dtype]
-    if offsets is None:
-        return (dtype, *dy.shape, *dy.stride(), 0)
-    return (dtype, len(offsets) - 1, *dy.shape, 0, *dy.stride(), offsets.data_ptr())
 
 
 def _reference(
     dy: Tensor, offsets: Tensor | None, scale: float, grad: Tensor, total: Tensor, total_sq: Tensor
 ) -> None:
-    if offsets is not None:
-        inside = offsets[0] >= 0 and offsets[-1] <= len(dy)
-        if not inside or bool((offsets.diff() < 0).any()):
-            raise _bad_offsets(len(dy))
+    inputs.check_values(offsets, len(dy))
     reference.bias_grad_stats(dy, offsets, scale, grad, total, total_sq)
 
 
@@ -178,21 +113,19 @@ def _cpu(
     assert dispatch.native is not None
     data, *out = checks.addresses(dy, grad, total, total_sq)
     if not dispatch.native.bias_grad_stats_cpu(
-        data, *_layout(dy, offsets), scale, torch.get_num_threads(), *out
+        data, *inputs.layout(dy, offsets), scale, torch.get_num_threads(), *out
     ):
-        raise _bad_offsets(len(dy))
+        raise inputs.bad_offsets(len(dy))
 
 
 def _cuda(
     dy: Tensor, offsets: Tensor | None, scale: float, grad: Tensor, total: Tensor, total_sq: Tensor
 ) -> None:
     assert dispatch.native is not None
-    layout = _layout(dy, offsets)
-    chunks = chunk_count(*layout[1:4])
+    layout = inputs.layout(dy, offsets)
+    chunks = inputs.chunk_count(*layout[1:4])
     with torch.cuda.device(dy.device):
-        # Per chunk and column a sum and its error.
-        size = 2 * layout[1] * chunks * layout[3]
-        workspace = torch.empty(size, dtype=torch.float32, device=dy.device)
+        workspace = inputs.cuda_workspace(dy, layout[1], chunks, layout[3])
         data, *out = checks.addresses(dy, workspace, grad, total, total_sq)
         stream = torch.cuda.current_stream().cuda_stream
         dispatch.native.bias_grad_stats_cuda(data, *layout, chunks, scale, *out, stream)
@@ -203,7 +136,7 @@ def _triton(
 ) -> None:
     from beft_ext.ops.triton_bias_grad_stats import bias_grad_stats_triton
 
-    chunks = chunk_count(*_layout(dy, offsets)[1:4])
+    chunks = inputs.chunk_count(*inputs.layout(dy, offsets)[1:4])
     bias_grad_stats_triton(dy, offsets, chunks, scale, grad, total, total_sq)
 
 

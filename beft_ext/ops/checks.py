@@ -34,6 +34,23 @@ def require(
     )
 
 
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether the bytes from the first to the last element of two tensors meet."""
+    if not torch._C._overlaps(one, other):  # of one storage
+        return False
+    (begin, end), (other_begin, other_end) = _span(one), _span(other)
+    return begin < other_end and other_begin < end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    """The bytes of its storage that a tensor lies within; (0, 0) for one without elements."""
+    if tensor.numel() == 0:
+        return 0, 0
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    begin, size = tensor.storage_offset(), tensor.itemsize
+    return begin * size, (begin + last + 1) * size
+
+
 def described(tensor: Tensor) -> str:
     """dtype, shape, device, and what else sets a tensor apart from plain memory, for people."""
     said = f"{tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}"

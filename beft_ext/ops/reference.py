@@ -43,6 +43,13 @@ def bias_grad_stats(
     grad_sum_sq.add_((grads * scale).square().sum(0))
 
 
+def bias_example_grads(
+    grad_output: Tensor, example_offsets: Tensor | None, scale: float, out: Tensor
+) -> None:
+    """Same contract as the compiled backends: fills ``out``."""
+    out.copy_(example_grads(grad_output, example_offsets) * scale)
+
+
 def adamw(
     theta: Tensor, m: Tensor, v: Tensor, g: Tensor, t: float,
     alpha: float, beta1: float, beta2: float, epsilon: float, decay: float,

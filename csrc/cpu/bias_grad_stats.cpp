@@ -1,10 +1,11 @@
-// bias_grad_stats on the CPU: one read of grad_output.
+// bias_grad_stats and bias_example_grads on the CPU: one read of grad_output.
 //
 // Stage 1: every example is cut into chunks of CHUNK rows; a chunk's rows are summed eight at a
 // time as a tree into one fp32 row of the workspace (chunks, width), in the order of memory and
 // with the lines ahead asked for. Chunks are dealt to threads.
-// Stage 2: per column, chunks are added with compensation into the example's gradient g_i, and
-// g_i and g_i^2 into the totals, always in the order of the rows.
+// Stage 2: per column, chunks are added with compensation into the example's gradient g_i, always
+// in the order of the rows. The statistics add g_i and g_i^2 to totals, example by example; the
+// example gradients are written where they are asked for.
 // The cut depends on the shape alone, so the result is the same for any number of threads.
 // Least traffic: batch * tokens * width elements read once.
 #include "bias_grad_stats.h"
@@ -217,7 +218,8 @@ bool ascend(const int64_t* offsets, int64_t count, int64_t last) {
 
 std::vector<Chunk> cut(const GradView& v) {
   std::vector<Chunk> chunks;
-  if (v.tokens == 0) return chunks;  // else an expanded batch of any size would be walked through
+  // Else an expanded batch of any size would be walked through.
+  if (v.tokens == 0 || v.width == 0) return chunks;
   for (int64_t i = 0; i < v.batch; ++i) {
     int64_t rows = v.offsets ? v.offsets[i + 1] - v.offsets[i] : v.tokens;
     int64_t base = v.offsets ? v.offsets[i] * v.stride_t : i * v.stride_b;
@@ -227,50 +229,108 @@ std::vector<Chunk> cut(const GradView& v) {
   return chunks;
 }
 
-struct Sums {
-  const float* partial;  // (count, width)
-  const Chunk* chunks;   // (count,)
-  int64_t count, width;
+// What stage 1 leaves: the sums of chunks, in the order of examples and rows.
+struct Partial {
+  std::vector<Chunk> chunks;
+  std::unique_ptr<float[]> sums;  // (chunks, width)
+  int64_t width = 0;
+
+  int64_t count() const { return static_cast<int64_t>(chunks.size()); }
+};
+
+int useful(int threads, int64_t bytes) {
+  return static_cast<int>(std::min<int64_t>(threads, 1 + bytes / BYTES_PER_THREAD));
+}
+
+// Stage 1. False where the offsets do not ascend.
+bool sum_chunks(const GradView& v, int threads, Partial& partial) {
+  if (v.offsets && !ascend(v.offsets, v.batch + 1, v.tokens)) return false;
+  partial.chunks = cut(v);
+  partial.width = v.width;
+  const int64_t count = partial.count();
+  partial.sums.reset(new float[count * v.width]);
+  const auto sum_rows = chunk_summer(v.dtype);
+  const int64_t bytes = count * CHUNK * v.width * (v.dtype == DType::f32 ? 4 : 2);
+  parallel(count, useful(threads, bytes),
+           [&](int64_t i) { sum_rows(v, partial.chunks[i], &partial.sums[i * v.width]); });
+  return true;
+}
+
+// Adds the chunks of one example, from chunk i on, to its sums of cols columns; returns the first
+// chunk of the next example.
+BEFT_INLINE int64_t add_example(const Partial& p, int64_t i, int64_t first, int64_t cols,
+                                Compensated* __restrict__ example) {
+  const int64_t id = p.chunks[i].example;
+  for (; i < p.count() && p.chunks[i].example == id; ++i) {
+    const float* row = &p.sums[i * p.width + first];
+    for (int64_t h = 0; h < cols; ++h) example[h].add(row[h]);
+  }
+  return i;
+}
+
+struct Totals {
   float scale;
   float *grad, *sum, *sum_sq;  // (width,)
 };
 
-// Stage 2 of the columns [first, first + COLUMNS).
-BEFT_CLONES void finish_columns(const Sums& s, int64_t first) {
-  const int64_t cols = std::min(COLUMNS, s.width - first);
+// Stage 2 of the statistics, columns [first, first + COLUMNS).
+BEFT_CLONES void finish_columns(const Partial& p, const Totals& out, int64_t first) {
+  const int64_t cols = std::min(COLUMNS, p.width - first);
   Compensated total[COLUMNS], squares[COLUMNS];
-  for (int64_t i = 0; i < s.count;) {
+  for (int64_t i = 0; i < p.count();) {
     Compensated example[COLUMNS];
-    const int64_t id = s.chunks[i].example;
-    for (; i < s.count && s.chunks[i].example == id; ++i) {
-      const float* row = s.partial + i * s.width + first;
-      for (int64_t h = 0; h < cols; ++h) example[h].add(row[h]);
-    }
-    for (int64_t h = 0; h < cols; ++h) finish_example(example[h], s.scale, total[h], squares[h]);
+    i = add_example(p, i, first, cols, example);
+    for (int64_t h = 0; h < cols; ++h) finish_example(example[h], out.scale, total[h], squares[h]);
   }
   for (int64_t h = 0; h < cols; ++h)
-    finish_column(total[h], squares[h], s.scale, s.grad[first + h], s.sum[first + h],
-                  s.sum_sq[first + h]);
+    finish_column(total[h], squares[h], out.scale, out.grad[first + h], out.sum[first + h],
+                  out.sum_sq[first + h]);
+}
+
+template <typename T>
+BEFT_INLINE void store_row(const Compensated* example, int64_t cols, float scale, void* row,
+                           int64_t at) {
+  auto* out = static_cast<typename T::Raw*>(row) + at;
+  for (int64_t h = 0; h < cols; ++h) out[h] = T::store(scaled_example(example[h], scale));
+}
+
+// Stage 2 of the example gradients: one example, columns [first, first + COLUMNS).
+BEFT_CLONES void finish_row(const Partial& p, const RowsView& out, float scale, int64_t id,
+                            int64_t first) {
+  const int64_t cols = std::min(COLUMNS, p.width - first), at = id * out.stride + first;
+  Compensated example[COLUMNS];
+  const auto chunk = std::partition_point(p.chunks.begin(), p.chunks.end(),
+                                          [id](const Chunk& c) { return c.example < id; });
+  if (chunk != p.chunks.end() && chunk->example == id)
+    add_example(p, chunk - p.chunks.begin(), first, cols, example);
+  if (out.dtype == DType::bf16)
+    store_row<BF16>(example, cols, scale, out.data, at);
+  else
+    store_row<F32>(example, cols, scale, out.data, at);
 }
 
 }  // namespace
 
 bool bias_grad_stats_cpu(const GradView& v, float scale, int threads, float* grad, float* sum,
                          float* sum_sq) {
-  if (v.offsets && !ascend(v.offsets, v.batch + 1, v.tokens)) return false;
-  const std::vector<Chunk> chunks = cut(v);
-  const int64_t count = static_cast<int64_t>(chunks.size());
-  const std::unique_ptr<float[]> partial(new float[count * v.width]);
-  const auto sum_rows = chunk_summer(v.dtype);
-  const int64_t bytes = count * CHUNK * v.width * (v.dtype == DType::f32 ? 4 : 2);
-  const int useful = static_cast<int>(std::min<int64_t>(threads, 1 + bytes / BYTES_PER_THREAD));
-  parallel(count, useful, [&](int64_t i) { sum_rows(v, chunks[i], &partial[i * v.width]); });
-
-  const Sums sums{partial.get(), chunks.data(), count, v.width, scale, grad, sum, sum_sq};
+  Partial partial;
+  if (!sum_chunks(v, threads, partial)) return false;
+  const Totals out{scale, grad, sum, sum_sq};
   const int64_t strips = (v.width + COLUMNS - 1) / COLUMNS;
-  const int64_t work = count * v.width * static_cast<int64_t>(sizeof(float));
-  const int wide = static_cast<int>(std::min<int64_t>(threads, 1 + work / BYTES_PER_THREAD));
-  parallel(strips, wide, [&](int64_t strip) { finish_columns(sums, strip * COLUMNS); });
+  const int64_t bytes = partial.count() * v.width * int64_t{sizeof(float)};
+  parallel(strips, useful(threads, bytes),
+           [&](int64_t strip) { finish_columns(partial, out, strip * COLUMNS); });
+  return true;
+}
+
+bool bias_example_grads_cpu(const GradView& v, float scale, int threads, const RowsView& out) {
+  Partial partial;
+  if (!sum_chunks(v, threads, partial)) return false;
+  const int64_t strips = (v.width + COLUMNS - 1) / COLUMNS;
+  const int64_t bytes = (partial.count() + v.batch) * v.width * int64_t{sizeof(float)};
+  parallel(v.batch * strips, useful(threads, bytes), [&](int64_t task) {
+    finish_row(partial, out, scale, task / strips, task % strips * COLUMNS);
+  });
   return true;
 }
 

@@ -1,4 +1,4 @@
-// The CPU operator's entry point: raw pointers, strides in elements, no torch.
+// The entry points of bias_grad_stats and bias_example_grads on the CPU: raw pointers, strides in elements, no torch.
 #pragma once
 #include <cstdint>
 
@@ -18,5 +18,14 @@ struct GradView {
 // writes nothing but the offsets, where these do not ascend within [0, tokens].
 bool bias_grad_stats_cpu(const GradView& view, float scale, int threads, float* grad, float* sum,
                          float* sum_sq);
+
+struct RowsView {
+  void* data;  // (batch, width)
+  DType dtype;
+  int64_t stride;  // elements from one row to the next
+};
+
+// out is written; its dtype is f32 or bf16. Returns false as above.
+bool bias_example_grads_cpu(const GradView& view, float scale, int threads, const RowsView& out);
 
 }  // namespace beft

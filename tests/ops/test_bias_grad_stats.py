@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from beft_ext.ops import OperatorError, backends, bias_grad_stats, set_backend
-from beft_ext.ops.bias_grad_stats import chunk_count
+from beft_ext.ops.grad_output import chunk_count
 
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 USABLE = [name for name in DEVICES if not backends()[name]]
