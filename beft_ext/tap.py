@@ -1,232 +1,27 @@
-"""The tap: the one place that touches a model's forward and backward.
+"""The tap: listens at every bias of a model, while an ordinary loop trains it.
 
-A forward hook on a projection passes its output through an identity whose backward calls
-``bias_grad_stats`` once. The projection's own bias is frozen, so autograd does not reduce
-``grad_output`` a second time; what trains is a leaf tensor over the same memory, one per bias
-(a slice of a fused QKV parameter has its own). Forward is unchanged to the bit.
-
-Where the examples lie in an output is found once, in the first backward that must know it
-(``layouts.py``). What a step knows (batch, scale, uses) is read when a backward runs, also in a
-compiled model: there the backward is one operator that the compiler does not look into.
+What happens at one projection is in ``listener.py``. Here is what a step announces, the leaves
+that train, the statistics, and the search for where the examples lie in an output: made once, in
+the first backward that must know it (``layouts.py``).
 """
 
 from __future__ import annotations
 
 import copy
-import sys
-import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext.layouts import Layout, Place, TapError as TapError, fingerprint, locate, replaced
+from beft_ext.layouts import Place, TapError as TapError, fingerprint, locate, replaced
+from beft_ext.listener import Listener, Site, Step, Use, alias, refuse_copy
 from beft_ext.models import Bias, BiasMap, outer_modules, output_width, state
+from beft_ext.models.modes import quiet
 from beft_ext.models.wrappers import whole
-from beft_ext.ops import bias_grad_stats
-from beft_ext.ops.reference import example_grads
-
-_Use = tuple["_Listener", int]  # the module, and which of its uses within a step
-# In place of the number of a use within its step.
-RECOMPUTED, STALE = -1, -2
-
-
-@dataclass
-class Site:
-    """One biased projection: its biases, their trainable leaves, its statistics.
-
-    The statistics cover the whole parameter, ``(P,)``; a bias reads its slice of them.
-    """
-
-    parameter: nn.Parameter
-    biases: list[Bias]
-    leaves: list[Tensor]
-    grad_sum: Tensor
-    grad_sum_sq: Tensor
-    aliases: list[Tensor] = field(default_factory=list)  # whose nodes tell if leaves get a grad
-    uses: int = 0  # forwards within one step
-    pending: Tensor | None = field(default=None)  # (B, P) of a site used several times in a step
-
-
-def _refuse_copy(_self: object, _protocol: Any) -> NoReturn:
-    raise TapError("a tapped model can neither be copied nor saved whole: remove the tap first")
-
-
-class _Step:
-    """What a backward must know of the step that it belongs to."""
-
-    number: int = 0
-    announced: bool = False
-    begun: bool = False  # a backward has begun: a later forward is of no announced step
-    batch: int = 0
-    scale: float = 1.0
-    offsets: Tensor | None = None
-    called: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
-    visit: Callable[[_Listener, Tensor], Tensor] | None = None  # of a run that locates
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """The same memory, but no view to autograd: Longformer scales its query in place, and an
-    optimizer its leaves."""
-    found: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
-    return found
-
-
-class _Identity(torch.autograd.Function):
-    # With a setup_context of its own torch would parse forward's signature at each call.
-    @staticmethod
-    def forward(
-        ctx: Any, output: Tensor, listener: _Listener, number: int, use: int, *leaves: Tensor
-    ) -> Tensor:
-        ctx.listener, ctx.number, ctx.use = listener, number, use
-        return _alias(output)
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-        listener = ctx.listener
-        if torch.compiler.is_compiling():
-            grad = torch.ops.beft_ext.tap_backward(grad_output, listener.handle, ctx.use)
-        elif any(n and torch._C._will_engine_execute_node(n) for n, _ in ctx.next_functions[1:]):
-            grad = listener.reduce(grad_output, ctx.use, ctx.number)
-        else:  # a gradient of something else passes through
-            return grad_output, None, None, None, *(None for _ in listener.site.leaves)
-        site = listener.site
-        pairs = zip(site.biases, site.leaves, strict=True)
-        grads = (bias.view(grad).to(leaf.dtype) for bias, leaf in pairs)
-        return grad_output, None, None, None, *grads
-
-
-class _Listener:
-    """The forward hook of one module, and where its examples lie."""
-
-    known: ClassVar[weakref.WeakValueDictionary[int, _Listener]] = weakref.WeakValueDictionary()
-    count: ClassVar[int] = 0
-
-    def __init__(self, tap: Tap, path: str, site: Site) -> None:
-        self.tap, self.path, self.site, self.step = tap, path, site, tap._step
-        self.uses = 0
-        self.reduced: set[int] = set()  # uses of this step whose backward ran
-        self.layouts: dict[tuple[bool, int], Place | None] = {}
-        _Listener.count += 1
-        self.handle = _Listener.count
-        self.known[self.handle] = self
-
-    def __call__(self, module: nn.Module, _args: Any, output: Any) -> Tensor:
-        if not isinstance(output, Tensor):
-            kind = type(module).__name__
-            raise TapError(f"a {kind} gives out a {type(output).__name__}, not a tensor")
-        if self.step.visit is not None:
-            return self.step.visit(self, output)
-        use = self._use()
-        compiling = torch.compiler.is_compiling()
-        leaves = self.site.leaves if compiling else self.site.aliases
-        number = -1 if compiling else self.step.number
-        tapped: Tensor = _Identity.apply(output, self, number, use, *leaves)
-        return tapped
-
-    def _use(self) -> int:
-        """The number of this use within the step; counts it."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            return RECOMPUTED  # activation checkpointing, within a backward
-        if not self.step.announced or self.step.begun:
-            return STALE
-        use = self.uses
-        self.uses += 1
-        self.site.uses += 1
-        return use
-
-    def reduce(self, grad_output: Tensor, use: int, number: int | None = None) -> Tensor:
-        """The bias gradient ``(P,)``; the statistics of an announced step are added to."""
-        site, step = self.site, self.step
-        dtype, width = site.grad_sum.dtype, grad_output.shape[-1]
-        if width != len(site.grad_sum):
-            raise TapError(f"'{self.path}' gives out {width} columns, not {len(site.grad_sum)}")
-        if (grad_output.dtype == torch.float64) != (dtype == torch.float64):
-            grad_output = grad_output.to(dtype)
-        if not step.announced:
-            return grad_output.reshape(-1, width).sum(0, dtype=dtype)
-        if use == STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):
-            raise TapError(
-                "a backward that no step announced: call Tap.step before each forward, and run "
-                "one backward for it"
-            )
-        step.begun = True
-        if use != RECOMPUTED:
-            self.reduced.add(use)
-        dy = self._by_example(grad_output, use)
-        if site.uses < 2:
-            return bias_grad_stats(
-                dy, site.grad_sum, site.grad_sum_sq,
-                example_offsets=step.offsets, scale=step.scale,
-            )  # fmt: skip
-        # Squares may be taken only of the sum over all uses: keep (B, P) until the step ends.
-        grads = example_grads(dy, step.offsets)
-        scaled = grads * step.scale
-        site.pending = scaled if site.pending is None else site.pending + scaled
-        return grads.sum(0)
-
-    def _by_example(self, grad_output: Tensor, use: int) -> Tensor:
-        """``(B, rows, H)``, or ``(N, H)`` of a packed batch."""
-        step = self.step
-        if step.batch == 1 and step.offsets is None:
-            return grad_output.reshape(1, -1, grad_output.shape[-1])
-        layout = self._layout(use)
-        if isinstance(layout, Layout):
-            return layout.by_example(grad_output, step.batch)
-        assert step.offsets is not None
-        rows = grad_output.reshape(-1, grad_output.shape[-1])
-        if len(rows) != int(step.offsets[-1]):
-            raise TapError(
-                f"'{self.path}' gives out {len(rows)} rows, but the packed batch has "
-                f"{int(step.offsets[-1])} tokens"
-            )
-        return rows
-
-    def _layout(self, use: int) -> Place:
-        packed = self.step.offsets is not None
-        if (known := self.layouts.get((packed, use))) is not None:
-            return known
-        for _ in range(2):
-            mine = {u: at for (p, u), at in self.layouts.items() if p == packed}
-            # A use that was not there when the examples were located lies as all others do.
-            found = mine[use] if use in mine else _only(mine.values())
-            if found is not None:
-                return found
-            if not mine:
-                self.tap._locate_from_call()
-        raise TapError(
-            f"which rows of '{self.path}' belong to which example cannot be told: its output does "
-            "not change with one example alone (texts of a packed batch that see each other do so; "
-            "config.use_cache=False keeps them apart). Leave its terms out, or use batches of one"
-        )
-
-    __reduce_ex__ = _refuse_copy
-
-
-def _only(layouts: Iterable[Place | None]) -> Place | None:
-    different = set(layouts)
-    return different.pop() if len(different) == 1 else None
-
-
-@torch.library.custom_op(
-    "beft_ext::tap_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
-)
-def _tap_backward(grad_output: Tensor, handle: int, use: int) -> Tensor:
-    listener = _Listener.known.get(handle)
-    if listener is None:
-        raise TapError("a backward of a model whose tap is gone: run the forward again")
-    return listener.reduce(grad_output, use)
-
-
-@_tap_backward.register_fake
-def _(grad_output: Tensor, handle: int, use: int) -> Tensor:
-    dtype = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
-    return grad_output.new_empty(grad_output.shape[-1], dtype=dtype)
-
+from beft_ext.slab import SiteSlab
 
 def require_untapped(model: nn.Module) -> None:
     """Raise TapError where ``model`` carries a tap."""
@@ -246,9 +41,9 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     def __init__(self, model: nn.Module, biases: BiasMap | Iterable[Bias]) -> None:
         model = whole(model, TapError, copies=False)
         require_untapped(model)
-        self._model, self._step = model, _Step()
+        self._model, self._step = model, Step()
         self._hooks: list[Any] = []
-        self._listeners: list[_Listener] = []
+        self._listeners: list[Listener] = []
         self.sites: list[Site] = []
         by_parameter: dict[int, Site] = {}
         for bias in biases:
@@ -260,7 +55,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             site.biases.append(bias)
             leaf = bias.view(parameter.detach()).requires_grad_()
             with torch.enable_grad():
-                site.aliases.append(_alias(leaf))
+                site.aliases.append(alias(leaf))
             site.leaves.append(leaf)
         self._required = [(s.parameter, s.parameter.requires_grad) for s in self.sites]
         self._listen(
@@ -276,7 +71,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
 
     def _listen(self, modules: Mapping[str, Site]) -> None:
         for path, site in modules.items():
-            listener = _Listener(self, path, site)
+            listener = Listener(path, site, self._step, self._locate_from_call)
             self._listeners.append(listener)
             self._hooks.append(self._model.get_submodule(path).register_forward_hook(listener))
         for path in ({""} | outer_modules(modules)) - set(modules):
@@ -290,7 +85,31 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         if step.announced and step.called is None:
             step.called = (module, args, kwargs)
 
-    def step(self, batch: int, scale: float = 1.0, example_offsets: Tensor | None = None) -> None:
+    def keep_rows(self, examples: int, columns: int | None = None, seed: int = 0) -> None:
+        """Make a slab for the gradients of so many single examples.
+
+        Args:
+            examples: rows of the slab, N.
+            columns: fold each wider bias into so many columns; by default none.
+            seed: of the folding.
+        """
+        for site in self.sites:
+            site.slab = SiteSlab(site.biases, site.grad_sum, examples, columns, seed)
+
+    def rows(self, bias: Bias, count: int) -> Tensor:
+        """The first ``count`` examples' gradients of a bias, ``(count, H)``, or their sketches."""
+        self.finish_step()
+        slab = next(site.slab for site in self.sites if bias in site.biases)
+        assert slab is not None
+        return slab.rows(bias, count)
+
+    def step(
+        self,
+        batch: int,
+        scale: float = 1.0,
+        example_offsets: Tensor | None = None,
+        row: int | None = None,
+    ) -> None:
         """Announce the next forward and its one backward.
 
         Args:
@@ -298,12 +117,14 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             scale: what the loss was divided by, B for a mean over examples.
             example_offsets: of a packed batch ``(B + 1,)``: example i has the tokens
                 ``offsets[i]:offsets[i + 1]``.
+            row: of the slab (``keep_rows``), where the first example's gradient goes, in place of
+                the statistics.
         """
         self.finish_step()
         step = self._step
         step.number += 1
         step.announced, step.begun, step.called = True, False, None
-        step.batch, step.scale, step.offsets = batch, scale, example_offsets
+        step.batch, step.scale, step.offsets, step.row = batch, scale, example_offsets, row
         for listener in self._listeners:
             listener.uses = listener.site.uses = 0
             listener.reduced.clear()
@@ -320,10 +141,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     def finish_step(self) -> None:
         """Square what sites used several times in one step have gathered."""
         for site in self.sites:
-            if site.pending is not None:
-                site.grad_sum += site.pending.sum(0)
-                site.grad_sum_sq += site.pending.square().sum(0)
-                site.pending = None
+            site.finish_step(self._step.row)
 
     def locate(
         self,
@@ -340,13 +158,13 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             batch, example_offsets: as of ``step``.
         """
 
-        def run(visit: Callable[[_Use, Tensor], Tensor], example: int | None) -> None:
+        def run(visit: Callable[[Use, Tensor], Tensor], example: int | None) -> None:
             given = inputs
             if example is not None:
                 given = replaced(inputs, example, batch, example_offsets)
-            uses: Counter[_Listener] = Counter()
+            uses: Counter[Listener] = Counter()
 
-            def numbered(listener: _Listener, output: Tensor) -> Tensor:
+            def numbered(listener: Listener, output: Tensor) -> Tensor:
                 uses[listener] += 1
                 return visit((listener, uses[listener] - 1), output)
 
@@ -357,10 +175,10 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             finally:
                 self._step.visit = None
 
-        def changes(example: int | None) -> dict[_Use, Tensor]:
+        def changes(example: int | None) -> dict[Use, Tensor]:
             found = {}
 
-            def visit(use: _Use, output: Tensor) -> Tensor:
+            def visit(use: Use, output: Tensor) -> Tensor:
                 found[use] = fingerprint(output)
                 return output
 
@@ -368,11 +186,11 @@ class Tap(AbstractContextManager["Tap"], state.Record):
                 run(visit, example)
             return found
 
-        def influence(example: int, known: Mapping[_Use, Place | None]) -> dict[_Use, Tensor]:
-            added: dict[_Use, Tensor] = {}
+        def influence(example: int, known: Mapping[Use, Place | None]) -> dict[Use, Tensor]:
+            added: dict[Use, Tensor] = {}
             total: list[Tensor] = []
 
-            def visit(use: _Use, output: Tensor) -> Tensor:
+            def visit(use: Use, output: Tensor) -> Tensor:
                 place = known.get(use)
                 if place is None:
                     added[use] = torch.zeros_like(output, requires_grad=True)
@@ -437,28 +255,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     def __exit__(self, *_: object) -> None:
         self.remove()
 
-    __reduce_ex__ = _refuse_copy
-
-
-@contextmanager
-def quiet(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, no compiler, and the random state as it was."""
-    modes = [(m, m.training) for m in model.modules()]
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda_devices(model)))
-        if "torch._dynamo" in sys.modules:
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, mode in modes:
-                module.training = mode
-
-
-def cuda_devices(model: nn.Module) -> list[torch.device]:
-    """The GPUs that hold the model, whose random states its dropout draws on."""
-    return list({p.device for p in model.parameters() if p.is_cuda})
+    __reduce_ex__ = refuse_copy
 
 
 def _site(parameter: nn.Parameter) -> Site:

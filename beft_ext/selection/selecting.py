@@ -17,7 +17,8 @@ from beft_ext.selection.dead import QKV, dead_terms
 from beft_ext.selection.result import Selection, SelectionError
 from beft_ext.selection.run import BufferedLoader, ModelSnapshot, Run
 from beft_ext.selection.settling import SETTLING, Settling
-from beft_ext.tap import Tap, cuda_devices, require_untapped
+from beft_ext.models.modes import cuda_devices
+from beft_ext.tap import Tap, require_untapped
 from beft_ext.training.loss import Batch, Loss, model_loss, on_device, rows_of
 
 

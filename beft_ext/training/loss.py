@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, nll_loss
 
 from beft_ext.errors import BeftError
-from beft_ext.tap import quiet
+from beft_ext.models.modes import quiet
 
 Batch = Mapping[str, Any]
 Measure = Callable[[Batch], float | None]

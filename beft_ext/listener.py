@@ -1,0 +1,241 @@
+"""What happens at one tapped projection, in forward and in backward.
+
+A forward hook passes the projection's output through an identity whose backward calls
+``bias_grad_stats`` once. The projection's own bias is frozen, so autograd does not reduce
+``grad_output`` a second time; what trains is a leaf tensor over the same memory, one per bias
+(a slice of a fused QKV parameter has its own). Forward is unchanged to the bit.
+
+What a step knows (batch, scale, uses) is read when a backward runs, also in a compiled model:
+there the backward is one operator that the compiler does not look into.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.layouts import Layout, Place, TapError
+from beft_ext.models import Bias
+from beft_ext.ops import bias_grad_stats
+from beft_ext.ops.reference import example_grads
+from beft_ext.slab import SiteSlab
+
+Use = tuple["Listener", int]  # the module, and which of its uses within a step
+# In place of the number of a use within its step.
+RECOMPUTED, STALE = -1, -2
+
+
+@dataclass
+class Site:
+    """One biased projection: its biases, their trainable leaves, its statistics.
+
+    The statistics cover the whole parameter, ``(P,)``; a bias reads its slice of them.
+    """
+
+    parameter: nn.Parameter
+    biases: list[Bias]
+    leaves: list[Tensor]
+    grad_sum: Tensor
+    grad_sum_sq: Tensor
+    aliases: list[Tensor] = field(default_factory=list)  # whose nodes tell if leaves get a grad
+    uses: int = 0  # forwards within one step
+    pending: Tensor | None = field(default=None)  # (B, P) of a site used several times in a step
+    slab: SiteSlab | None = None  # keeps the examples' gradients, in place of the statistics
+
+    def finish_step(self, first: int | None) -> None:
+        """What can be done once all uses are summed; ``first``: the step's first row of a slab."""
+        if self.pending is None:
+            return
+        if self.slab is not None and first is not None:
+            self.slab.put(first, self.pending)
+        else:
+            self.grad_sum += self.pending.sum(0)
+            self.grad_sum_sq += self.pending.square().sum(0)
+        self.pending = None
+
+
+def refuse_copy(_self: object, _protocol: Any) -> NoReturn:
+    raise TapError("a tapped model can neither be copied nor saved whole: remove the tap first")
+
+
+class Step:
+    """What a backward must know of the step that it belongs to."""
+
+    number: int = 0
+    announced: bool = False
+    begun: bool = False  # a backward has begun: a later forward is of no announced step
+    batch: int = 0
+    scale: float = 1.0
+    offsets: Tensor | None = None
+    row: int | None = None  # of the slab, for the first example; None where statistics are kept
+    called: tuple[nn.Module, tuple[Any, ...], dict[str, Any]] | None = None
+    visit: Callable[[Listener, Tensor], Tensor] | None = None  # of a run that locates
+
+
+def alias(tensor: Tensor) -> Tensor:
+    """The same memory, but no view to autograd: Longformer scales its query in place, and an
+    optimizer its leaves."""
+    found: Tensor = torch.ops.aten._unsafe_view(tensor, tensor.shape)
+    return found
+
+
+class Identity(torch.autograd.Function):
+    # With a setup_context of its own torch would parse forward's signature at each call.
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, listener: Listener, number: int, use: int, *leaves: Tensor
+    ) -> Tensor:
+        ctx.listener, ctx.number, ctx.use = listener, number, use
+        return alias(output)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+        listener = ctx.listener
+        if torch.compiler.is_compiling():
+            grad = torch.ops.beft_ext.tap_backward(grad_output, listener.handle, ctx.use)
+        elif any(n and torch._C._will_engine_execute_node(n) for n, _ in ctx.next_functions[1:]):
+            grad = listener.reduce(grad_output, ctx.use, ctx.number)
+        else:  # a gradient of something else passes through
+            return grad_output, None, None, None, *(None for _ in listener.site.leaves)
+        site = listener.site
+        pairs = zip(site.biases, site.leaves, strict=True)
+        grads = (bias.view(grad).to(leaf.dtype) for bias, leaf in pairs)
+        return grad_output, None, None, None, *grads
+
+
+class Listener:
+    """The forward hook of one module, and where its examples lie."""
+
+    known: ClassVar[weakref.WeakValueDictionary[int, Listener]] = weakref.WeakValueDictionary()
+    count: ClassVar[int] = 0
+
+    def __init__(
+        self, path: str, site: Site, step: Step, locate_examples: Callable[[], None]
+    ) -> None:
+        self.path, self.site, self.step = path, site, step
+        self.locate_examples = locate_examples
+        self.uses = 0
+        self.reduced: set[int] = set()  # uses of this step whose backward ran
+        self.layouts: dict[tuple[bool, int], Place | None] = {}
+        Listener.count += 1
+        self.handle = Listener.count
+        self.known[self.handle] = self
+
+    def __call__(self, module: nn.Module, _args: Any, output: Any) -> Tensor:
+        if not isinstance(output, Tensor):
+            kind = type(module).__name__
+            raise TapError(f"a {kind} gives out a {type(output).__name__}, not a tensor")
+        if self.step.visit is not None:
+            return self.step.visit(self, output)
+        use = self._use()
+        compiling = torch.compiler.is_compiling()
+        leaves = self.site.leaves if compiling else self.site.aliases
+        number = -1 if compiling else self.step.number
+        tapped: Tensor = Identity.apply(output, self, number, use, *leaves)
+        return tapped
+
+    def _use(self) -> int:
+        """The number of this use within the step; counts it."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return RECOMPUTED  # activation checkpointing, within a backward
+        if not self.step.announced or self.step.begun:
+            return STALE
+        use = self.uses
+        self.uses += 1
+        self.site.uses += 1
+        return use
+
+    def reduce(self, grad_output: Tensor, use: int, number: int | None = None) -> Tensor:
+        """The bias gradient ``(P,)``; the statistics of an announced step are added to."""
+        site, step = self.site, self.step
+        dtype, width = site.grad_sum.dtype, grad_output.shape[-1]
+        if width != len(site.grad_sum):
+            raise TapError(f"'{self.path}' gives out {width} columns, not {len(site.grad_sum)}")
+        if (grad_output.dtype == torch.float64) != (dtype == torch.float64):
+            grad_output = grad_output.to(dtype)
+        if not step.announced:
+            return grad_output.reshape(-1, width).sum(0, dtype=dtype)
+        if use == STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):
+            raise TapError(
+                "a backward that no step announced: call Tap.step before each forward, and run "
+                "one backward for it"
+            )
+        step.begun = True
+        if use != RECOMPUTED:
+            self.reduced.add(use)
+        dy = self._by_example(grad_output, use)
+        if site.slab is not None and step.row is not None and site.uses < 2:
+            return site.slab.take(step.row, dy, step.offsets, step.scale)
+        if site.uses < 2:
+            return bias_grad_stats(
+                dy, site.grad_sum, site.grad_sum_sq,
+                example_offsets=step.offsets, scale=step.scale,
+            )  # fmt: skip
+        # Squares may be taken only of the sum over all uses: keep (B, P) until the step ends.
+        grads = example_grads(dy, step.offsets)
+        scaled = grads * step.scale
+        site.pending = scaled if site.pending is None else site.pending + scaled
+        return grads.sum(0)
+
+    def _by_example(self, grad_output: Tensor, use: int) -> Tensor:
+        """``(B, rows, H)``, or ``(N, H)`` of a packed batch."""
+        step = self.step
+        if step.batch == 1 and step.offsets is None:
+            return grad_output.reshape(1, -1, grad_output.shape[-1])
+        layout = self._layout(use)
+        if isinstance(layout, Layout):
+            return layout.by_example(grad_output, step.batch)
+        assert step.offsets is not None
+        rows = grad_output.reshape(-1, grad_output.shape[-1])
+        if len(rows) != int(step.offsets[-1]):
+            raise TapError(
+                f"'{self.path}' gives out {len(rows)} rows, but the packed batch has "
+                f"{int(step.offsets[-1])} tokens"
+            )
+        return rows
+
+    def _layout(self, use: int) -> Place:
+        packed = self.step.offsets is not None
+        if (known := self.layouts.get((packed, use))) is not None:
+            return known
+        for _ in range(2):
+            mine = {u: at for (p, u), at in self.layouts.items() if p == packed}
+            # A use that was not there when the examples were located lies as all others do.
+            found = mine[use] if use in mine else _only(mine.values())
+            if found is not None:
+                return found
+            if not mine:
+                self.locate_examples()
+        raise TapError(
+            f"which rows of '{self.path}' belong to which example cannot be told: its output does "
+            "not change with one example alone (texts of a packed batch that see each other do so; "
+            "config.use_cache=False keeps them apart). Leave its terms out, or use batches of one"
+        )
+
+    __reduce_ex__ = refuse_copy
+
+
+def _only(layouts: Iterable[Place | None]) -> Place | None:
+    different = set(layouts)
+    return different.pop() if len(different) == 1 else None
+
+
+@torch.library.custom_op(
+    "beft_ext::tap_backward", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,)
+)
+def _tap_backward(grad_output: Tensor, handle: int, use: int) -> Tensor:
+    listener = Listener.known.get(handle)
+    if listener is None:
+        raise TapError("a backward of a model whose tap is gone: run the forward again")
+    return listener.reduce(grad_output, use)
+
+
+@_tap_backward.register_fake
+def _(grad_output: Tensor, handle: int, use: int) -> Tensor:
+    dtype = torch.float64 if grad_output.dtype == torch.float64 else torch.float32
+    return grad_output.new_empty(grad_output.shape[-1], dtype=dtype)

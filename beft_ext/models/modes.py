@@ -1,0 +1,31 @@
+"""A model's evaluation mode and random state, for a while."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def quiet(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, no compiler, and the random state as it was."""
+    modes = [(m, m.training) for m in model.modules()]
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng(devices=cuda_devices(model)))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+def cuda_devices(model: nn.Module) -> list[torch.device]:
+    """The GPUs that hold the model, whose random states its dropout draws on."""
+    return list({p.device for p in model.parameters() if p.is_cuda})
