@@ -82,7 +82,7 @@ class Regression:
     @cached_property
     def prior_errors(self) -> Tensor:
         """``e0``: what a prior fitted to the others leaves of each example, ``(N,)``."""
-        return _nothing(self).errors(self, self.targets.double()[:, None])[0, :, 0]
+        return _nothing(self).left(self, self.targets.double()[:, None])[1][0, :, 0]
 
     def part(self, rows: Tensor) -> Regression:
         """Of some of the examples alone."""
@@ -108,10 +108,11 @@ class Gram:
         mean = float(self.values.sum()) / max(1, len(self.vectors))
         return RIDGES * mean if mean > 0 else torch.ones(1, dtype=torch.float64)
 
-    def errors(self, regression: Regression, targets: Tensor) -> Tensor:
-        """What ridge regressions without each group leave of its targets.
+    def left(self, regression: Regression, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """What ridge regressions leave of targets ``(N, F)``, several sets at once.
 
-        targets: ``(N, F)``, several sets at once, in their dtype. Returns ``(ridges, N, F)``.
+        Returns ``(ridges, N, F)`` twice: ``A_Z t``, fitted to all examples, and the errors of
+        the fits without each group.
         """
         kind = targets.dtype
         u, q = self.vectors.to(kind), regression.basis.to(kind)
@@ -127,7 +128,7 @@ class Gram:
             among = torch.eye(len(block), dtype=kind) - u[block] * shrunk[:, None] @ u[block].T
             among = among - a_q[:, block] @ half[:, block].mT
             errors[:, block] = torch.linalg.pinv(among, hermitian=True) @ a_t[:, block]
-        return errors
+        return a_t, errors
 
 
 def _nothing(regression: Regression) -> Gram:
@@ -144,12 +145,14 @@ class Gain:
         value: 1 minus the squared errors, as a share of those of the prior alone.
         error: standard error of ``value``.
         ridge: the best ridge, in units of ``K``.
+        step: length of the ridge regression's step, over all of the term's elements.
         squares: each group's squared error and that of the prior alone, ``(groups, 2)``.
     """
 
     value: float
     error: float
     ridge: float
+    step: float
     squares: Tensor
 
 
@@ -159,8 +162,13 @@ def gain(gram: Gram, regression: Regression) -> Gain:
     Source: leave-one-out in closed form, Allen 1974 (PRESS); the kernel is that of Malladi et
     al. 2023 (arXiv 2210.05643).
     """
-    errors = gram.errors(regression, regression.targets.double()[:, None])[..., 0]
+    fitted, errors = (
+        t[..., 0] for t in gram.left(regression, regression.targets.double()[:, None])
+    )
     best = int(errors.square().sum(-1).argmin())
+    ridge = float(gram.ridges[best])
+    # The step is G^T A_Z t / ridge, of which K tells the length.
+    step = float((gram.values.sqrt() * (gram.vectors.T @ fitted[best])).norm()) / ridge
     before = regression.prior_errors
     squares = torch.stack([errors[best].square(), before.square()], dim=-1)
     squares = torch.stack([squares[block].sum(0) for block in regression.blocks])
@@ -168,7 +176,7 @@ def gain(gram: Gram, regression: Regression) -> Gain:
     value = 1 - float(own.sum() / prior.sum())
     spread = (1 - value) * prior - own
     error = _error_of_sum(spread) / float(prior.sum())
-    return Gain(value, error, float(gram.ridges[best]), squares)
+    return Gain(value, error, ridge, step, squares)
 
 
 def lead(first: Gain, rival: Gain) -> tuple[float, float]:
@@ -202,10 +210,10 @@ def beyond_chance(
     for block, sign in zip(regression.blocks, 2.0 * signs - 1, strict=True):
         flipped[block] *= sign
     flipped = flipped.float()
-    before = _nothing(regression).errors(regression, flipped)[0].square().sum(0)
+    before = _nothing(regression).left(regression, flipped)[1][0].square().sum(0)
     largest = torch.full((flips,), -torch.inf)
     for gram in grams:
-        left = gram.errors(regression, flipped).square().sum(1).amin(0)
+        left = gram.left(regression, flipped)[1].square().sum(1).amin(0)
         largest = torch.maximum(largest, 1 - left / before)
     return [(1 + int((largest >= g.value).sum())) / (1 + flips) for g in gains]
 

@@ -23,6 +23,7 @@ from beft_ext.models.modes import quiet
 from beft_ext.models.wrappers import whole
 from beft_ext.slab import SiteSlab
 
+
 def require_untapped(model: nn.Module) -> None:
     """Raise TapError where ``model`` carries a tap."""
     if state.get(model, Tap) is not None:

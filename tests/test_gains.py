@@ -47,17 +47,17 @@ def refitted(regression, rows, ridge, without):
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    st.integers(6, 30), st.integers(1, 40), st.integers(1, 4), st.integers(0, 99), st.booleans()
-)
+@given(st.integers(6, 30), st.integers(1, 40), st.integers(1, 4), st.integers(0, 99), st.booleans())
 def test_errors_are_those_of_literal_refits(count, width, classes, seed, grouped):
     groups = torch.arange(count) // 2 if grouped else None
     regression, rows = made(count, width, classes, groups, seed)
-    if any(len(torch.unique(torch.arange(count)[regression.groups != g] % classes)) < classes
-           for g in regression.groups.unique().tolist()):
+    if any(
+        len(torch.unique(torch.arange(count)[regression.groups != g] % classes)) < classes
+        for g in regression.groups.unique().tolist()
+    ):
         return  # a class that lies in one group only is not told by the others
     gram = Gram.of(rows @ rows.T)
-    found = gram.errors(regression, regression.targets[:, None])[..., 0]
+    found = gram.left(regression, regression.targets[:, None])[1][..., 0]
     for i in (0, 9, 21):
         ridge = float(gram.ridges[i])
         for block in regression.blocks[:5]:
@@ -78,6 +78,15 @@ def test_the_gain_is_the_share_of_squared_errors_at_the_best_ridge():
     found = gain(Gram.of(rows @ rows.T), regression)
     assert found.value == pytest.approx(max(shares), rel=1e-7)
     assert found.ridge == pytest.approx(ridges[shares.index(max(shares))])
+
+
+def test_the_step_is_that_of_the_ridge_regression():
+    regression, rows = made(signal=2.0)
+    found = gain(Gram.of(rows @ rows.T), regression)
+    design = torch.cat([regression.prior, rows], dim=1)
+    penalty = torch.diag(torch.tensor([0.0] * 2 + [found.ridge] * rows.shape[1]).double())
+    weights = torch.linalg.solve(design.T @ design + penalty, design.T @ regression.targets)
+    assert found.step == pytest.approx(float(weights[2:].norm()))
 
 
 def test_noise_gains_little_and_signal_much():

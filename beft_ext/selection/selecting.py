@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from beft_ext import scores
-from beft_ext.models import Bias, BiasMap, add_bias, find_biases, find_projections
+from beft_ext.models import Bias, BiasMap
+from beft_ext.models.modes import cuda_devices
 from beft_ext.models.wrappers import whole
-from beft_ext.selection.dead import QKV, dead_terms
+from beft_ext.selection.candidates import added, candidates_of, dead_of
 from beft_ext.selection.result import Selection, SelectionError
 from beft_ext.selection.run import BufferedLoader, ModelSnapshot, Run
 from beft_ext.selection.settling import SETTLING, Settling
-from beft_ext.models.modes import cuda_devices
 from beft_ext.tap import Tap, require_untapped
-from beft_ext.training.loss import Batch, Loss, model_loss, on_device, rows_of
+from beft_ext.training.loss import Batch, Loss, model_loss
 
 
 def select(
@@ -75,18 +74,18 @@ def select(
     _check_settle(settle, method)
     model = whole(model, SelectionError, copies=False)
     require_untapped(model)
-    candidates, added = _candidates(model, terms, biases)
+    candidates, lacking = candidates_of(model, terms, biases, every=False)
     schedule = _schedule(loader, epochs, steps)
     with (
         ModelSnapshot(model),
-        _added(model, added),
+        added(model, lacking),
         torch.random.fork_rng(devices=cuda_devices(model)),
     ):
         torch.manual_seed(seed)
         batches = BufferedLoader(loader)
         if batches.first is None:
             raise SelectionError("the loader is empty: select needs at least one batch")
-        dead = _dead(model, loss, candidates, batches.first)
+        dead = dead_of(model, loss, candidates, batches.first)
         alive = [b for b in candidates if terms is not None or b.term not in dead]
         with Tap(model, alive) as tap:
             run = Run(
@@ -112,51 +111,6 @@ def _check_settle(settle: float, method: str) -> None:
             f"whether a ranking by '{method}' is settled is not known: use "
             f"{' or '.join(SETTLING)}, or settle=0"
         )
-
-
-def _candidates(
-    model: nn.Module, terms: Sequence[str] | None, biases: BiasMap | None
-) -> tuple[list[Bias], list[Bias]]:
-    """What competes; and those of it that the model lacks."""
-    have, lack = list(biases or ()), []
-    if biases is None:
-        projections = find_projections(model)
-        have = list(find_biases(model)) if any(p.has_bias for p in projections) else []
-        lack = [p.bias for p in projections if p.linear and not p.has_bias]
-    if terms is None:
-        attention = [b for b in lack if b.term.removeprefix("cross_") in QKV]
-        lack = [] if any(b.term in QKV for b in have) else attention
-    else:
-        known = BiasMap([*have, *lack]).terms
-        if absent := [t for t in terms if t not in known]:
-            raise SelectionError(f"the model has no term '{absent[0]}': it has {', '.join(known)}")
-        have, lack = ([b for b in part if b.term in terms] for part in (have, lack))
-    return list(BiasMap([*have, *lack])), lack
-
-
-@contextmanager
-def _added(model: nn.Module, biases: Sequence[Bias]) -> Iterator[None]:
-    """Biases of zeros where the model has none, for the time of a run."""
-    modules = [model.get_submodule(path) for path in dict.fromkeys(b.module for b in biases)]
-    try:
-        for module in modules:
-            add_bias(module)
-        yield
-    finally:
-        for module in modules:
-            module.bias = None  # type: ignore[assignment]
-
-
-def _dead(model: nn.Module, loss: Loss, candidates: Sequence[Bias], batch: Batch) -> list[str]:
-    """Dead terms, told by four examples."""
-    device = model.get_parameter(candidates[0].parameter).device
-    inputs, rows = on_device(batch, device), rows_of(batch)
-    first_four = {
-        k: v[:4] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
-        for k, v in inputs.items()
-    }
-    model.eval()
-    return dead_terms(model, candidates, lambda: loss(model, first_four))
 
 
 def _judge(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -62,6 +62,11 @@ class Observed:
     def means(self) -> Tensor:
         """``(B,)``: each example's loss, a mean over its labels; 0 where none counts."""
         return self.losses / self.counts.clamp(min=1)
+
+    def detached(self) -> Observed:
+        """The same facts, without autograd's graph."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Observed(**{k: None if v is None else v.detach() for k, v in values.items()})
 
     @classmethod
     def of_classes(cls, scores: Tensor, right: Tensor) -> Observed:

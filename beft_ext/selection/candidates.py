@@ -1,0 +1,67 @@
+"""What competes in a selection: biases that are there, those that could be, those that are dead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from beft_ext.models import Bias, BiasMap, add_bias, find_biases, find_projections
+from beft_ext.selection.dead import QKV, dead_terms
+from beft_ext.selection.result import SelectionError
+from beft_ext.training.loss import Batch, on_device, rows_of
+
+
+def candidates_of(
+    model: nn.Module, terms: Sequence[str] | None, biases: BiasMap | None, every: bool
+) -> tuple[list[Bias], list[Bias]]:
+    """What competes; and those of it that the model lacks.
+
+    terms, biases: as of ``select``. every: without ``terms``, whether all that could be added
+    compete, or only queries, keys and values where the model has none of these.
+    """
+    have, lack = list(biases or ()), []
+    if biases is None:
+        projections = find_projections(model)
+        have = list(find_biases(model)) if any(p.has_bias for p in projections) else []
+        lack = [p.bias for p in projections if p.linear and not p.has_bias]
+    if terms is not None:
+        known = BiasMap([*have, *lack]).terms
+        if absent := [t for t in terms if t not in known]:
+            raise SelectionError(f"the model has no term '{absent[0]}': it has {', '.join(known)}")
+        have, lack = ([b for b in part if b.term in terms] for part in (have, lack))
+    elif not every:
+        attention = [b for b in lack if b.term.removeprefix("cross_") in QKV]
+        lack = [] if any(b.term in QKV for b in have) else attention
+    return list(BiasMap([*have, *lack])), lack
+
+
+@contextmanager
+def added(model: nn.Module, biases: Sequence[Bias]) -> Iterator[None]:
+    """Biases of zeros where the model has none, for a while."""
+    modules = [model.get_submodule(path) for path in dict.fromkeys(b.module for b in biases)]
+    try:
+        for module in modules:
+            add_bias(module)
+        yield
+    finally:
+        for module in modules:
+            module.bias = None  # type: ignore[assignment]
+
+
+def dead_of(
+    model: nn.Module,
+    forward: Callable[[nn.Module, Batch], object],
+    candidates: Sequence[Bias],
+    batch: Batch,
+) -> list[str]:
+    """Dead terms, told by four examples. forward: of the model and a batch."""
+    device = model.get_parameter(candidates[0].parameter).device
+    inputs, rows = on_device(batch, device), rows_of(batch)
+    first_four = {
+        k: v[:4] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
+        for k, v in inputs.items()
+    }
+    model.eval()
+    return dead_terms(model, candidates, lambda: forward(model, first_four))

@@ -1,0 +1,295 @@
+"""One pass over labelled examples: what the gains of all terms are told from.
+
+The model stands still: evaluation mode, initial biases, the head as training will start it. Each
+example gives a row of gradients; of the rows only Gram matrices are kept, one for each term and
+band of layers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.gains import GainError, Regression, equal_rows
+from beft_ext.models import Bias, head_parameters
+from beft_ext.tap import Tap
+from beft_ext.training.loss import Batch, Observed, offsets_of, on_device, rows_of
+
+Observe = Callable[[nn.Module, Batch], Observed]
+
+BANDS = 3  # of layers, each with Gram matrices of its own
+SURE = 1e-4  # a class is taken to be no more certain than this, or its example would rule all
+LEAST_COLUMNS = 64  # of a folded bias: fewer tell nothing
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a pass over N examples left.
+
+    Attributes:
+        regression: what is to be explained.
+        grams: ``K`` ``(N, N)``, float64, by term and band of layers (first, last).
+        elements: number of a term's elements in a band.
+        head: ``K`` of the task head, where it is made of linear layers.
+    """
+
+    regression: Regression
+    grams: dict[str, dict[tuple[int, int], Tensor]]
+    elements: dict[str, dict[tuple[int, int], int]]
+    head: Tensor | None
+
+    @property
+    def examples(self) -> int:
+        """Number of examples, N."""
+        return len(self.regression.targets)
+
+    def of_term(self, term: str) -> Tensor:
+        """``K`` of all layers of a term."""
+        return torch.stack(list(self.grams[term].values())).sum(0)
+
+
+def bands(layers: Sequence[int]) -> list[tuple[int, int]]:
+    """A few ranges (first, last) that the layers fall into, of equal size as far as can be."""
+    ordered = sorted(set(layers))
+    count = min(BANDS, len(ordered))
+    cuts = [len(ordered) * k // count for k in range(count + 1)]
+    return [(ordered[a], ordered[b - 1]) for a, b in itertools.pairwise(cuts)]
+
+
+@dataclass
+class Collector:
+    """Reads batches until it has enough examples; ``evidence`` may be asked in between.
+
+    Args:
+        model: prepared for the pass: tapped, frozen, in evaluation mode.
+        tap: at the candidate biases.
+        observe: the losses of a batch's examples.
+        examples: at most, N.
+        memory: bytes that the rows may take; where they need more, biases are folded.
+        seed: of the folding.
+    """
+
+    model: nn.Module
+    tap: Tap
+    observe: Observe
+    examples: int
+    memory: float
+    seed: int
+    rows: int = 0  # in the slab
+    seen: list[Observed] = field(default_factory=list)
+    keys: list[object] = field(default_factory=list)
+    located: set[bool] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.biases = [bias for bias, _ in self.tap.leaves()]
+        self.columns = fitting(self.biases, self.examples, self.memory)
+        self.tap.keep_rows(self.examples, self.columns, self.seed)
+        self.heads = _HeadRows.all_of(self.model)
+
+    def read(self, batches: Iterator[Batch], count: int) -> bool:
+        """Read until there are ``count`` examples; False where the batches ran out before."""
+        while self.rows < count:
+            batch = next(batches, None)
+            if batch is None:
+                return False
+            self._read(batch)
+        return True
+
+    def _read(self, batch: Batch) -> None:
+        inputs = on_device(batch, self.tap.leaves()[0][1].device)
+        offsets = offsets_of(inputs)
+        size = rows_of(inputs) if offsets is None else len(offsets) - 1
+        if self.rows + size > self.examples:
+            raise GainError(f"a batch of {size} examples goes beyond the {self.examples} to read")
+        self._locate(inputs, size, offsets)
+        self.tap.step(size, 1.0, offsets, row=self.rows)
+        with torch.enable_grad():
+            seen = self.observe(self.model, inputs)
+            function = seen.losses if seen.outputs is None else seen.outputs
+        if len(function) != size:
+            raise GainError(f"a batch of {size} examples has {len(function)} losses")
+        for name, value in (("loss", seen.losses), ("output", function)):
+            if not bool(value.isfinite().all()):
+                at = self.rows + int((~value.isfinite()).nonzero()[0])
+                raise GainError(f"the {name} of example {at} is not finite: check the data")
+        function.sum().backward()
+        for _, leaf in self.tap.leaves():
+            leaf.grad = None
+        self.rows += size
+        self.seen.append(seen.detached())
+        self.keys += _keys(inputs, size, offsets)
+
+    def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
+        self.tap.rest()
+        packed = offsets is not None
+        if size > 1 and packed not in self.located:
+            self.located.add(packed)
+            self.tap.locate(lambda given: self.observe(self.model, given), inputs, size, offsets)
+
+    def evidence(self) -> Evidence:
+        """Of what was read so far. Raises GainError where no gain can be told from it."""
+        weights, targets, prior = weighed(self.seen)
+        kept = (torch.cat([s.counts for s in self.seen]) > 0).nonzero().flatten().cpu()
+        if len(kept) < 3:
+            raise GainError(f"a gain needs at least 3 examples, but only {len(kept)} have a label")
+        regression = Regression(
+            targets[kept], prior[kept], equal_rows([self.keys[i] for i in kept.tolist()])
+        )
+        weights = weights[kept]
+        grams: dict[str, dict[tuple[int, int], Tensor]] = {}
+        elements: dict[str, dict[tuple[int, int], int]] = {}
+        for bias in self.biases:
+            product = _product(self.tap.rows(bias, self.rows)[kept.to(_device(bias, self.tap))])
+            self._require_finite(product, bias, kept)
+            layers = [b.layer for b in self.biases if b.term == bias.term]
+            band = next(b for b in bands(layers) if b[0] <= bias.layer <= b[1])
+            mine, sizes = grams.setdefault(bias.term, {}), elements.setdefault(bias.term, {})
+            product = product * weights * weights[:, None]
+            mine[band] = mine[band] + product if band in mine else product
+            sizes[band] = sizes.get(band, 0) + bias.width
+        head = None
+        if self.heads:
+            total = torch.stack([h.gram()[kept][:, kept] for h in self.heads]).sum(0)
+            head = total * weights * weights[:, None]
+        return Evidence(regression, grams, elements, head)
+
+    def _require_finite(self, product: Tensor, bias: Bias, kept: Tensor) -> None:
+        own = product.diagonal()
+        if not bool(own.isfinite().all()):
+            at = int(kept[int((~own.isfinite()).nonzero()[0])])
+            raise GainError(
+                f"the gradient of example {at} is not finite at '{bias.name}': check that row, or "
+                "load the model in a wider dtype"
+            )
+
+
+def fitting(biases: Sequence[Bias], examples: int, memory: float) -> int | None:
+    """Columns into which biases must be folded for their rows to fit; None where all do.
+
+    Raises GainError where not even narrow ones do.
+    """
+    size = 4.0 * examples
+    if size * sum(b.width for b in biases) <= memory:
+        return None
+    low, high = 0, max(b.width for b in biases)
+    while low < high:  # the widest that fits
+        middle = (low + high + 1) // 2
+        fits = size * sum(min(b.width, middle) for b in biases) <= memory
+        low, high = (middle, high) if fits else (low, middle - 1)
+    if low < LEAST_COLUMNS:
+        needed = size * sum(min(b.width, LEAST_COLUMNS) for b in biases)
+        raise GainError(
+            f"{examples} examples' gradients of {len(biases)} biases need "
+            f"{math.ceil(needed / 2**20)} MiB even when folded, but {memory / 2**20:.0f} MiB are "
+            "allowed: read fewer examples or allow more memory"
+        )
+    return low
+
+
+def weighed(seen: Sequence[Observed]) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the rows ``(N,)``, targets ``(N,)`` and the prior ``(N, C - 1)``, float64.
+
+    Of numbers and of classes in the Gauss-Newton form, of the right class's log-odds; of tokens
+    by the root of their count. docs/definitions.md.
+    """
+    residuals = _joined([s.residuals for s in seen])
+    if residuals is not None:
+        return torch.ones_like(residuals), -residuals, torch.ones_like(residuals)[:, None]
+    right = _joined([s.right for s in seen])
+    probabilities = _joined([s.probabilities for s in seen])
+    losses, counts = (torch.cat([f(s) for s in seen]) for f in (_losses, _counts))
+    if right is None or probabilities is None:
+        roots = counts.clamp(min=1).rsqrt()
+        return roots, losses * roots, losses.new_zeros(len(losses), 0)
+    told = probabilities.gather(1, right.long().clamp(min=0)[:, None])[:, 0]
+    told = told.clamp(SURE, 1 - SURE)
+    weights = (told / (1 - told)).sqrt()
+    hot = nn.functional.one_hot(right.long().clamp(min=0), probabilities.shape[1])
+    return weights, 1 / weights, ((probabilities - hot) * weights[:, None])[:, 1:]
+
+
+def _losses(seen: Observed) -> Tensor:
+    return seen.losses.double().cpu()
+
+
+def _counts(seen: Observed) -> Tensor:
+    return seen.counts.double().cpu()
+
+
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Of all batches; None where one has none, or batches have options of unlike number."""
+    found = [p.double().cpu() for p in parts if p is not None]
+    if len(found) < len(parts) or len({p.shape[1:] for p in found}) > 1:
+        return None
+    return torch.cat(found)
+
+
+def _product(rows: Tensor) -> Tensor:
+    """``G G^T`` in float64 on the host; products in the rows' dtype, which has room for them."""
+    return (rows @ rows.T).double().cpu()
+
+
+def _device(bias: Bias, tap: Tap) -> torch.device:
+    return next(leaf.device for b, leaf in tap.leaves() if b == bias)
+
+
+def _keys(inputs: Batch, size: int, offsets: Tensor | None) -> list[object]:
+    """What tells examples apart: their tokens, padding left out, or all that they are."""
+    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if isinstance(ids, Tensor) and offsets is not None:
+        flat, ends = ids.flatten(), offsets.tolist()
+        return [_bytes(flat[a:b]) for a, b in itertools.pairwise(ends)]
+    if isinstance(ids, Tensor) and len(ids) == size:
+        if isinstance(mask, Tensor) and mask.shape == ids.shape:
+            return [_bytes(row[own.bool()]) for row, own in zip(ids, mask, strict=True)]
+        return [_bytes(row) for row in ids]
+    tensors = [v for k, v in inputs.items() if k != "labels" and _has_rows(v, size)]
+    return [tuple(_bytes(t[i]) for t in tensors) for i in range(size)]
+
+
+def _has_rows(value: object, size: int) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
+
+
+def _bytes(values: Tensor) -> bytes:
+    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+class _HeadRows:
+    """A linear layer of the task head: inputs and output gradients of each example, ``(B, H)``."""
+
+    def __init__(self, module: nn.Linear) -> None:
+        self.inputs: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.biased = module.bias is not None
+        self.handle = module.register_forward_hook(self._forward)
+
+    @classmethod
+    def all_of(cls, model: nn.Module) -> list[_HeadRows]:
+        """Of each layer of the head; none where the head has other layers too, or no rows."""
+        own = {id(p) for p in head_parameters(model)}
+        layers = [
+            m for m in model.modules() if any(id(p) in own for p in m.parameters(recurse=False))
+        ]
+        if not all(type(m) is nn.Linear for m in layers):
+            return []
+        return [cls(m) for m in layers if isinstance(m, nn.Linear)]
+
+    def _forward(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        if output.requires_grad and output.ndim == 2:
+            given = args[0].detach()
+            output.register_hook(lambda grad: self._keep(given, grad))
+
+    def _keep(self, given: Tensor, grad: Tensor) -> None:
+        self.inputs.append(given.double().cpu())
+        self.grads.append(grad.detach().double().cpu())
+
+    def gram(self) -> Tensor:
+        """``(N, N)``: of an outer product the inner product is the product of two."""
+        x, d = torch.cat(self.inputs), torch.cat(self.grads)
+        return (d @ d.T) * (x @ x.T + float(self.biased))

@@ -1,0 +1,105 @@
+"""Sets of terms and bands of layers: which of them explain most for their number of parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+from beft_ext.gains import GainError, Gram, Regression, gain
+from beft_ext.selection.evidence import Evidence
+
+ROUNDS = 3  # a set has as many parts at most
+CHOOSING = 250  # examples by which sets are chosen, at most
+
+
+@dataclass(frozen=True)
+class Part:
+    """A term in a band of layers, or in all: its ``K`` in units of the term's ridge."""
+
+    name: str
+    elements: int
+    matrix: Tensor
+    pieces: frozenset[tuple[str, tuple[int, int]]]
+
+
+def frontier(
+    evidence: Evidence, ridges: Mapping[str, float], seed: int
+) -> list[tuple[str, int, float]]:
+    """Sets that explain more than every set of fewer parameters: name, parameters, gain.
+
+    Chosen greedily on one half of the examples; the gain is told from the other half. Each term
+    enters with its own ridge, or else the widest would rule.
+
+    ridges: the best of each term alone, in units of ``K``.
+    """
+    regression = evidence.regression
+    order = torch.randperm(
+        len(regression.blocks), generator=torch.Generator().manual_seed(seed)
+    ).tolist()
+    half = min(len(order) // 2, CHOOSING)
+    try:
+        choosing, telling = (
+            _Half(regression, torch.cat([regression.blocks[i] for i in part]))
+            for part in (order[:half], order[half:])
+        )
+    except (GainError, RuntimeError):  # too few examples for halves
+        return []
+    chosen: dict[tuple[str, ...], tuple[int, float]] = {}
+    parts = _parts(evidence, ridges)
+    best: list[Part] = []
+    for _ in range(ROUNDS):
+        taken = frozenset().union(*(p.pieces for p in best))
+        tried = [[*best, p] for p in parts if not p.pieces & taken]
+        for group in tried:
+            chosen[tuple(p.name for p in group)] = (_size(group), choosing.gain(group))
+        if not tried:
+            break
+        longer = max(tried, key=lambda g: chosen[tuple(p.name for p in g)][1])
+        if best and chosen[_names(longer)][1] <= chosen[_names(best)][1]:
+            break
+        best = longer
+    named = {p.name: p for p in parts}
+    found, most = [], 0.0
+    for names, (size, value) in sorted(chosen.items(), key=lambda item: (item[1][0], -item[1][1])):
+        if value > most:
+            most = value
+            found.append(("+".join(names), size, telling.gain([named[n] for n in names])))
+    return found
+
+
+class _Half:
+    """Some of the examples."""
+
+    def __init__(self, regression: Regression, rows: Tensor) -> None:
+        self.rows, self.regression = rows, regression.part(rows)
+
+    def gain(self, group: list[Part]) -> float:
+        matrix = reduce(torch.add, (p.matrix for p in group))
+        return gain(Gram.of(matrix[self.rows][:, self.rows]), self.regression).value
+
+
+def _parts(evidence: Evidence, ridges: Mapping[str, float]) -> list[Part]:
+    parts = []
+    for term, by_band in evidence.grams.items():
+        sizes = evidence.elements[term]
+        for band, matrix in by_band.items():
+            name = f"{term}@{band[0]}-{band[1]}" if len(by_band) > 1 else term
+            pieces = frozenset([(term, band)])
+            parts.append(Part(name, sizes[band], matrix / ridges[term], pieces))
+        if len(by_band) > 1:
+            whole = evidence.of_term(term) / ridges[term]
+            pieces = frozenset((term, band) for band in by_band)
+            parts.append(Part(term, sum(sizes.values()), whole, pieces))
+    return parts
+
+
+def _size(group: list[Part]) -> int:
+    return sum(p.elements for p in group)
+
+
+def _names(group: list[Part]) -> tuple[str, ...]:
+    return tuple(p.name for p in group)
