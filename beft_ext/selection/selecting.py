@@ -75,7 +75,7 @@ def select(
     Returns:
         Scores, ranking, and the biases before and after the run.
     Raises:
-        SelectionError: an unknown method or term; a setting out of range; an empty loader, or
+        SelectionError: an unknown method or term; ``settle`` out of range; an empty loader, or
             one without a length where ``steps`` is not given; a loss whose divisor cannot be
             measured; a loss or gradient that is not finite (the message names the step); a model
             that is spread over processes or devices.

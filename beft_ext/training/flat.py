@@ -33,13 +33,24 @@ class OptimizerError(BeftError, ValueError):
 
 @dataclass(frozen=True)
 class BiasScore:
-    """What the last step says of one bias (or of a head's weight).
+    """What the last step says of one bias, or of a head's weight.
 
-    Args:
-        beft: BEFT score against the value when the optimizer was built, or as its loaded state
-            says; NaN where either is zero.
-        magnitude: mean absolute change of an element since then.
+    Changes are counted from the value when the optimizer was built, or from the initial value in
+    a state that was loaded.
+
+    Attributes:
+        beft: BEFT score; NaN where the bias is or was zero.
+        magnitude: mean absolute change of an element, in the parameter's unit.
         grad_norm: norm of the unscaled gradient before clipping.
+    Example:
+        >>> import beft_ext
+        >>> prepared = beft_ext.prepare(model, terms="value")
+        >>> optimizer = beft_ext.BiasAdamW(model, lr=1e-3)
+        >>> model(**loader[0]).loss.backward()
+        >>> optimizer.step()
+        >>> round(optimizer.scores()["0.value"].magnitude, 5)
+        0.001
+    Source: Huang et al. 2025 (arXiv 2509.15974); docs/definitions.md, section 4.
     """
 
     beft: float
