@@ -114,9 +114,9 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         model: a model on which ``load_adapter`` was called.
         name: a loaded adapter's; None for the base values, which come back to the bit.
     Raises:
-        AdapterError: no adapter of that name is loaded, or an adapter is merged; the model is as
-            it was. Or the model's dtype was changed and cannot hold a value; the model is at
-            its base values then.
+        AdapterError: no adapter of that name is loaded; an adapter is merged; the model is wrapped
+            by PEFT, or spread over processes or devices. Or the model's dtype was changed and
+            cannot hold a value: the model is at its base values then.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model)

@@ -63,7 +63,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     Args:
         model: a merged model.
     Raises:
-        AdapterError: no adapter is merged.
+        AdapterError: no adapter is merged, or the model is wrapped by PEFT or spread since.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model)
