@@ -155,10 +155,11 @@ KEYS |= {"above_90_degrees", "settled", "biases", DIGEST}
 
 
 def read_selection(path: Path) -> Selection:
-    """A Selection's scores and ranking from ``selection.json`` or its folder, tensors left out.
+    """Read a Selection from ``selection.json`` or its folder, without tensors and ``per_layer``.
 
-    Raises: SelectionError for a file that is not whole, or whose ``biases.safetensors``, where
-        it lies beside, is damaged or of another selection.
+    Raises:
+        SelectionError: the file is not whole, or the ``biases.safetensors`` beside it is damaged
+            or of another selection. That file may be missing.
     """
     path = path / RECORD if path.is_dir() else path
     try:
@@ -183,7 +184,10 @@ def read_selection(path: Path) -> Selection:
 
 
 def _check_digests(path: Path, record: dict[str, Any]) -> None:
-    """Files saved before there were digests have neither; they have no other key either."""
+    """Raise SelectionError where a digest is not that of its file, or a key is unknown.
+
+    Files that were saved before there were digests have none.
+    """
     if odd := sorted(record.keys() - KEYS):
         raise SelectionError(
             f"{path} is not a selection.json, or is damaged: it has the key '{odd[0][:80]}'"

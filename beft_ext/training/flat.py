@@ -67,7 +67,7 @@ class Entry(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What of a parameter the tables are laid out for."""
+    """The facts of a parameter that the tables depend on."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -86,7 +86,13 @@ def form_of(p: Tensor) -> Form:
 
 @dataclass(frozen=True)
 class _Segment:
-    """One bias within a tensor: ``runs`` of (offset in parameter, gradient and tensor, length)."""
+    """One bias within a parameter.
+
+    Attributes:
+        tensor: the parameter's number.
+        runs: stretches of consecutive elements, each as its offsets in the parameter's memory, in
+            the gradient and in the flat state's part, and its length.
+    """
 
     name: str
     tensor: int
@@ -94,8 +100,11 @@ class _Segment:
 
 
 class Work(NamedTuple):
-    """What one step moves: parameters and gradients that the kernel can address. ``stand_ins``
-    are contiguous copies, by number, in place of parameters that it cannot."""
+    """What one step moves: parameters and gradients that the kernel can address.
+
+    Attributes:
+        stand_ins: copies in place of the parameters that it cannot, by the parameter's number.
+    """
 
     params: Located
     grads: Located
@@ -171,7 +180,7 @@ class Flat:
         return [i for i, p in enumerate(self.params) if form_of(p) != self.forms[i]]
 
     def look(self) -> Work | None:
-        """Parameters and gradients where they lie now; None where ``changes()`` has some.
+        """Parameters and gradients where they lie now; None where a parameter changed.
 
         Raises:
             OptimizerError: for a gradient that is not its parameter's.
@@ -289,7 +298,7 @@ class Flat:
 
 
 def _require_plain(name: str, p: Tensor) -> None:
-    """Raise OptimizerError for what has no memory of its own in a float type."""
+    """Raise OptimizerError unless ``p`` is a dense float tensor in memory of its own."""
     reason = None
     if isinstance(p, UninitializedParameter):
         reason = "is not initialized: run a forward pass first"
@@ -325,7 +334,7 @@ def _segments(
 
 
 def _runs(p: Tensor) -> list[tuple[int, int, int, int]] | None:
-    """Offsets and lengths of what of ``p`` is consecutive in memory; None for single elements."""
+    """The ``runs`` of a segment that is all of ``p``; None where the kernel has no way in."""
     if p.is_neg():
         return None
     if p.is_contiguous():

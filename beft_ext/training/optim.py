@@ -213,7 +213,7 @@ class BiasAdamW(torch.optim.Optimizer):
         self._build()
 
     def _settings(self) -> tuple[list[float], list[Tensor] | None]:
-        """Each group's six numbers; and the rates as tensors where one must stay on its device."""
+        """Six numbers of each group; and the rates as tensors, where one lies on a GPU."""
         groups: list[float] = []
         rates = None
         if any(isinstance(g["lr"], Tensor) and g["lr"].is_cuda for g in self.param_groups):
@@ -290,8 +290,8 @@ def rate_factor(step: int, steps: int, warmup: float, decay: bool) -> float:
         step: number of the step, from 0.
         steps: number of all steps.
         warmup: fraction of the steps over which the rate rises linearly, in [0, 1].
-        decay: after warm-up, let the rate fall linearly to zero, which it reaches behind the
-            last step; otherwise it stays at 1.
+        decay: after warm-up, let the rate fall linearly, so that it would be zero one step after
+            the last; otherwise it stays at 1.
     """
     rising = max(1, round(warmup * steps))
     falling = (steps - step) / max(1, steps - rising + 1) if decay else 1.0
@@ -344,7 +344,10 @@ def _check_settings(group: Mapping[str, Any]) -> None:
 def _checked_state(
     own: list[dict[str, Any]], state_dict: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], list[tuple[Tensor, Mapping[str, Any]]]]:
-    """Settings of the groups, a copy, and the values of each parameter, of a state that fits."""
+    """A copy of the groups' settings, and the values of each parameter, from ``state_dict``.
+
+    Raises OptimizerError where the state does not fit.
+    """
     try:
         saved = [dict(group) for group in state_dict["param_groups"]]
         numbers = [list(group.pop("params")) for group in saved]

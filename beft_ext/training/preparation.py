@@ -1,7 +1,8 @@
 """``prepare`` a model for training chosen bias terms and the head alone; ``restore`` undoes it.
 
 What trains are plain parameters with ``requires_grad``, so any training loop works. A slice of a
-fused QKV parameter trains through its whole parameter, whose gradient a hook zeroes elsewhere.
+fused QKV parameter trains through the whole parameter: a hook sets the rest of the gradient to
+zero.
 """
 
 from __future__ import annotations

@@ -276,7 +276,7 @@ class _Run:
         return {**recipe, **own, "model": self._model_digest()}
 
     def _model_digest(self) -> str:
-        """Of all that does not train: class, config, frozen values, and those before training."""
+        """Digest of what does not train (class, config, frozen values) and of initial values."""
         as_dict = getattr(getattr(self.inside, "config", None), "to_dict", dict)
         facts = dict(as_dict())
         # A moved folder is the same model; the type of problem is set by the first forward.
@@ -292,7 +292,7 @@ class _Run:
         return digest_of(values, text)
 
     def _machine(self) -> dict[str, Any]:
-        """What a run is the same to the bit with, and only nearly the same without."""
+        """What must be the same for a resumed run to end in the same bits."""
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         cuda = self.device.type == "cuda"
         return {
@@ -360,7 +360,7 @@ class _Run:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
     def _enter_again(self, path: Path, record: Mapping[str, Any], states: list[Tensor]) -> None:
-        """Read the batches again that the epoch of a checkpoint had given."""
+        """Read again the batches that the checkpoint's epoch had given."""
         epoch, done = divmod(record["step"] - 1, self.per_epoch)
         own = generators(self.passes.loader)
         for generator, generator_state in zip(own, states, strict=False):
