@@ -52,12 +52,7 @@ class AdapterError(BeftError, ValueError):
 
 @dataclass(frozen=True)
 class Contents:
-    """What an adapter changes.
-
-    Attributes:
-        biases: differences to the base ``(P,)``, by module path.
-        head: values, by tensor name.
-    """
+    """What an adapter changes: differences ``(P,)`` by module path, head values by name."""
 
     biases: dict[str, Tensor]
     head: dict[str, Tensor]
@@ -117,10 +112,8 @@ def write(
 
 
 def peft_config(model: nn.Module, contents: Contents, facts: dict[str, Any]) -> dict[str, Any]:
-    """The contents of ``adapter_config.json``.
-
-    Our own facts stand under ``auto_mapping``: PEFT complains of a key that it does not know.
-    """
+    """``adapter_config.json``. PEFT complains of a key that it does not know, but not of what
+    stands under ``auto_mapping``: our own facts do."""
     kind = type(model)
     task = next((t for ending, t in TASKS.items() if kind.__name__.endswith(ending)), None)
     return {

@@ -91,7 +91,7 @@ class _Segment:
     Attributes:
         tensor: the parameter's number.
         runs: stretches of consecutive elements, each as its offsets in the parameter's memory, in
-            the gradient and in the flat state's part, and its length.
+            the gradient and in the parameter's part of the flat state, and its length.
     """
 
     name: str

@@ -270,7 +270,8 @@ def _pairs(batch: Batch) -> list[dict[str, Any]]:
 def _told_apart(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Labels of two rows that tell the divisors apart.
 
-    Classes are unlike. Of tokens, unlike numbers count, and only the first row's first one does.
+    Classes are unlike. Of tokens the rows keep unlike numbers of labels, and only the first row has
+    one at its first token.
     """
     first, second = first.clone(), second.clone()
     if first.is_floating_point() or first.ndim > 1:
