@@ -58,11 +58,12 @@ def select(
             measured on the first batch.
         terms: the candidates. By default every term that has a bias, without the dead ones;
             where neither query, key nor value has one, these three join, with biases of zeros
-            for the time of the run. Dead terms that are named here take part in the run.
+            for the time of the run. Dead terms that are named here take part in the run, but are
+            not ranked.
         biases: the biases that the candidates come from, such as
             ``find_biases(model, names=...)``; by default those of every known projection.
         epochs: passes over the loader; without effect where ``steps`` is given.
-        steps: number of training steps.
+        steps: number of training steps; by default ``epochs`` times the loader's length.
         lr: learning rate after the warm-up, constant. The authors take 1e-4 to 1e-3 by task.
         warmup: fraction of the steps over which the rate rises linearly, in [0, 1].
         weight_decay: as in AdamW.

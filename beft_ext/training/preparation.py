@@ -123,8 +123,9 @@ def prepare(
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model, terms=["query", "value"], layers=[1])
-        >>> [name for name, p in model.named_parameters() if p.requires_grad][:1]
-        ['bert.encoder.layer.1.attention.self.query.bias']
+        >>> trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        >>> len(trained), trained[0]
+        (4, 'bert.encoder.layer.1.attention.self.query.bias')
     """
     wanted = (terms,) if isinstance(terms, str) else tuple(dict.fromkeys(terms))
     model = wrappers.whole(model, PrepareError)
