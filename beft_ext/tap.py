@@ -31,12 +31,30 @@ def require_untapped(model: nn.Module) -> None:
 
 
 class Tap(AbstractContextManager["Tap"], state.Record):
-    """Listens at every bias of ``biases`` in ``model`` until removed (or as a context manager).
+    """Listens at biases of a model, and keeps the gradient statistics of their examples.
 
-    A compiled model may be given, or compiled afterwards.
+    A tap is removed by ``remove``, or is used as a context manager. A compiled model may be given,
+    or compiled afterwards.
 
+    Args:
+        model: a transformers model, in one process.
+        biases: those to listen at, such as ``find_biases(model)``.
+    Attributes:
+        sites: one for each biased projection, with its biases, trainable leaves and sums.
     Raises:
-        TapError: the model is tapped already, or spread over devices or processes.
+        TapError: the model is tapped already, or spread over processes or devices. A forward
+            raises it where a tapped module does not give out a tensor. A backward raises it where
+            no ``step`` announced it, or where the examples cannot be told apart.
+    Example:
+        >>> import beft_ext
+        >>> with beft_ext.Tap(model, beft_ext.find_biases(model)) as tap:
+        ...     tap.step(batch=4, scale=4)
+        ...     model(**loader[0]).loss.backward()
+        ...     found = {bias.name: sums for bias, sums in tap.statistics().items()}
+        >>> grad_sum, grad_sum_sq = found["0.value"]
+        >>> grad_sum.shape, bool((grad_sum_sq > 0).all())
+        (torch.Size([32]), True)
+    Source: docs/definitions.md, section 2.
     """
 
     def __init__(self, model: nn.Module, biases: BiasMap | Iterable[Bias]) -> None:
@@ -115,11 +133,14 @@ class Tap(AbstractContextManager["Tap"], state.Record):
 
         Args:
             batch: number of examples, B.
-            scale: what the loss was divided by, B for a mean over examples.
-            example_offsets: of a packed batch ``(B + 1,)``: example i has the tokens
-                ``offsets[i]:offsets[i + 1]``.
-            row: of the slab (``keep_rows``), where the first example's gradient goes, in place of
-                the statistics.
+            scale: what the loss was divided by: B for a mean over examples; 1 by default, for a
+                sum.
+            example_offsets: where the examples of a packed batch begin: example ``i`` has the
+                tokens ``offsets[i]:offsets[i + 1]``. None where each row is an example.
+            row: of the slab (``keep_rows``), where the first example's gradient goes. The
+                statistics are left as they are. None keeps the statistics.
+        Shape:
+            example_offsets ``(B + 1,)``.
         """
         self.finish_step()
         step = self._step
@@ -153,10 +174,14 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     ) -> None:
         """Find where the examples lie in each output, before a backward must know.
 
+        The model runs on ``inputs``, and again with one example replaced, in evaluation mode.
+
         Args:
-            forward: runs the model on inputs such as these, those with one example replaced.
+            forward: runs the model on inputs such as ``inputs``.
             inputs: tensors whose first axis holds the examples, or the tokens of a packed batch.
-            batch, example_offsets: as of ``step``.
+            batch, example_offsets: as for ``step``.
+        Raises:
+            TapError: ``inputs`` has no tensor, or its rows cannot be divided among the examples.
         """
 
         def run(visit: Callable[[Use, Tensor], Tensor], example: int | None) -> None:

@@ -21,11 +21,13 @@ from beft_ext.training.preparation import Prepared, prepared_of
 
 @dataclass
 class Adapters(state.Record):
-    """Kept on a model.
+    """The adapters of a model, kept on it.
 
-    base: while one is active, the values without it by tensor name; None where there is no bias
-        then.
-    guards: handles of the hooks that refuse ``load_state_dict`` while one is active.
+    Attributes:
+        named: what each loaded adapter changes, by its name.
+        base: values before the active adapter, by tensor name. None where there was no bias.
+        active: name of the active adapter; None where there is none.
+        guards: handles of the hooks that refuse ``load_state_dict`` while one is active.
     """
 
     named: dict[str, Contents] = field(default_factory=dict)
@@ -57,15 +59,32 @@ class Merged(state.Record):
 def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
     """Read an adapter that ``save_adapter`` or PEFT wrote, and make it the active one.
 
-    On a model that is not prepared, the adapter is kept under ``name``, in place of one of that
-    name. Base + difference becomes the value of each bias, in the bias's dtype. Projections
-    without a bias get one as long as the adapter is active. On a prepared model, training goes on
-    from the adapter, which must lie within what was prepared.
+    Each bias becomes the base value plus the adapter's difference, in the bias's dtype. A
+    projection without a bias has one as long as the adapter is active. On a prepared model the
+    prepared biases and head take the adapter's values, and training goes on from there.
 
-    Raises: AdapterError, the model as it was, for an adapter of another architecture, width or
-        layer count; for files that are damaged or unsafe (a digest that is not theirs, a pickle,
-        NaN, a link out of the folder); for values that the model's dtype cannot hold, or that
-        a tied tensor cannot take; for a model in several processes or wrapped by PEFT.
+    Args:
+        model: a transformers model, in one process; prepared or not.
+        folder: what ``save_adapter`` or PEFT's ``save_pretrained`` wrote.
+        name: what ``set_adapter`` will call it. An adapter of the same name is replaced. Without
+            effect on a prepared model.
+    Raises:
+        AdapterError: an adapter of another architecture, width or number of layers; a file that
+            is damaged or unsafe (a wrong digest, a pickle, NaN, a link out of the folder); a
+            value that the model's dtype cannot hold, or that a tied tensor cannot take; on a
+            prepared model, an adapter that changes more than what was prepared; a model that is
+            merged, wrapped by PEFT, or spread over processes or devices. The model is as it was.
+    Example:
+        >>> import copy, beft_ext
+        >>> base = copy.deepcopy(model)
+        >>> prepared = beft_ext.prepare(model)
+        >>> optimizer = beft_ext.BiasAdamW(model, lr=0.1)
+        >>> model(**loader[0]).loss.backward()
+        >>> optimizer.step()
+        >>> beft_ext.save_adapter(model, "adapter")
+        >>> beft_ext.load_adapter(base, "adapter")
+        >>> model(**loader[0]).logits.allclose(base(**loader[0]).logits)
+        True
     """
     if not isinstance(name, str) or not name:
         raise AdapterError("an adapter's name is a string that is not empty")
@@ -89,10 +108,23 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Switch to the loaded adapter ``name``, or with None back to the base model, to the bit.
+    """Switch to another loaded adapter, or back to the base model.
 
-    Raises: AdapterError for a name that was not loaded, or values that the model's dtype, changed
-        since, cannot hold; the model is at its base then.
+    Args:
+        model: a model on which ``load_adapter`` was called.
+        name: a loaded adapter's; None for the base values, which come back to the bit.
+    Raises:
+        AdapterError: no adapter of that name is loaded; an adapter is merged; the model is wrapped
+            by PEFT, or spread over processes or devices. Or the model's dtype was changed and
+            cannot hold a value: the model is at its base values then.
+    Example:
+        >>> import beft_ext
+        >>> prepared = beft_ext.prepare(model)
+        >>> beft_ext.save_adapter(model, "adapter")
+        >>> beft_ext.restore(model)
+        >>> beft_ext.load_adapter(model, "adapter", name="first")
+        >>> beft_ext.set_adapter(model, None)
+        >>> beft_ext.set_adapter(model, "first")
     """
     model = wrappers.whole(model, AdapterError)
     adapters = state.get(model, Adapters)
@@ -153,7 +185,8 @@ def _deactivate(model: nn.Module, adapters: Adapters) -> None:
 def _activate(model: nn.Module, adapters: Adapters, name: str, contents: Contents) -> None:
     """From the base values to those of ``contents``, which is kept under ``name``.
 
-    Raises: AdapterError, the model at its base and the kept adapters as they were.
+    Raises:
+        AdapterError: a value does not fit. The model is at its base, the kept adapters as before.
     """
     _check_ties(model, contents)
     modules = [model.get_submodule(path) for path in contents.biases]

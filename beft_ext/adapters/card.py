@@ -16,10 +16,14 @@ def model_card(
     reason: str | None,
     selection: Selection | str | Path | None = None,
 ) -> str:
-    """Markdown with the hub's metadata. what: the summary of what was trained; reason: why PEFT
-    cannot load it, or None; selection: the run's result or its ``selection.json``.
+    """Markdown with the hub's metadata.
 
-    Raises SelectionError where that file is not one that ``Selection.save`` wrote.
+    Args:
+        what: the summary of what was trained.
+        reason: why PEFT cannot load the adapter, or None.
+        selection: the run's result or its ``selection.json``.
+    Raises:
+        SelectionError: that file is not one that ``Selection.save`` wrote.
     """
     kind = type(model).__name__
     base = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")

@@ -52,7 +52,7 @@ class AdapterError(BeftError, ValueError):
 
 @dataclass(frozen=True)
 class Contents:
-    """What an adapter changes. biases: module -> difference ``(P,)``; head: name -> value."""
+    """What an adapter changes: differences ``(P,)`` by module path, head values by name."""
 
     biases: dict[str, Tensor]
     head: dict[str, Tensor]
@@ -112,8 +112,8 @@ def write(
 
 
 def peft_config(model: nn.Module, contents: Contents, facts: dict[str, Any]) -> dict[str, Any]:
-    """``adapter_config.json``. Ours stands under ``auto_mapping``, which PEFT reads without
-    complaint, unlike a key that it does not know."""
+    """``adapter_config.json``. PEFT complains of a key that it does not know, but not of what
+    stands under ``auto_mapping``: our own facts do."""
     kind = type(model)
     task = next((t for ending, t in TASKS.items() if kind.__name__.endswith(ending)), None)
     return {
@@ -242,8 +242,8 @@ def _not_whole(path: Path, reason: object) -> AdapterError:
 def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
     """Weights without a digest are PEFT's, or were saved before there were digests.
 
-    PEFT keeps our part of a config when it saves weights of its own beside it, so what that part
-    says of digests counts only where the weights carry one.
+    PEFT may save weights of its own and keep our part of the config. So the digests in that part
+    count only where the weights carry one.
     """
     from safetensors import safe_open
 
@@ -318,7 +318,7 @@ def _mapping(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def model_facts(model: nn.Module) -> dict[str, Any]:
-    """What must agree between the model an adapter was made for and the one it is loaded in."""
+    """What must be the same in the model of an adapter and the one that it is loaded in."""
     config = getattr(model, "config", None)
     keys = ("model_type", "num_hidden_layers", "hidden_size")
     return {k: v for k in keys if isinstance(v := getattr(config, k, None), int | str)}

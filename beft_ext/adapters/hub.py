@@ -12,11 +12,14 @@ from beft_ext.adapters.contents import AdapterError
 
 @dataclass(frozen=True)
 class Upload:
-    """Where to, named as in transformers.
+    """Where to upload, in the words of transformers.
 
-    repo_id: "user/name". token: by default that of ``hf auth login`` or HF_TOKEN. private: of a
-    repository that is made anew. revision: a branch, made where there is none. create_pr: as a
-    pull request.
+    Attributes:
+        repo_id: "user/name".
+        token: by default that of ``hf auth login`` or HF_TOKEN.
+        private: of a repository that is made anew.
+        revision: a branch; it is made where there is none.
+        create_pr: upload as a pull request.
     """
 
     repo_id: str
@@ -42,8 +45,13 @@ class Upload:
             )
 
     def send(self, folder: Path, files: Sequence[str]) -> str:
-        """The address of the one commit that holds ``files`` of ``folder``, and nothing else of
-        it. Raises AdapterError."""
+        """Upload ``files`` of ``folder``, and nothing else of it, as one commit.
+
+        Returns:
+            The commit's address.
+        Raises:
+            AdapterError: the hub did not take them; ``folder`` stays whole.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi(token=self.token)

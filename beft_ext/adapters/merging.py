@@ -11,15 +11,26 @@ from beft_ext.training.preparation import mark, prepared_of, unmark
 
 
 def merge_adapter(model: nn.Module) -> None:
-    """Make the trained or active adapter part of a plain model, which ``save_pretrained`` writes
-    and transformers loads without us.
+    """Make the trained or active adapter part of a plain model.
 
-    Where biases were added, the config's own flag (LLaMA's and Gemma's ``attention_bias``,
-    LLaMA's ``mlp_bias``) is set, and the biases that it brings along are zero; GPT-Neo's value
-    bias is folded into the output projection.
+    ``save_pretrained`` then writes the model, and transformers loads it without beft_ext.
 
-    Raises: AdapterError for a family that has no such place (Mistral, GPT-J, T5), a model merged
-        already, one without an adapter, and one in several processes or wrapped by PEFT.
+    Where biases were added, the flag of the config that gives the model's class these biases is
+    set (``attention_bias`` of LLaMA and Gemma, ``mlp_bias`` of LLaMA). Other biases that the
+    flag brings along are zero. GPT-Neo's value bias is folded into the output projection.
+
+    Args:
+        model: a prepared model, or one with an active adapter.
+    Raises:
+        AdapterError: a family without a place for the added bias (Mistral, GPT-J, T5); a model
+            without an adapter; a model that is merged already, wrapped by PEFT, or spread over
+            processes or devices. The model is as it was.
+    Example:
+        >>> import beft_ext
+        >>> prepared = beft_ext.prepare(model)
+        >>> beft_ext.merge_adapter(model)
+        >>> model.save_pretrained("merged")
+    Source: docs/definitions.md, section 5, for the folded value bias.
     """
     model = wrappers.whole(model, AdapterError)
     if state.get(model, Merged) is not None:
@@ -45,11 +56,20 @@ def merge_adapter(model: nn.Module) -> None:
 
 
 def unmerge_adapter(model: nn.Module) -> None:
-    """Undo ``merge_adapter``: prepared again, or the adapter loaded and active, as it was then.
+    """Undo ``merge_adapter``: the model is prepared again, or has its active adapter again.
 
-    ``set_adapter(model, None)`` or ``restore`` then leads to the base.
+    ``restore``, or ``set_adapter(model, None)``, then leads to the base.
 
-    Raises: AdapterError for a model that was not merged.
+    Args:
+        model: a merged model.
+    Raises:
+        AdapterError: no adapter is merged, or the model is wrapped by PEFT or spread since.
+    Example:
+        >>> import beft_ext
+        >>> prepared = beft_ext.prepare(model)
+        >>> beft_ext.merge_adapter(model)
+        >>> beft_ext.unmerge_adapter(model)
+        >>> beft_ext.restore(model)
     """
     model = wrappers.whole(model, AdapterError)
     merged = state.take(model, Merged)

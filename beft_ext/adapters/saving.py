@@ -37,21 +37,34 @@ def save_adapter(
 ) -> str | None:
     """Write the trained biases and head of a prepared model, or its active adapter.
 
-    Differences are fp32 (fp64 for an fp64 bias): base + difference is the trained value to the
-    rounding of one addition. What PEFT cannot load (LayerNorm, GPT-2's Conv1D) is saved the same
-    way, and the config says so. Weights and config carry digests, which ``load_adapter`` checks.
+    Biases are written as differences to the base, fp32 (fp64 for an fp64 bias): base plus
+    difference is the trained value to the rounding of one addition. What PEFT cannot load
+    (LayerNorm, GPT-2's Conv1D) is written in the same way, and the config says so. Weights and
+    config carry digests, which ``load_adapter`` checks.
 
     Args:
-        folder: gets ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md``, as
-            PEFT 0.21 has them.
-        selection: a Selection or its ``selection.json``, whose table the README shows.
+        model: a prepared model, or one with an active adapter.
+        folder: gets ``adapter_model.safetensors``, ``adapter_config.json`` and ``README.md``, in
+            the format of PEFT 0.21.
+        selection: a Selection or its ``selection.json``, whose table the README shows; None for a
+            README without one.
         push_to_hub: upload these three files too, as one commit.
         hub: ``repo_id`` (by default the folder's name), ``token``, ``private``,
             ``commit_message``, ``revision`` and ``create_pr``, as in transformers.
-    Returns: the address of the commit, None without ``push_to_hub``.
-    Raises: AdapterError where nothing is trained or loaded, a value is not finite, the model is
-        in several processes or wrapped by PEFT, or the hub takes no upload. Without a token
-        nothing is written.
+    Returns:
+        The address of the commit; None without ``push_to_hub``.
+    Raises:
+        AdapterError: nothing is trained or loaded; a value is not finite; ``selection`` is no
+            selection's file; a model that is wrapped by PEFT, or spread over processes or
+            devices; settings of the hub without ``push_to_hub``; no token, in which case nothing
+            is written; an upload that failed, in which case the folder is whole.
+        OSError: the disk is full, or the folder cannot be written to.
+    Example:
+        >>> import os, beft_ext
+        >>> prepared = beft_ext.prepare(model)
+        >>> beft_ext.save_adapter(model, "adapter")
+        >>> sorted(os.listdir("adapter"))
+        ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
     model = wrappers.whole(model, AdapterError)
     folder, upload = Path(folder), None

@@ -33,11 +33,27 @@ class BiasError(BeftError, ValueError):
 
 @dataclass(frozen=True)
 class Bias:
-    """One vector: one term in one layer, ``parameter.view(groups, -1)[:, start:stop]``.
+    """One vector of a model: one term in one layer.
 
-    A whole parameter or a contiguous slice (GPT-2) has one group; per-head interleaved fused
-    projections (GPT-NeoX) have one group a head. ``shared``: used more than once a forward.
-    ``layer`` counts from 0, the encoder's layers first, then the decoder's.
+    It is ``parameter.view(groups, -1)[:, start:stop]``. A whole parameter or a contiguous slice
+    (GPT-2) has one group. A fused projection whose heads are interleaved (GPT-NeoX) has one
+    group for each head.
+
+    Attributes:
+        term: the kind of bias, such as ``"value"``.
+        layer: number of the layer, from 0; an encoder's layers come before the decoder's.
+        module: path of the projection or norm in the model.
+        parameter: name of the parameter that holds the bias.
+        start, stop: the bias's columns within each group.
+        groups: number of groups, 1 by default.
+        shared: whether one forward uses the bias more than once; False by default.
+        width: number of elements, H.
+        name: ``<layer>.<term>``, as in ``biases.safetensors``.
+    Example:
+        >>> import beft_ext
+        >>> bias = beft_ext.find_biases(model)[2]
+        >>> bias.name, bias.width, bias.parameter
+        ('0.value', 32, 'bert.encoder.layer.0.attention.self.value.bias')
     """
 
     term: str
@@ -60,11 +76,23 @@ class Bias:
         return f"{self.layer}.{self.term}"
 
     def view(self, parameter: Tensor) -> Tensor:
-        """The bias within ``parameter`` ``(P,)``: a view ``(groups, H / groups)``."""
+        """The bias within a parameter, as a view.
+
+        Args:
+            parameter: the parameter that holds the bias, or a tensor laid out like it.
+        Shape:
+            parameter ``(P,)``; the view ``(groups, H / groups)``.
+        """
         return parameter.view(self.groups, -1)[:, self.start : self.stop]
 
     def read(self, parameter: Tensor) -> Tensor:
-        """A contiguous copy ``(H,)`` of the bias within ``parameter`` ``(P,)``."""
+        """The bias within a parameter, as a contiguous copy.
+
+        Args:
+            parameter: as for ``view``.
+        Shape:
+            parameter ``(P,)``; the copy ``(H,)``.
+        """
         return self.view(parameter.detach()).clone().reshape(-1)
 
 
@@ -82,7 +110,23 @@ class Projection:
 
 
 class BiasMap(Sequence[Bias]):
-    """Every bias of a model, ordered by layer and term."""
+    """Every bias of a model, ordered by layer and term.
+
+    It is a sequence of ``Bias``. Printed, it is a table with a line for each term.
+
+    Args:
+        biases: in any order.
+    Attributes:
+        terms: the terms that were found, in a fixed order.
+        layers: number of layers that have a bias, L.
+    Example:
+        >>> import beft_ext
+        >>> biases = beft_ext.find_biases(model)
+        >>> len(biases), biases.layers
+        (16, 2)
+        >>> biases.terms[:3]
+        ('query', 'key', 'value')
+    """
 
     def __init__(self, biases: Iterable[Bias]) -> None:
         self._biases = sorted(biases, key=lambda b: (b.layer, TERMS.index(b.term)))

@@ -28,13 +28,23 @@ Found = list[tuple[str, int, int, int]]  # term, groups, start, stop
 
 
 def find_biases(model: nn.Module, names: Mapping[str, str] | None = None) -> BiasMap:
-    """Every bias vector of the terms, by layer; encoder before decoder.
+    """Find every bias of a model, by layer and term.
 
-    model: a transformers encoder, decoder or both, with or without a task head.
-    names: for an architecture that is not known, term -> ending of the projection's module
-        name within a layer, such as ``{"query": "att.wq", "value": "att.wv"}``.
-    Raises BiasError where no layer, no attention projection or no bias is found, with what was
-    found and how to describe it.
+    Args:
+        model: a transformers encoder, decoder or both, with or without a task head.
+        names: describes an architecture that is not known. It maps a term to the ending of the
+            projection's module path within a layer, such as
+            ``{"query": "att.wq", "value": "att.wv"}``. None for the known architectures.
+    Returns:
+        The biases that the model has; places without a bias are left out.
+    Raises:
+        BiasError: no layer, no attention projection or no bias was found, or ``names`` has an
+            unknown term. The message says what was found.
+    Example:
+        >>> import beft_ext
+        >>> biases = beft_ext.find_biases(model)
+        >>> [bias.name for bias in biases if bias.term == "value"]
+        ['0.value', '1.value']
     """
     projections = find_projections(model, names)
     biases = [p.bias for p in projections if p.has_bias]
@@ -50,7 +60,10 @@ def find_biases(model: nn.Module, names: Mapping[str, str] | None = None) -> Bia
 def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -> list[Projection]:
     """Every projection and norm of the terms by layer, with or without a bias.
 
-    model, names: as in ``find_biases``. Raises BiasError where there is none.
+    Args:
+        model, names: as for ``find_biases``.
+    Raises:
+        BiasError: there is none.
     """
     model = inside(model)
     if names is not None and (wrong := [t for t in names if t not in TERMS]):

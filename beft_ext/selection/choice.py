@@ -10,8 +10,8 @@ SETTLE = 0.05  # accepted risk of the early end of its selection, see settling.p
 def automatic(selection: Selection) -> tuple[str, str]:
     """The term and the reason, a sentence.
 
-    The first by the BEFT score. Where the value's score is undefined (its bias was added, so it
-    starts at zero) scores cannot be held against each other: there it is the value, as in the
+    The term is the first by the BEFT score. Where the value's score is undefined (its bias was
+    added, so it starts at zero) scores cannot be compared. There the term is the value, as in the
     paper's bias-free models.
     """
     if "value" in selection.undefined and "value" not in selection.dead:

@@ -1,9 +1,9 @@
 """Dead terms: those whose gradient is zero but for rounding, whatever is learnt.
 
 Softmax ignores what is added to all of a row, so in an attention without rotary embeddings the
-key's bias has no effect (docs/definitions.md). Names don't tell, so each attention of the model is
-run once more in float64, on what reaches it in a forward: one at a time, so that the memory is
-that of one attention and not of a second model.
+key's bias has no effect (docs/definitions.md). Names don't tell. So each attention of the model is
+run once more in float64, on what reaches it in a forward. They run one at a time, which takes the
+memory of one attention and not of a second model.
 """
 
 from __future__ import annotations
@@ -36,9 +36,13 @@ def dead_terms(
 ) -> list[str]:
     """Terms of ``biases`` whose gradient is zero, but for rounding, in every attention.
 
-    forward: one of ``model`` on a few examples of several tokens, in evaluation mode. Biases
-    need not be there yet: the gradient is taken at the projections' outputs. Only terms of
-    queries, keys and values can be dead. Raises ProbeError.
+    Only terms of queries, keys and values can be dead.
+
+    Args:
+        biases: they need not be there yet: gradients are taken at the projections' outputs.
+        forward: runs ``model`` on a few examples of several tokens, in evaluation mode.
+    Raises:
+        ProbeError: an attention runs in neither float64 nor float32.
     """
     sizes: dict[str, float] = {}
     with ExitStack() as hooks:
@@ -66,9 +70,10 @@ def _attentions(biases: Iterable[Bias]) -> dict[str, list[Bias]]:
 
 
 class _Probe:
-    """A forward pre-hook of an attention: its arguments are those of the run in float64.
+    """A forward pre-hook of an attention, which runs it once more in float64.
 
-    sizes: gets each term's largest gradient, as a share of the attention's largest.
+    Args:
+        sizes: gets each term's largest gradient, as a share of the attention's largest.
     """
 
     def __init__(self, path: str, biases: list[Bias], sizes: dict[str, float]) -> None:

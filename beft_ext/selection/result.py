@@ -34,11 +34,34 @@ class SelectionError(BeftError, RuntimeError):
 
 @dataclass(frozen=True)
 class Selection:
-    """What one run found. ``scores[method][term]``; ``per_layer[method][term]`` in layer order.
+    """What the run of ``select`` found; printed, it is the ranked table.
 
-    Numbers that do not exist are NaN here and null in ``selection.json``; ``undefined`` says
-    why, ``dead`` names the terms whose gradient is exactly zero, left out of the ranking.
-    ``steps``: planned; ``losses`` has one a step that was made.
+    A score that does not exist is NaN here and null in ``selection.json``.
+
+    Attributes:
+        method: what the ranking in ``best`` and in the table goes by.
+        scores: ``scores[method][term]``, each the mean over the term's layers.
+        per_layer: ``per_layer[method][term]``, one score for each layer, in their order.
+        ranking: ``ranking[method]``, the terms from the greatest score down. Dead terms and
+            undefined scores are left out.
+        undefined: why a term has no BEFT score, by term.
+        dead: terms whose gradient is zero but for rounding.
+        obtuse: names of the biases that turned by more than 90 degrees.
+        losses: one number for each step that was made.
+        steps: number of steps that were planned.
+        initial, current: each bias ``(H,)`` before and after the run, by ``Bias.name``, on the
+            CPU. Half-precision biases are fp32 in ``current``.
+        settled: whether the run ended early because its first term was settled.
+        best: the first term by ``method``. To read it where no term is ranked raises
+            SelectionError.
+    Example:
+        >>> import beft_ext
+        >>> selection = beft_ext.select(model, loader, "magnitude")
+        >>> selection.dead
+        ['key']
+        >>> selection.best == selection.ranking["magnitude"][0]
+        True
+    Source: Huang et al. 2025 (arXiv 2509.15974); docs/definitions.md.
     """
 
     method: str
@@ -55,12 +78,12 @@ class Selection:
 
     @property
     def settled(self) -> bool:
-        """The first of the ranking was, and the run ended there."""
+        """Whether the run ended early because its first term was settled."""
         return len(self.losses) < self.steps
 
     @property
     def best(self) -> str:
-        """The first term of the ranking by the chosen method."""
+        """The first term by ``method``. Raises SelectionError where no term is ranked."""
         if not self.ranking[self.method]:
             raise SelectionError(
                 f"no term has a defined '{self.method}' score: choose another method, such as "
@@ -82,7 +105,14 @@ class Selection:
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:
-        """Draw the term x layer heatmap of the chosen method. Needs matplotlib."""
+        """Draw the term x layer heatmap of ``method``.
+
+        Args:
+            path: where the picture goes, as PNG.
+        Raises:
+            PlotError: matplotlib is missing, or there are no scores by layer (a selection that
+                was read from a file).
+        """
         from beft_ext.plots import heatmap
 
         with whole_file(path) as temporary:
@@ -91,7 +121,12 @@ class Selection:
     def save(self, folder: str | Path) -> None:
         """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` as one.
 
-        Without matplotlib a warning says that there is no picture.
+        Without matplotlib there is no picture, and a warning says so.
+
+        Args:
+            folder: is made where it does not exist.
+        Raises:
+            OSError: the disk is full, or the folder cannot be written to.
         """
         tensors = {f"initial/{name}": t for name, t in self.initial.items()}
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
@@ -120,10 +155,11 @@ KEYS |= {"above_90_degrees", "settled", "biases", DIGEST}
 
 
 def read_selection(path: Path) -> Selection:
-    """A Selection's scores and ranking from ``selection.json`` or its folder, tensors left out.
+    """Read a Selection from ``selection.json`` or its folder, without tensors and ``per_layer``.
 
-    Raises: SelectionError for a file that is not whole, or whose ``biases.safetensors``, where
-        it lies beside, is damaged or of another selection.
+    Raises:
+        SelectionError: the file is not whole, or the ``biases.safetensors`` beside it is damaged
+            or of another selection. That file may be missing.
     """
     path = path / RECORD if path.is_dir() else path
     try:
@@ -148,7 +184,10 @@ def read_selection(path: Path) -> Selection:
 
 
 def _check_digests(path: Path, record: dict[str, Any]) -> None:
-    """Files saved before there were digests have neither; they have no other key either."""
+    """Raise SelectionError where a digest is not that of its file, or a key is unknown.
+
+    Files that were saved before there were digests have none.
+    """
     if odd := sorted(record.keys() - KEYS):
         raise SelectionError(
             f"{path} is not a selection.json, or is damaged: it has the key '{odd[0][:80]}'"

@@ -39,32 +39,56 @@ def select(
     seed: int = 0,
     progress: bool = False,
 ) -> Selection:
-    """Train all candidate terms together for a short run and score each one.
+    """Train all candidate terms together in one short run, and score each of them.
 
-    model: a transformers model whose output has ``loss``; compiled or not.
-    loader: batches as keyword arguments of the model, first axis examples. Texts of a packed
-        batch (``position_ids`` that start anew, or ``cu_seq_lens_q``) are examples each.
-    method: 'beft', 'magnitude', 'fisher', 'example_fisher' or 'snr'; all are computed.
-    loss: of the model and a batch, in place of the output's own. It gives the losses of the
-        examples ``(B,)``, the loss and what the sum over examples was divided by, or a scalar. Of
-        a scalar the divisor is measured on the first batch; an example's loss is the sum over
-        its labels that count.
-    terms, biases: candidates; by default every term with a bias and, where neither query, key
-        nor value has one, these three, with biases of zeros for the time of the run. Dead terms
-        are found before the run and stay out of it, unless ``terms`` names them.
-    epochs, steps: length of the run; ``steps`` wins. lr: constant after the share ``warmup`` of
-        the run. max_grad_norm: clips the global gradient norm. The authors train with a
-        constant rate of 1e-4 to 1e-3 by task, without warm-up, clipped to 1, in
-        batches of 16, for 16 to 60 epochs.
-    settle: end the run as soon as the first term by ``method`` ('beft' or 'magnitude') would be
-        another by chance with at most this probability; 0: never. See ``settling.py``.
-    The task head (whatever is outside ``model.base_model``) trains beside the biases.
-    The model comes back as it was: weights, ``requires_grad``, training mode, hooks, also after
-    Ctrl-C. The same seed gives the same selection to the bit on one machine.
-    Raises SelectionError for a non-finite loss or gradient (it names the step), a loss whose
-    divisor cannot be measured, a model over several processes or devices, an empty loader, an
-    unknown method or term; BiasError where the model has no such biases; ProbeError where an
-    attention cannot be probed for dead terms.
+    The task head (what is outside ``model.base_model``) trains beside the biases. Afterwards the
+    model is as it was: weights, ``requires_grad``, training mode and hooks. This holds after
+    Ctrl-C and after an error too. The same seed on the same machine gives the same bits.
+
+    Args:
+        model: a transformers model whose output has ``loss``; compiled or not.
+        loader: batches, keyword arguments of the model whose first axis holds the examples. Each
+            text of a packed batch (``position_ids`` that start anew, or ``cu_seq_lens_q``) is an
+            example.
+        method: what the ranking goes by: 'beft', 'magnitude', 'fisher', 'example_fisher' or
+            'snr'. All five are computed.
+        loss: takes the model and a batch; by default it is the output's ``loss``. It gives the
+            losses of the examples ``(B,)``, or a scalar and the number that the sum over the
+            examples was divided by, or a scalar alone. For a scalar alone that number is
+            measured on the first batch.
+        terms: the candidates. By default every term that has a bias, without the dead ones;
+            where neither query, key nor value has one, these three join, with biases of zeros
+            for the time of the run. Dead terms that are named here take part in the run, but are
+            not ranked.
+        biases: the biases that the candidates come from, such as
+            ``find_biases(model, names=...)``; by default those of every known projection.
+        epochs: passes over the loader; without effect where ``steps`` is given.
+        steps: number of training steps; by default ``epochs`` times the loader's length.
+        lr: learning rate after the warm-up, constant. The authors take 1e-4 to 1e-3 by task.
+        warmup: fraction of the steps over which the rate rises linearly, in [0, 1].
+        weight_decay: as in AdamW.
+        max_grad_norm: the gradient's global norm is clipped to this; 0 for no clipping.
+        settle: accepted risk that chance alone put the first term first, in [0, 0.5). The run
+            ends as soon as the risk is that low; 0 for the whole run. Methods 'beft' and
+            'magnitude' only.
+        seed: of the run's random numbers; the global random state is put back.
+        progress: show a bar.
+    Returns:
+        Scores, ranking, and the biases before and after the run.
+    Raises:
+        SelectionError: an unknown method or term; ``settle`` out of range; an empty loader, or
+            one without a length where ``steps`` is not given; a loss whose divisor cannot be
+            measured; a loss or gradient that is not finite (the message names the step); a model
+            that is spread over processes or devices.
+        BiasError: the model has no such biases, or its head is quantised.
+        ProbeError: an attention cannot be probed for dead terms.
+        TapError: the model is tapped already, or the examples cannot be told apart in an output.
+        OptimizerError: ``lr``, ``weight_decay`` or ``max_grad_norm`` is out of range.
+    Example:
+        >>> import beft_ext
+        >>> selection = beft_ext.select(model, loader, terms=["query", "value"])
+        >>> sorted(selection.ranking["beft"])
+        ['query', 'value']
     Source: Huang et al. 2025 (arXiv 2509.15974); docs/definitions.md.
     """
     if method not in scores.METHODS:

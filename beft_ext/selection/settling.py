@@ -1,13 +1,14 @@
 """Is the first of a ranking settled, or could other examples have put another term there?
 
-The statistics of single examples tell how far chance carries a bias in a run. The gradient's mean
-over a batch of B has variance ``Var(g) / B``; AdamW divides each step by the gradient's root mean
-square, so of a step of size ``lr`` the share ``r = (Var / B) / (E[g]^2 + Var / B)`` of its
-variance is noise, and after steps ``s`` an element's change has the variance
-``r sum_s lr_s^2``. The delta method carries it to the scores. Elements count as independent;
-layers and terms as wholly dependent, which can only widen the error. What is not in it is where
-the training itself goes later: docs/selection.md has how often a settled first term is not that
-of the whole run.
+The gradients of single examples tell how far chance carries a bias in a run. A mean over a batch
+of B has the variance ``Var(g) / B``. AdamW divides each step by the gradient's root mean square.
+So the share ``r = (Var / B) / (E[g]^2 + Var / B)`` of a step's variance is noise. Over the steps
+``s``, with learning rates ``lr_s``, an element's change gets the variance ``r sum_s lr_s^2``. The
+delta method carries it to the scores.
+
+Elements count as independent. Layers and terms count as wholly dependent, which can only widen the
+error. It does not say where later training goes: docs/selection.md has how often a settled first
+term is not that of the whole run.
 """
 
 from __future__ import annotations
@@ -32,10 +33,14 @@ FIRST, GROWTH = 4, 1.2  # steps before the first look, and from look to look
 
 
 class Settling:
-    """Asked after each step of a run: has the first term of the ranking by ``method`` settled?
+    """Asked after each step of a run: is the first term by ``method`` settled?
 
-    risk: accepted probability that chance put it before any of the others (Bonferroni over
-    them, one-sided normal), at one look. Looks are a fifth of the run so far apart.
+    It looks again whenever the run is a fifth longer than at the last look.
+
+    Args:
+        method: one of ``SETTLING``.
+        risk: accepted probability, at one look, that chance alone put the first term before any
+            of the others (one-sided normal, Bonferroni over the others).
     """
 
     def __init__(self, method: str, risk: float) -> None:
@@ -81,7 +86,7 @@ def is_settled(means: Mapping[str, float], errors: Mapping[str, float], risk: fl
 
 
 def chance(grad_sum: Tensor, grad_sum_sq: Tensor, examples: int, steps: int) -> Tensor:
-    """``r``: the share of noise in the variance of an AdamW step of size 1, ``(H,)``, float64.
+    """Share of noise in the variance of an AdamW step of size 1 (``r``), ``(H,)``, float64.
 
     grad_sum, grad_sum_sq: ``(H,)``, sums of ``g_i`` and ``g_i^2`` over the examples of all steps.
     """

@@ -1,9 +1,9 @@
 """The batches of a run, read so that they can be read again, and digests of tensors.
 
-Whatever the loader draws at random comes from a stream of its own, apart from the model's
-dropout, which starts anew at each epoch. A loader that shuffles with a generator of its own has
-that generator's state kept. So an epoch that was broken off can be entered again in the middle,
-and the digest of the batches that were read says whether they are the same.
+The loader draws its random numbers from a stream of its own, apart from the model's dropout. The
+stream starts anew at each epoch. Where the loader shuffles with a generator of its own, that
+generator's state is kept. So an epoch that was broken off can be entered again in the middle. The
+digest of the batches that were read says whether they are the same.
 """
 
 from __future__ import annotations

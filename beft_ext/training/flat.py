@@ -33,13 +33,24 @@ class OptimizerError(BeftError, ValueError):
 
 @dataclass(frozen=True)
 class BiasScore:
-    """What the last step says of one bias (or of a head's weight).
+    """What the last step says of one bias, or of a head's weight.
 
-    Args:
-        beft: BEFT score against the value when the optimizer was built, or as its loaded state
-            says; NaN where either is zero.
-        magnitude: mean absolute change of an element since then.
+    Changes are counted from the value when the optimizer was built, or from the initial value in
+    a state that was loaded.
+
+    Attributes:
+        beft: BEFT score; NaN where the bias is or was zero.
+        magnitude: mean absolute change of an element, in the parameter's unit.
         grad_norm: norm of the unscaled gradient before clipping.
+    Example:
+        >>> import beft_ext
+        >>> prepared = beft_ext.prepare(model, terms="value")
+        >>> optimizer = beft_ext.BiasAdamW(model, lr=1e-3)
+        >>> model(**loader[0]).loss.backward()
+        >>> optimizer.step()
+        >>> round(optimizer.scores()["0.value"].magnitude, 5)
+        0.001
+    Source: Huang et al. 2025 (arXiv 2509.15974); docs/definitions.md, section 4.
     """
 
     beft: float
@@ -56,7 +67,7 @@ class Entry(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What of a parameter the tables are laid out for."""
+    """The facts of a parameter that the tables depend on."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
@@ -75,7 +86,13 @@ def form_of(p: Tensor) -> Form:
 
 @dataclass(frozen=True)
 class _Segment:
-    """One bias within a tensor: ``runs`` of (offset in parameter, gradient and tensor, length)."""
+    """One bias within a parameter.
+
+    Attributes:
+        tensor: the parameter's number.
+        runs: stretches of consecutive elements, each as its offsets in the parameter's memory, in
+            the gradient and in the parameter's part of the flat state, and its length.
+    """
 
     name: str
     tensor: int
@@ -83,8 +100,11 @@ class _Segment:
 
 
 class Work(NamedTuple):
-    """What one step moves: parameters and gradients that the kernel can address. ``stand_ins``
-    are contiguous copies, by number, in place of parameters that it cannot."""
+    """What one step moves: parameters and gradients that the kernel can address.
+
+    Attributes:
+        stand_ins: copies in place of the parameters that it cannot, by the parameter's number.
+    """
 
     params: Located
     grads: Located
@@ -160,7 +180,7 @@ class Flat:
         return [i for i, p in enumerate(self.params) if form_of(p) != self.forms[i]]
 
     def look(self) -> Work | None:
-        """Parameters and gradients where they lie now; None where ``changes()`` has some.
+        """Parameters and gradients where they lie now; None where a parameter changed.
 
         Raises:
             OptimizerError: for a gradient that is not its parameter's.
@@ -278,7 +298,7 @@ class Flat:
 
 
 def _require_plain(name: str, p: Tensor) -> None:
-    """Raise OptimizerError for what has no memory of its own in a float type."""
+    """Raise OptimizerError unless ``p`` is a dense float tensor in memory of its own."""
     reason = None
     if isinstance(p, UninitializedParameter):
         reason = "is not initialized: run a forward pass first"
@@ -314,7 +334,7 @@ def _segments(
 
 
 def _runs(p: Tensor) -> list[tuple[int, int, int, int]] | None:
-    """Offsets and lengths of what of ``p`` is consecutive in memory; None for single elements."""
+    """The ``runs`` of a segment that is all of ``p``; None where the kernel has no way in."""
     if p.is_neg():
         return None
     if p.is_contiguous():

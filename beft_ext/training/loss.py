@@ -1,8 +1,8 @@
 """What a training step minimises, what it is a mean of, and where its examples are.
 
-What a loss divides by is measured, not guessed: on two rows of a batch, together and alone, the
-gradients of a sum over examples must add up. Which of the known divisors makes them do so is
-tried once.
+The divisor of a loss is measured, not guessed. Of a sum over examples, the gradient of two rows
+together is the sum of their gradients alone. So the loss is taken on two rows of a batch, together
+and alone; its divisor is the one among the known ones that makes the gradients add up.
 """
 
 from __future__ import annotations
@@ -235,7 +235,7 @@ def _labels(batch: Batch) -> float | None:
 
 
 # What the sum of the examples' losses may have been divided by. Where two differ by a constant
-# alone, the first says what an example's loss is: the sum over its labels.
+# factor alone the first is taken, by which an example's loss is the sum over its labels.
 DIVISORS: tuple[Measure, ...] = (
     _given,
     _next_labels,
@@ -250,8 +250,8 @@ class Divisor:
 
     Args:
         loss: of a model and a batch.
-        parameters: whose gradients are compared. Some must not be zero: the head's and the
-            model's vectors, not the candidate biases alone, which may be dead.
+        parameters: their gradients are compared, and some must not be zero. Pass the head and
+            the model's vectors; the candidate biases alone may be dead.
     """
 
     def __init__(self, loss: Loss, parameters: Sequence[Tensor]) -> None:
@@ -260,7 +260,10 @@ class Divisor:
         self.fitting: dict[tuple[bool, bool], Measure] = {}
 
     def of(self, value: Any, batch: Batch, examples: int) -> float:
-        """Of a loss that tells: a tuple, or the examples' losses. Raises LossError."""
+        """The divisor that the loss itself tells: a tuple's, or the number of losses.
+
+        Raises LossError where there is not one loss for each example.
+        """
         if isinstance(value, tuple):
             return float(value[1])
         if tuple(value.shape) != (examples,):
@@ -271,9 +274,9 @@ class Divisor:
         return float(examples)
 
     def measured(self, model: nn.Module, batch: Batch) -> float | None:
-        """Of a scalar; None where the loss itself tells. Measured in evaluation mode.
+        """The divisor of a scalar, measured in evaluation mode; None where the loss itself tells.
 
-        Raises LossError where no divisor is the right one.
+        Raises LossError where no known divisor fits, or more than one.
         """
         kind = (has_ignored(batch), "num_items_in_batch" in batch)
         if not self.told and kind not in self.fitting:
@@ -294,7 +297,7 @@ class Divisor:
         fitting: list[Measure] = []
         for divisor in DIVISORS:
             values = [divisor(pair) for pair in pairs]
-            # One in proportion to an earlier one says the same, but for the unit.
+            # One in proportion to an earlier one differs from it in the unit alone.
             if (
                 None not in values
                 and _adds_up(values, grads, tolerance)
@@ -329,7 +332,10 @@ def _required(parameters: Sequence[Tensor]) -> Iterator[None]:
 
 
 def _adds_up(values: Sequence[Any], grads: Sequence[Tensor], tolerance: float) -> bool:
-    """Whether the gradients of rows ab, aa, bb, a (and ax, x ignored) are those of sums."""
+    """Whether the gradients of the rows ab, aa, bb and a, times their divisors, add up.
+
+    Where x is ignored by the loss: those of ax too.
+    """
     both, first, second, single, *ignored = (
         value * grad if value else torch.zeros_like(grad)
         for value, grad in zip(values, grads, strict=True)
@@ -352,8 +358,10 @@ def has_ignored(batch: Batch) -> bool:
 
 
 def _pairs(batch: Batch) -> list[dict[str, Any]]:
-    """Rows ab, aa, bb and a of a batch, with labels that tell the divisors apart; and ax, where
-    row x of the batch is left out of the loss."""
+    """Rows ab, aa, bb and a of a batch, with labels that tell the divisors apart.
+
+    Where the loss ignores a row x of the batch: ax too.
+    """
     rows, labels = rows_of(batch), batch.get("labels")
     places = {"a": 0, "b": rows - 1}
     given: dict[str, Tensor] = {}
@@ -384,7 +392,11 @@ def _pairs(batch: Batch) -> list[dict[str, Any]]:
 
 
 def _told_apart(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels of two rows: of unlike class, or tokens of unlike number, one with the first token."""
+    """Labels of two rows that tell the divisors apart.
+
+    Classes are unlike. Of tokens the rows keep unlike numbers of labels, and only the first row has
+    one at its first token.
+    """
     first, second = first.clone(), second.clone()
     if first.is_floating_point() or first.ndim > 1:
         return first, second

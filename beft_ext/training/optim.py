@@ -45,9 +45,8 @@ class BiasAdamW(torch.optim.Optimizer):
     Attributes:
         grad_norm: global norm that the last step saw, unscaled and before clipping, a scalar.
     Raises:
-        OptimizerError: for settings out of range, gradients that are sparse or of another shape
-            than their parameter, parameters whose dtype, shape, strides or device changed after
-            the first step, or a state that is not of this optimizer and these parameters.
+        OptimizerError: settings out of range; a model that is sharded, or has no parameter that
+            requires grad; parameters that are not dense floats.
     Example:
         >>> import torch, beft_ext
         >>> layer = torch.nn.Linear(2, 2)
@@ -56,7 +55,7 @@ class BiasAdamW(torch.optim.Optimizer):
         >>> optimizer.step()
         >>> round(optimizer.scores()["bias"].magnitude, 6)
         0.001
-    Source: Loshchilov & Hutter 2019 (arXiv 1711.05101).
+    Source: Loshchilov & Hutter 2019 (arXiv 1711.05101); docs/definitions.md, section 4.
     """
 
     _step_supports_amp_scaling = True
@@ -114,7 +113,13 @@ class BiasAdamW(torch.optim.Optimizer):
         return list(named.items())
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the new group's state starts at zero. What is refused leaves no trace."""
+        """Add a group of parameters, whose state starts at zero.
+
+        Args:
+            param_group: as torch's: ``params``, and settings of their own.
+        Raises:
+            OptimizerError: the settings or the parameters do not fit; nothing was changed.
+        """
         super().add_param_group(param_group)
         if self._flats:
             try:
@@ -151,7 +156,16 @@ class BiasAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step of every parameter that has a gradient. Returns the closure's loss."""
+        """One step of every parameter that has a gradient.
+
+        Args:
+            closure: computes the loss again and gives it; as torch's.
+        Returns:
+            The closure's loss; None without a closure.
+        Raises:
+            OptimizerError: a gradient is sparse or of another shape than its parameter, or a
+                parameter's dtype, shape, strides or device changed after the first step.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -199,7 +213,7 @@ class BiasAdamW(torch.optim.Optimizer):
         self._build()
 
     def _settings(self) -> tuple[list[float], list[Tensor] | None]:
-        """Each group's six numbers; and the rates as tensors where one must stay on its device."""
+        """Six numbers of each group; and the rates as tensors, where one lies on a GPU."""
         groups: list[float] = []
         rates = None
         if any(isinstance(g["lr"], Tensor) and g["lr"].is_cuda for g in self.param_groups):
@@ -215,15 +229,24 @@ class BiasAdamW(torch.optim.Optimizer):
         return groups, rates
 
     def scores(self) -> dict[str, BiasScore]:
-        """Each bias's scores after the last step, by name: ``<layer>.<term>`` after ``prepare``,
-        else the parameter's name, or its number where it has none. Waits for the device."""
+        """Each bias's scores after the last step, by name; waits for the device.
+
+        After ``prepare`` the name is ``<layer>.<term>``. Otherwise it is the parameter's name, or
+        its number where it has none.
+        """
         return {name: score for flat in self._flats for name, score in flat.scored()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """State of a BiasAdamW or a torch.optim.AdamW over the same parameters, in any dtype.
+        """Load the state of a BiasAdamW or a torch.optim.AdamW over the same parameters.
 
-        Everything is checked before anything changes. Where the state has no initial values
-        (AdamW's has none), scores keep counting from the present ones.
+        Where the state has no initial values (AdamW's has none), the scores keep counting from
+        the present ones.
+
+        Args:
+            state_dict: what ``state_dict()`` gave, its tensors in any float dtype.
+        Raises:
+            OptimizerError: the state is of another optimizer or of other parameters, or holds a
+                number that is not finite; nothing was changed.
         """
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
@@ -267,8 +290,8 @@ def rate_factor(step: int, steps: int, warmup: float, decay: bool) -> float:
         step: number of the step, from 0.
         steps: number of all steps.
         warmup: fraction of the steps over which the rate rises linearly, in [0, 1].
-        decay: after warm-up, let the rate fall linearly to zero, which it reaches behind the
-            last step; otherwise it stays at 1.
+        decay: after warm-up, let the rate fall linearly, so that it would be zero one step after
+            the last; otherwise it stays at 1.
     """
     rising = max(1, round(warmup * steps))
     falling = (steps - step) / max(1, steps - rising + 1) if decay else 1.0
@@ -321,7 +344,10 @@ def _check_settings(group: Mapping[str, Any]) -> None:
 def _checked_state(
     own: list[dict[str, Any]], state_dict: Mapping[str, Any]
 ) -> tuple[list[dict[str, Any]], list[tuple[Tensor, Mapping[str, Any]]]]:
-    """Settings of the groups, a copy, and the values of each parameter, of a state that fits."""
+    """A copy of the groups' settings, and the values of each parameter, from ``state_dict``.
+
+    Raises OptimizerError where the state does not fit.
+    """
     try:
         saved = [dict(group) for group in state_dict["param_groups"]]
         numbers = [list(group.pop("params")) for group in saved]

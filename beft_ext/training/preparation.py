@@ -1,7 +1,8 @@
 """``prepare`` a model for training chosen bias terms and the head alone; ``restore`` undoes it.
 
 What trains are plain parameters with ``requires_grad``, so any training loop works. A slice of a
-fused QKV parameter trains through its whole parameter, whose gradient a hook zeroes elsewhere.
+fused QKV parameter trains through the whole parameter: a hook sets the rest of the gradient to
+zero.
 """
 
 from __future__ import annotations
@@ -33,17 +34,28 @@ class PrepareError(BeftError, ValueError):
 
 @dataclass
 class Prepared(state.Record):
-    """What ``prepare`` made trainable.
+    """What ``prepare`` made trainable; printed, it is a table of the terms and the head.
 
     Attributes:
-        initial: value ``(H,)`` of each bias before training by ``Bias.name``; zero for added ones.
+        model_type: that of the model's config; empty for a model without one.
+        terms: the chosen terms.
+        layers: numbers of the layers in which a bias trains.
+        biases: the biases that train.
         added: names of the parameters that were added.
+        initial: value ``(H,)`` of each bias before training, by ``Bias.name``; zero for an
+            added one.
         head: names of the head's parameters.
-        head_initial: their values before training.
-        parameters: number of the model's elements, added ones included.
+        head_initial: their values before training, by name.
+        parameters: number of the model's elements, the added ones included.
         adapter_bytes: size of the tensors that ``save_adapter`` writes.
-        required: ``requires_grad`` before, by parameter name.
-        outside: what keeps the rest of fused parameters from training; goes along with a copy.
+        required: ``requires_grad`` of each parameter before, by name.
+        outside: what keeps the rest of fused parameters from training; a deep copy of the model
+            takes it along.
+    Example:
+        >>> import beft_ext
+        >>> prepared = beft_ext.prepare(model, terms="value")
+        >>> [bias.name for bias in prepared.biases], prepared.head
+        (['0.value', '1.value'], ['classifier.weight', 'classifier.bias'])
     """
 
     model_type: str
@@ -86,23 +98,34 @@ def prepare(
     layers: Iterable[int] | None = None,
     biases: Iterable[Bias] | None = None,
 ) -> Prepared:
-    """Freeze everything but the biases of ``terms`` and the task head.
+    """Freeze everything but the biases of the chosen terms and the task head.
 
     A projection without a bias (LLaMA, Mistral, Gemma, GPT-J, T5) gets one of zeros, ``(H,)`` in
-    the weight's dtype. ``save_pretrained`` writes it, but the model's class does not read it
-    again: a warning says so. The mark that ``prepare`` leaves on the model is not in its
-    ``state_dict``, and goes along with a deep copy. An optimizer's weight decay still reaches
-    all of a fused QKV parameter: keep it at zero there, as BiasAdamW does by default.
+    the weight's dtype. ``save_pretrained`` writes it, but ``from_pretrained`` does not read it
+    again: a warning says so. An optimizer's weight decay reaches all of a fused QKV parameter,
+    so keep it at zero there; ``BiasAdamW`` does by default.
+
+    What ``prepare`` leaves on the model is not in its ``state_dict``. A deep copy of the model is
+    prepared too. Loaded adapters that are not active are forgotten.
 
     Args:
-        terms: one of the terms, or several.
-        layers: numbers from 0; all by default.
+        model: a transformers model, in one process.
+        terms: one term, or several.
+        layers: numbers of the layers, from 0; by default all.
         biases: the biases to choose from, such as ``find_biases(model, names=...)`` for an
             architecture that is not known; by default those of every known projection.
-    Returns: what trains, printable.
-    Raises: PrepareError, the model as it was, for an unknown term, a layer out of range, a norm
-        that has no bias (RMSNorm), a quantised head, a model that is prepared or carries an
-        active adapter, and one in several processes or wrapped by PEFT.
+    Returns:
+        What trains.
+    Raises:
+        PrepareError: an unknown term; a layer out of range; a norm that has no bias (RMSNorm); a
+            quantised head; a model that is prepared or merged, has an active adapter, is
+            wrapped by PEFT, or is spread over processes or devices. Nothing was changed.
+    Example:
+        >>> import beft_ext
+        >>> prepared = beft_ext.prepare(model, terms=["query", "value"], layers=[1])
+        >>> trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        >>> len(trained), trained[0]
+        (4, 'bert.encoder.layer.1.attention.self.query.bias')
     """
     wanted = (terms,) if isinstance(terms, str) else tuple(dict.fromkeys(terms))
     model = wrappers.whole(model, PrepareError)
@@ -144,10 +167,19 @@ def prepare(
 def restore(model: nn.Module) -> None:
     """Undo ``prepare``: ``requires_grad`` is as before, hooks and added biases are gone.
 
-    Trained values of biases that the model had, and of the head, stay. Those of added biases are
+    Trained values of the head, and of biases that the model had, stay. Those of added biases are
     lost: save or merge the adapter first.
 
-    Raises: PrepareError if not prepared.
+    Args:
+        model: a prepared model.
+    Raises:
+        PrepareError: the model is not prepared.
+    Example:
+        >>> import beft_ext
+        >>> prepared = beft_ext.prepare(model)
+        >>> beft_ext.restore(model)
+        >>> all(p.requires_grad for p in model.parameters())
+        True
     """
     model = wrappers.inside(model)
     prepared = unmark(model)
@@ -193,7 +225,7 @@ def mark(model: nn.Module, prepared: Prepared) -> None:
 
 
 def unmark(model: nn.Module) -> Prepared:
-    """Take ``mark``'s doing away; values stay. Raises PrepareError if not prepared."""
+    """Undo ``mark``; values stay. Raises PrepareError where the model is not prepared."""
     prepared = prepared_of(model)
     if prepared is None:
         raise PrepareError("this model is not prepared: there is nothing to restore")

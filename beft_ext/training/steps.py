@@ -1,9 +1,9 @@
 """One training step: forward, backward and optimizer; run eagerly, or replayed as a CUDA graph.
 
 A graph is captured for each shape of batch. Texts are padded up to a multiple of ``LENGTHS``, so
-that a data set has few shapes. The first batch of a shape runs eagerly, which is the warm-up
-that a capture needs; its second is captured and replayed; so every batch trains exactly once,
-with the random numbers that it would have without graphs.
+that a data set has few shapes. The first batch of a shape runs eagerly: it is the warm-up that a
+capture needs. The second is captured and replayed. So every batch trains exactly once, with the
+random numbers that it would have without graphs.
 """
 
 from __future__ import annotations
@@ -33,8 +33,13 @@ class StepError(BeftError, RuntimeError):
 
 
 class EagerStep:
-    """Called with a batch on the model's device and a learning rate, gives the loss and the
-    gradient's norm before clipping, as scalars on the device. bf16: autocast of the forward."""
+    """Makes a step; called with a batch on the model's device and a learning rate.
+
+    A call gives the loss and the gradient's norm before clipping, as scalars on the device.
+
+    Args:
+        bf16: autocast of the forward.
+    """
 
     def __init__(
         self, model: nn.Module, optimizer: BiasAdamW, loss: Loss = model_loss, bf16: bool = False
@@ -62,9 +67,15 @@ class EagerStep:
 class GraphedStep(EagerStep):
     """The same numbers, with the launches of a whole step replaced by one.
 
-    pad: token that fills up ``input_ids``. capture: makes a replay of what it runs; CUDA's by
-    default. Batches beyond ``MOST`` shapes run eagerly. Raises StepError without a CUDA device
-    or the compiled CUDA kernels, or where the model's own code cannot be captured.
+    Batches beyond ``MOST`` shapes run eagerly.
+
+    Args:
+        bf16: autocast of the forward.
+        pad: token that fills up ``input_ids``.
+        capture: runs a function and gives what replays it; by default a CUDA graph.
+    Raises:
+        StepError: there is no CUDA device, the compiled CUDA kernels are missing, or the model's
+            own code cannot be captured.
     """
 
     def __init__(
@@ -113,8 +124,10 @@ class GraphedStep(EagerStep):
         return found
 
     def padded(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``batch`` with its texts filled up to the next length; as it is where it has no
-        attention mask, or other inputs as long as the texts."""
+        """``batch`` with its texts filled up to a multiple of ``LENGTHS``.
+
+        A batch without an attention mask, or with other inputs as long as the texts, stays.
+        """
         ids = batch.get("input_ids")
         if ids is None or "attention_mask" not in batch:
             return dict(batch)

@@ -34,15 +34,24 @@ class TuningError(BeftError, RuntimeError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run depends on beside model and data.
+    """Settings of a run of ``tune``.
 
     Attributes:
+        epochs: passes over the loader.
+        lr: largest learning rate.
         warmup: fraction of the steps over which the learning rate rises linearly, in [0, 1].
-        decay: after warm-up, let the rate fall linearly to zero; otherwise it stays constant.
+        weight_decay: as in AdamW; 0 by default, as biases are trained without.
         max_grad_norm: the gradient's global norm is clipped to this; 0 for no clipping.
-        bf16: autocast of the forward; biases, gradients and state stay fp32.
-        compile: the forward by torch.compile, with dropout as in eager mode.
-        graphs: whole steps as CUDA graphs, see ``beft_ext.training.steps``.
+        seed: of the run's random numbers, dropout and the loader's order.
+        bf16: autocast of the forward; biases, gradients and the optimizer's state stay fp32.
+        compile: run the forward under torch.compile, with the dropout of eager mode.
+        graphs: run whole steps as CUDA graphs; not together with ``compile``.
+        decay: after warm-up, let the rate fall linearly to zero; otherwise it stays constant.
+    Example:
+        >>> import beft_ext
+        >>> recipe = beft_ext.Recipe(epochs=3, lr=4e-4)
+        >>> recipe.decay, recipe.max_grad_norm
+        (True, 1.0)
     """
 
     epochs: int = 10
@@ -62,9 +71,11 @@ class Progress:
     """Where a run stands.
 
     Attributes:
-        step: training steps made.
-        history: one record an evaluation.
-        best: parameters of the best evaluation.
+        step: number of training steps made.
+        loss_sum: sum of the losses of the present epoch's steps.
+        history: a record for each epoch: ``epoch``, ``step``, ``loss`` (the mean over the epoch's
+            steps) and the metric.
+        best: parameters of the best epoch, by name.
     """
 
     step: int = 0
@@ -86,26 +97,47 @@ def tune(
     save_every: int = 50,
     progress: bool = False,
 ) -> Progress:
-    """Train everything that requires grad, evaluate after each epoch, keep the best.
+    """Train everything that requires grad, evaluate after each epoch, and keep the best epoch.
 
-    A resumed run ends in the same bits as one that was not stopped. The checkpoint names model,
-    data and recipe, and refuses others; the batches of the epoch that it stands in are read
-    again to compare them. Where torch, threads, backend, device or ranks are others, the run
-    goes on, and a warning says that it is no longer the same to the bit.
+    A resumed run ends in the same bits as one that was not stopped. It reads the batches of its
+    unfinished epoch again, to compare them with those that the checkpoint counted. A checkpoint
+    of another model, recipe or data is refused. Where torch, threads, backend, device or ranks
+    are others, the run goes on, and a warning says that it is no longer the same to the bit.
 
     Args:
-        model: prepared; its output has ``loss``.
-        loader: has a length. Every pass may draw a new order: with torch's global generator, with
-            a torch.Generator that the loader or its sampler holds, or with ``set_epoch``.
-        evaluate: the metric, the larger the better.
-        folder: gets ``log.jsonl`` (a line an evaluation) and the checkpoint, written every
-            ``save_every`` steps.
-        loss: of the model and a batch, in place of the output's own.
-        resume: go on from the checkpoint, where there is one.
-    Returns: where the run stands at its end; the model has the parameters of the best epoch.
-    Raises: TuningError for a loss or gradient that is not finite, nothing to train, a loader that
-        gives more or fewer batches than its length, or a checkpoint that is damaged or of another
-        run; StepError where graphs are asked for and cannot be had.
+        model: a prepared model, whose output has ``loss``.
+        loader: batches, keyword arguments of the model; must have a length. Each pass may draw a
+            new order: with torch's global generator, with a torch.Generator of the loader or
+            its sampler, or with ``set_epoch``.
+        evaluate: takes the model and gives its metric, the larger the better. It may switch to
+            evaluation mode; the next epoch switches back.
+        folder: gets ``log.jsonl``, a line for each epoch, and the checkpoint.
+        recipe: the settings; ``Recipe()`` by default.
+        loss: takes the model and a batch; by default it is the output's ``loss``. It gives a
+            scalar, the losses of the examples ``(B,)``, or a scalar and its divisor.
+        metric: the metric's name in the log.
+        resume: go on from the checkpoint in ``folder``; begin anew where there is none.
+        save_every: training steps from checkpoint to checkpoint. Each epoch ends with one too.
+        progress: show a bar.
+    Returns:
+        Where the run stands at its end. The model has the parameters of the best epoch.
+    Raises:
+        TuningError: nothing to train; a loader without a length, or one that gives more or fewer
+            batches than its length; a loss or gradient that is not finite; ``save_every`` below
+            1; ``compile`` beside ``graphs``; a checkpoint that is damaged or of another run.
+        OptimizerError: a setting of the recipe is out of range, or the model is sharded.
+        StepError: graphs are asked for and cannot be had (``beft_ext.training.steps``).
+        OSError: the folder cannot be written to.
+    Example:
+        >>> import beft_ext
+        >>> prepared = beft_ext.prepare(model, terms="value")
+        >>> def accuracy(model):
+        ...     predicted = model.eval()(**loader[0]).logits.argmax(1)
+        ...     return float((predicted == loader[0]["labels"]).float().mean())
+        >>> recipe = beft_ext.Recipe(epochs=2)
+        >>> run = beft_ext.tune(model, loader, accuracy, "out", recipe)
+        >>> run.step, [record["epoch"] for record in run.history]
+        (6, [1, 2])
     """
     recipe, folder = recipe or Recipe(), Path(folder)
     if save_every < 1:
@@ -244,7 +276,7 @@ class _Run:
         return {**recipe, **own, "model": self._model_digest()}
 
     def _model_digest(self) -> str:
-        """Of all that does not train: class, config, frozen values, and those before training."""
+        """Digest of what does not train (class, config, frozen values) and of initial values."""
         as_dict = getattr(getattr(self.inside, "config", None), "to_dict", dict)
         facts = dict(as_dict())
         # A moved folder is the same model; the type of problem is set by the first forward.
@@ -260,7 +292,7 @@ class _Run:
         return digest_of(values, text)
 
     def _machine(self) -> dict[str, Any]:
-        """What a run is the same to the bit with, and only nearly the same without."""
+        """What must be the same for a resumed run to end in the same bits."""
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         cuda = self.device.type == "cuda"
         return {
@@ -328,7 +360,7 @@ class _Run:
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
     def _enter_again(self, path: Path, record: Mapping[str, Any], states: list[Tensor]) -> None:
-        """Read the batches again that the epoch of a checkpoint had given."""
+        """Read again the batches that the checkpoint's epoch had given."""
         epoch, done = divmod(record["step"] - 1, self.per_epoch)
         own = generators(self.passes.loader)
         for generator, generator_state in zip(own, states, strict=False):
