@@ -116,7 +116,14 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             site.slab = SiteSlab(site.biases, site.grad_sum, examples, columns, seed)
 
     def rows(self, bias: Bias, count: int) -> Tensor:
-        """The first ``count`` examples' gradients of a bias, ``(count, H)``, or their sketches."""
+        """Gradients that ``keep_rows`` kept, ``(count, H)``, or their folds.
+
+        Args:
+            bias: one of those that the tap listens at.
+            count: number of examples, from the first row on.
+        Returns:
+            One row an example, a view where the bias is a whole parameter.
+        """
         self.finish_step()
         slab = next(site.slab for site in self.sites if bias in site.biases)
         assert slab is not None
