@@ -324,9 +324,9 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         ("ops/test_bias_grad_stats.py", *OPTIM),
         [
             ("grad_sum.add_(total, alpha=scale)", "grad_sum.add_(total)"),
-            ("min(1.0, t.max_grad_norm / (by + 1e-6))", "t.max_grad_norm / (by + 1e-6)"),
+            ("min(1.0, max_norm / (norm + 1e-6))", "max_norm / (norm + 1e-6)"),
             ("theta - alpha * (m_hat", "theta - (m_hat"),
-            ("    t.scores[sorted(stepped)] = 0\n", "    t.scores[:] = 0\n"),
+            ("tables.scores[sorted({block.segment for block in blocks})] = 0", "tables.scores[:] = 0"),
         ],
     ),
     "beft_ext/ops/triton_bias_grad_stats.py": (
