@@ -36,7 +36,7 @@ class Bias:
     """One vector: one term in one layer, ``parameter.view(groups, -1)[:, start:stop]``.
 
     A whole parameter or a contiguous slice (GPT-2) has one group; per-head interleaved fused
-    projections (GPT-NeoX) have one group a head. ``shared``: used more than once a forward.
+    projections (GPT-NeoX) have one group a head.
     ``layer`` counts from 0, the encoder's layers first, then the decoder's.
     """
 
@@ -47,7 +47,6 @@ class Bias:
     start: int
     stop: int
     groups: int = 1
-    shared: bool = False
 
     @property
     def width(self) -> int:

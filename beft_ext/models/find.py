@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -44,7 +42,7 @@ def find_biases(model: nn.Module, names: Mapping[str, str] | None = None) -> Bia
             f"{1 + max(p.bias.layer for p in projections)} layers (looked in "
             f"'{projections[0].bias.module}' and on): prepare adds one"
         )
-    return BiasMap(_mark_tied(biases))
+    return BiasMap(_one_a_place(biases))
 
 
 def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -> list[Projection]:
@@ -56,13 +54,9 @@ def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -
     if names is not None and (wrong := [t for t in names if t not in TERMS]):
         raise BiasError(f"unknown term '{wrong[0]}' in names: use {', '.join(TERMS)}")
     parts = _attention_parts(model) if names is None else _named_parts(model, names)
-    layers, listed = _layers(model, parts)
     owner = {id(p): n for n, p in model.named_parameters()}
-    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    config = getattr(model, "config", None)
-    repeated = listed < (getattr(config, "num_hidden_layers", None) or 0)
     found: list[Projection] = []
-    for index, prefix in enumerate(layers):
+    for index, prefix in enumerate(_layers(model, parts)):
         for path, module in model.get_submodule(prefix).named_modules():
             where = f"{prefix}.{path}"
             width = output_width(module)
@@ -73,9 +67,8 @@ def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -
                 slices = _by_ending(path, width)
             parameter = getattr(module, "bias", None)
             name = f"{where}.bias" if parameter is None else owner[id(parameter)]
-            shared = repeated or uses[id(module)] > 1
             for term, groups, start, stop in slices or ():
-                bias = Bias(term, index, where, name, start, stop, groups, shared)
+                bias = Bias(term, index, where, name, start, stop, groups)
                 found.append(Projection(bias, parameter is not None, is_linear(module)))
     if not found:
         raise BiasError(_unknown(model))
@@ -195,11 +188,9 @@ def _inner(module: nn.Module) -> str:
     return ".linear" if isinstance(getattr(module, "linear", None), nn.Linear) else ""
 
 
-def _layers(model: nn.Module, parts: Mapping[str, Found]) -> tuple[list[str], int]:
-    """Paths of the layers: entries of the innermost module lists that hold an attention; and
-    how many entries these lists have in all."""
+def _layers(model: nn.Module, parts: Mapping[str, Found]) -> list[str]:
+    """Paths of the layers: entries of the innermost module lists that hold an attention."""
     layers: list[str] = []
-    sizes: dict[str, int] = {}
     above = outer_modules(parts)
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
@@ -208,21 +199,17 @@ def _layers(model: nn.Module, parts: Mapping[str, Found]) -> tuple[list[str], in
         holding = [p for p in paths if p in above]
         # T5 keeps the parts of one layer in a list: its attention is one entry, its MLP another.
         pieces = len(holding) < len(module) and any(name.startswith(f"{a}.") for a in layers)
-        if not pieces and holding:
+        if not pieces:
             layers += holding
-            sizes[name] = len(module)
     outer = outer_modules(layers)
-    innermost = [a for a in layers if a not in outer]
-    lists = {a.rpartition(".")[0] for a in innermost}
-    return innermost, sum(size for name, size in sizes.items() if name in lists)
+    return [a for a in layers if a not in outer]
 
 
-def _mark_tied(biases: list[Bias]) -> list[Bias]:
-    """One entry per parameter and slice; shared where several modules hold the parameter."""
+def _one_a_place(biases: list[Bias]) -> list[Bias]:
+    """One entry per parameter and slice: the first of the modules that hold the parameter."""
     first: dict[tuple[str, int], Bias] = {}
     for bias in biases:
-        place = (bias.parameter, bias.start)
-        first[place] = replace(first[place], shared=True) if place in first else bias
+        first.setdefault((bias.parameter, bias.start), bias)
     return list(first.values())
 
 

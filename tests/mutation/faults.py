@@ -255,7 +255,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/models/find.py": (
         MODELS,
         [
-            ("shared = repeated or uses[id(module)] > 1", "shared = repeated"),
+            ("first.setdefault((bias.parameter, bias.start), bias)",
+             "first.setdefault((bias.module, bias.start), bias)"),
             ("any(step in EXPERTS for step in steps) or ", ""),
             ("return max((e for e in FUSED", "return min((e for e in FUSED"),
             ('return path == ending or path.endswith("." + ending)',
@@ -326,7 +327,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("grad_sum.add_(total, alpha=scale)", "grad_sum.add_(total)"),
             ("min(1.0, max_norm / (norm + 1e-6))", "max_norm / (norm + 1e-6)"),
             ("theta - alpha * (m_hat", "theta - (m_hat"),
-            ("tables.scores[sorted({block.segment for block in blocks})] = 0", "tables.scores[:] = 0"),
+            ("scores[sorted({block.segment for block in blocks})]", "scores[:]"),
         ],
     ),
     "beft_ext/ops/triton_bias_grad_stats.py": (
