@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -111,18 +111,18 @@ def locate(
     return places.found()
 
 
-class _Places:
+class _Places(Generic[Key]):
     """What is still possible for each output."""
 
     def __init__(
-        self, shapes: Mapping[Any, torch.Size], batch: int, offsets: Tensor | None
+        self, shapes: Mapping[Key, torch.Size], batch: int, offsets: Tensor | None
     ) -> None:
         self.batch = batch
         ends = None if offsets is None else tuple(offsets.tolist())
         self.possible = {key: _candidates(shape, batch, ends) for key, shape in shapes.items()}
         self.unmoved = set(shapes)  # outputs that nothing has changed so far
 
-    def narrow(self, key: Any, was: Tensor, now: Tensor | None, example: int) -> None:
+    def narrow(self, key: Key, was: Tensor, now: Tensor | None, example: int) -> None:
         """Keep what puts all rows that differ into the example."""
         if now is None or now.shape != was.shape:
             self.unmoved.discard(key)
@@ -147,7 +147,7 @@ class _Places:
     def settled(self) -> bool:
         return not self.unmoved and all(len(c) < 2 for c in self.possible.values())
 
-    def found(self) -> dict[Any, Place | None]:
+    def found(self) -> dict[Key, Place | None]:
         return {
             k: c[0] if len(c) == 1 and k not in self.unmoved else None
             for k, c in self.possible.items()
@@ -167,8 +167,8 @@ def _candidates(shape: torch.Size, batch: int, ends: tuple[int, ...] | None) -> 
 
 
 def replaced(
-    inputs: Mapping[Any, Any], example: int, batch: int, offsets: Tensor | None = None
-) -> dict[Any, Any]:
+    inputs: Mapping[Key, object], example: int, batch: int, offsets: Tensor | None = None
+) -> dict[Key, object]:
     """``inputs`` with one example replaced.
 
     By the next of the batch, its tokens in reverse; of a packed batch, by its own tokens in
@@ -196,7 +196,7 @@ def replaced(
     }
 
 
-def _is_place(key: Any) -> bool:
+def _is_place(key: object) -> bool:
     return str(key).startswith(PLACES) or "mask" in str(key)
 
 

@@ -9,10 +9,9 @@ Reading trusts nothing: all is checked against the model before a tensor reaches
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from beft_ext.files import (
     DIGEST,
     LARGEST_HEADER,
     UNSEALED,
+    JsonObject,
     digest,
     locked,
     whole_files,
@@ -92,9 +92,7 @@ def unsupported(model: nn.Module, modules: Iterable[str]) -> str | None:
     return None
 
 
-def write(
-    folder: Path, model: nn.Module, contents: Contents, facts: dict[str, Any], card: str
-) -> None:
+def write(folder: Path, model: nn.Module, contents: Contents, facts: JsonObject, card: str) -> None:
     """Write the three files as one; see ``whole_files``.
 
     Args:
@@ -111,7 +109,7 @@ def write(
         write_json(temporary / CONFIG, peft_config(model, contents, facts))
 
 
-def peft_config(model: nn.Module, contents: Contents, facts: dict[str, Any]) -> dict[str, Any]:
+def peft_config(model: nn.Module, contents: Contents, facts: JsonObject) -> JsonObject:
     """``adapter_config.json``. Ours stands under ``auto_mapping``, which PEFT reads without
     complaint, unlike a key that it does not know."""
     kind = type(model)
@@ -201,7 +199,7 @@ def model_class(folder: str | Path) -> str | None:
     return name if known else None
 
 
-def class_facts(model: nn.Module) -> dict[str, Any]:
+def class_facts(model: nn.Module) -> JsonObject:
     """``classes``: names of the head's outputs, where they say more than their numbers."""
     found = getattr(getattr(model, "config", None), "id2label", None)
     if not found or all(name == f"LABEL_{i}" for i, name in found.items()):
@@ -239,7 +237,7 @@ def _not_whole(path: Path, reason: object) -> AdapterError:
     return AdapterError(f"{path} is not a whole safetensors file: {reason}")
 
 
-def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_digests(folder: Path, config: JsonObject) -> None:
     """Weights without a digest are PEFT's, or were saved before there were digests.
 
     PEFT keeps our part of a config when it saves weights of its own beside it, so what that part
@@ -261,7 +259,7 @@ def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> JsonObject:
     path = folder / CONFIG
     if not path.exists():
         raise AdapterError(
@@ -295,7 +293,7 @@ def _check_inside(folder: Path, path: Path) -> None:
         raise AdapterError(f"{path} is no plain file")
 
 
-def _check_model(model: nn.Module, config: dict[str, Any]) -> None:
+def _check_model(model: nn.Module, config: JsonObject) -> None:
     """Our own adapters say what they were made for; PEFT's do not."""
     facts = _facts(config)
     for key, value in model_facts(model).items():
@@ -306,18 +304,18 @@ def _check_model(model: nn.Module, config: dict[str, Any]) -> None:
             )
 
 
-def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(config: JsonObject) -> JsonObject:
     """What our own adapters keep in the config; empty for PEFT's."""
     facts = _mapping(config).get("beft_ext")
     return facts if isinstance(facts, dict) else {}
 
 
-def _mapping(config: Mapping[str, Any]) -> dict[str, Any]:
+def _mapping(config: JsonObject) -> JsonObject:
     mapping = config.get("auto_mapping")
     return mapping if isinstance(mapping, dict) else {}
 
 
-def model_facts(model: nn.Module) -> dict[str, Any]:
+def model_facts(model: nn.Module) -> JsonObject:
     """What must agree between the model an adapter was made for and the one it is loaded in."""
     config = getattr(model, "config", None)
     keys = ("model_type", "num_hidden_layers", "hidden_size")
@@ -325,7 +323,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def _check_entries(
-    model: nn.Module, config: dict[str, Any], kinds: dict[str, tuple[str, tuple[int, ...]]]
+    model: nn.Module, config: JsonObject, kinds: dict[str, tuple[str, tuple[int, ...]]]
 ) -> None:
     modules, state = dict(model.named_modules()), model.state_dict()
     saved = config.get("modules_to_save") or []
@@ -380,7 +378,7 @@ def _bias_shape(modules: dict[str, nn.Module], name: str, model: str) -> tuple[i
     return (1, width)
 
 
-def _targets(modules: Collection[str], config: Mapping[str, Any]) -> list[str]:
+def _targets(modules: Collection[str], config: JsonObject) -> list[str]:
     """Modules that the config asks a bias for, by their whole name or by its end."""
     wanted = config.get("target_modules")
     if not isinstance(wanted, list):

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +30,7 @@ class Plain:
     """What ``make_plain`` changed, for ``undo_plain``: flags of the config, biases by module,
     values ``(H,)`` of the output biases that took in a value bias."""
 
-    flags: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, object] = field(default_factory=dict)
     biases: dict[str, nn.Parameter | None] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
 

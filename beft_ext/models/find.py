@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -20,6 +20,9 @@ from beft_ext.models.registry import (
     NO_ATTENTION,
 )
 from beft_ext.models.wrappers import inside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 QKV = ("query", "key", "value")
 Found = list[tuple[str, int, int, int]]  # term, groups, start, stop
@@ -109,7 +112,7 @@ def _attention_parts(model: nn.Module) -> dict[str, Found]:
     """Path of each query, key and value projection, with the terms that it holds."""
     parts: dict[str, Found] = {}
     config = getattr(model, "config", None)
-    configs: dict[str, Any] = {"": config}
+    configs: dict[str, PreTrainedConfig] = {"": config}
     towers: set[str] = set()
     for path, module in model.named_modules():
         above = path.rpartition(".")[0]
@@ -141,7 +144,7 @@ def _attention_parts(model: nn.Module) -> dict[str, Found]:
     return parts
 
 
-def _is_tower(own: Any, above: Any) -> bool:
+def _is_tower(own: PreTrainedConfig, above: PreTrainedConfig) -> bool:
     """Whether a module with the config ``own`` sees or hears for the text model beside it: no
     text reaches its biases."""
     if own is above or not any(hasattr(above, f"{kind}_config") for kind in MODALITIES):

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from beft_ext.errors import BeftError
 from beft_ext.files import (
     DIGEST,
     UNSEALED,
+    JsonObject,
     digest,
     locked,
     whole_file,
@@ -128,7 +127,7 @@ def read_selection(path: Path) -> Selection:
     path = path / RECORD if path.is_dir() else path
     try:
         with locked(path.parent):
-            record: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+            record: JsonObject = dict(json.loads(path.read_text(encoding="utf-8")))
             _check_digests(path, record)
         return Selection(
             method=record["method"],
@@ -147,7 +146,7 @@ def read_selection(path: Path) -> Selection:
         raise SelectionError(f"{path} is not a {RECORD}: {error}") from error
 
 
-def _check_digests(path: Path, record: dict[str, Any]) -> None:
+def _check_digests(path: Path, record: JsonObject) -> None:
     """Files saved before there were digests have neither; they have no other key either."""
     if odd := sorted(record.keys() - KEYS):
         raise SelectionError(
@@ -167,11 +166,10 @@ def _numbers(values: dict[str, float | None]) -> dict[str, float]:
     return {t: math.nan if v is None else v for t, v in values.items()}
 
 
-def _nulls(value: Any) -> Any:
+def _nulls(value: object) -> object:
     """JSON has no NaN: null in its place."""
-    clean: Callable[[Any], Any] = _nulls
     if isinstance(value, dict):
-        return {k: clean(v) for k, v in value.items()}
+        return {k: _nulls(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [clean(v) for v in value]
+        return [_nulls(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

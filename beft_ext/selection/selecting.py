@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -207,7 +206,7 @@ def _rank(values: dict[str, float], dead: list[str]) -> list[str]:
     return sorted(alive, key=lambda t: -values[t])
 
 
-def _schedule(loader: Iterable[Any], epochs: int, steps: int | None) -> int:
+def _schedule(loader: Iterable[Batch], epochs: int, steps: int | None) -> int:
     if steps is None:
         if not hasattr(loader, "__len__"):
             raise SelectionError("a loader without a length needs steps=...")

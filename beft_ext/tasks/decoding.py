@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from beft_ext.tasks.batches import padded
 from beft_ext.tasks.objective import device_of, log_probabilities
 from beft_ext.tasks.reading import takes
+
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedTokenizerBase
 
 ROWS = 128  # options that continue from copies of the cache at a time
 
@@ -52,7 +55,7 @@ def shared_prompt_scores(
 
 
 def _rest(
-    model: nn.Module, cache: Any, mask: Tensor, owners: Tensor, options: Tensor, kept: Tensor
+    model: nn.Module, cache: Cache, mask: Tensor, owners: Tensor, options: Tensor, kept: Tensor
 ) -> Tensor:
     """Log-probabilities of the second token of each option and on, summed, ``(N,)``."""
     copied = copy.deepcopy(cache)
@@ -73,7 +76,10 @@ def _rest(
 
 
 def greedy(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
 ) -> list[str]:
     """The most likely continuation of each prompt, up to the end of its line."""
     device, pad = device_of(model), tokenizer.pad_token_id or 0

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from beft_ext.errors import BeftError
 from beft_ext.tap import quiet
 
-Batch = Mapping[str, Any]
+Batch = Mapping[str, Any]  # a model's arguments: tensors, and whatever else it takes
 Measure = Callable[[Batch], float | None]
-# Gives a scalar; the losses of the examples (B,); or a scalar and what the sum was divided by.
-Loss = Callable[[nn.Module, Batch], Any]
+# A scalar; the losses of the examples (B,); or a scalar and what the sum was divided by.
+LossValue: TypeAlias = Tensor | tuple[Tensor, Tensor | float]
+Loss = Callable[[nn.Module, Batch], LossValue]
 
 IGNORED = -100  # a label that counts for nothing
 KEPT = 4  # labels of a row that stay where divisors are told apart
@@ -36,13 +37,13 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     return loss
 
 
-def scalar(value: Any) -> Tensor:
+def scalar(value: LossValue) -> Tensor:
     """What is minimised: the mean of ``(B,)`` losses, the first of a loss and its divisor."""
     loss: Tensor = value[0] if isinstance(value, tuple) else value
     return loss.mean() if loss.ndim else loss
 
 
-def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch, its tensors on ``device``."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
@@ -135,7 +136,7 @@ class Divisor:
         self.told = False  # whether the loss itself tells
         self.fitting: dict[tuple[bool, bool], Measure] = {}
 
-    def of(self, value: Any, batch: Batch, examples: int) -> float:
+    def of(self, value: LossValue, batch: Batch, examples: int) -> float:
         """Of a loss that tells: a tuple, or the examples' losses. Raises LossError."""
         if isinstance(value, tuple):
             return float(value[1])
@@ -167,22 +168,22 @@ class Divisor:
             return DIVISORS[-1]
         coarse = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
         tolerance = 5e-2 if coarse else 1e-3
-        fitting: list[Measure] = []
+        fitting: dict[Measure, list[float]] = {}
         for divisor in DIVISORS:
-            values = [divisor(pair) for pair in pairs]
+            values = [value for pair in pairs if (value := divisor(pair)) is not None]
             # One in proportion to an earlier one says the same, but for the unit.
             if (
-                None not in values
+                len(values) == len(pairs)
                 and _adds_up(values, grads, tolerance)
-                and not any(_in_proportion(values, [d(p) for p in pairs]) for d in fitting)
+                and not any(_in_proportion(values, earlier) for earlier in fitting.values())
             ):
-                fitting.append(divisor)
+                fitting[divisor] = values
         if len(fitting) != 1:
             raise LossError(
                 "what this loss is a mean of cannot be told: let it return the losses of the "
                 "examples (B,), or the loss and what the sum over the examples was divided by"
             )
-        return fitting[0]
+        return next(iter(fitting))
 
     def _gradient(self, model: nn.Module, batch: Batch) -> Tensor:
         value = self.loss(model, batch)
@@ -204,7 +205,7 @@ def _required(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def _adds_up(values: Sequence[Any], grads: Sequence[Tensor], tolerance: float) -> bool:
+def _adds_up(values: Sequence[float], grads: Sequence[Tensor], tolerance: float) -> bool:
     """Whether the gradients of rows ab, aa, bb, a (and ax, x ignored) are those of sums."""
     both, first, second, single, *ignored = (
         value * grad if value else torch.zeros_like(grad)
@@ -215,7 +216,7 @@ def _adds_up(values: Sequence[Any], grads: Sequence[Tensor], tolerance: float) -
     return all(bool(rest.norm() <= limit) for rest in rests)
 
 
-def _in_proportion(values: Sequence[Any], others: Sequence[Any]) -> bool:
+def _in_proportion(values: Sequence[float], others: Sequence[float]) -> bool:
     return all(v * others[0] == o * values[0] for v, o in zip(values, others, strict=True))
 
 
@@ -227,7 +228,7 @@ def has_ignored(batch: Batch) -> bool:
     return bool(labels.eq(IGNORED).any())
 
 
-def _pairs(batch: Batch) -> list[dict[str, Any]]:
+def _pairs(batch: Batch) -> list[Batch]:
     """Rows ab, aa, bb and a of a batch, with labels that tell the divisors apart; and ax, where
     row x of the batch is left out of the loss."""
     rows, labels = rows_of(batch), batch.get("labels")
@@ -243,7 +244,7 @@ def _pairs(batch: Batch) -> list[dict[str, Any]]:
         if has_ignored(batch):
             places["x"] = int(labels.eq(IGNORED).long().argmax())
             given["x"] = labels[places["x"]]
-    found = []
+    found: list[Batch] = []
     for pair in ("ab", "aa", "bb", "a", *(["ax"] if "x" in places else [])):
         index = [places[row] for row in pair]
         own = {

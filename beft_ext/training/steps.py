@@ -9,7 +9,6 @@ with the random numbers that it would have without graphs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +24,7 @@ MOST = 16  # graphs kept: each holds the addresses of a whole step's kernels
 # What an input is filled up with; labels only where there is one for each token.
 FILLS = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
+Shape = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # of a batch, input by input
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -84,8 +84,8 @@ class GraphedStep(EagerStep):
         self.capture: Capture = capture or _CudaCapture()
         # Kernels read the rate from here: a number would be frozen into the graph.
         self.rate = torch.zeros((), device=self.device)
-        self.seen: set[Any] = set()
-        self.graphs: dict[Any, _Replay] = {}
+        self.seen: set[Shape] = set()
+        self.graphs: dict[Shape, _Replay] = {}
 
     def __call__(self, batch: Mapping[str, Tensor], rate: float) -> tuple[Tensor, Tensor]:
         batch = self.padded(batch)

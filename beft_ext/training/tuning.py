@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from beft_ext.errors import BeftError, BeftWarning
-from beft_ext.files import digest, save_tensors, sweep, whole_file
+from beft_ext.files import JsonObject, digest, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
 from beft_ext.ops import dispatch
 from beft_ext.training.data import Batch, Passes, digest_of, generators
@@ -24,6 +24,9 @@ from beft_ext.training.loss import Loss, model_loss
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.preparation import prepared_of
 from beft_ext.training.steps import EagerStep, GraphedStep
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -126,7 +129,7 @@ def tune(
 
 class _Run:
     def __init__(
-        self, model: nn.Module, loader: Iterable[Any], recipe: Recipe, loss: Loss, metric: str
+        self, model: nn.Module, loader: Iterable[Batch], recipe: Recipe, loss: Loss, metric: str
     ) -> None:
         self.model, self.recipe, self.metric = model, recipe, metric
         self.inside = wrappers.inside(model)
@@ -159,7 +162,7 @@ class _Run:
             pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
             return GraphedStep(model, self.optimizer, loss, recipe.bf16, pad)
         if recipe.compile:
-            options: dict[str, Any] = {"fallback_random": True}
+            options = {"fallback_random": True}
             model = torch.compile(model, dynamic=True, options=options)
         return EagerStep(model, self.optimizer, loss, recipe.bf16)
 
@@ -181,7 +184,7 @@ class _Run:
                 self._end_epoch(evaluate, folder)
                 self.save(folder / CHECKPOINT)
 
-    def _epoch(self, epoch: int, folder: Path, save_every: int, bar: Any) -> None:
+    def _epoch(self, epoch: int, folder: Path, save_every: int, bar: tqdm) -> None:
         batches, self.rest = self.rest or self.passes.epoch(epoch), None
         self.model.train()
         done = self.state.step - epoch * self.per_epoch
@@ -236,7 +239,7 @@ class _Run:
             temporary.write_text("".join(lines), encoding="utf-8")
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What must be the same for a run to be resumed, beside the data."""
         shapes = {n: list(p.shape) for n, p in self.parameters.items()}
         recipe = dataclasses.asdict(self.recipe)
@@ -259,7 +262,7 @@ class _Run:
             values |= {f"initial/{n}": t for n, t in prepared.head_initial.items()}
         return digest_of(values, text)
 
-    def _machine(self) -> dict[str, Any]:
+    def _machine(self) -> JsonObject:
         """What a run is the same to the bit with, and only nearly the same without."""
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         cuda = self.device.type == "cuda"
@@ -327,7 +330,7 @@ class _Run:
         if "random/cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
-    def _enter_again(self, path: Path, record: Mapping[str, Any], states: list[Tensor]) -> None:
+    def _enter_again(self, path: Path, record: JsonObject, states: list[Tensor]) -> None:
         """Read the batches again that the epoch of a checkpoint had given."""
         epoch, done = divmod(record["step"] - 1, self.per_epoch)
         own = generators(self.passes.loader)
@@ -347,7 +350,7 @@ class _Run:
             next(batches, None)  # the pass is over
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], JsonObject, JsonObject, JsonObject]:
     """Tensors, run, machine and progress of a checkpoint whose bytes are those that were saved."""
     from safetensors import SafetensorError, safe_open
 
