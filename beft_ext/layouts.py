@@ -16,10 +16,10 @@ from torch import Tensor
 
 from beft_ext.errors import BeftError
 
-EXAMPLES = 4  # that are replaced, one after another, until every layout is known
-NOISE = 1e-3  # of the largest number: what another example may change by rounding (experts)
+EXAMPLES_TRIED = 4  # that are replaced, one after another, until every layout is known
+ROUNDING_NOISE = 1e-3  # of the largest number: another example's effect by rounding (experts)
 # Inputs that say where tokens are, as masks do; an example's tokens move, these do not.
-PLACES = ("position_ids", "cu_seq", "max_length", "seq_idx")
+PLACE_INPUTS = ("position_ids", "cu_seq", "max_length", "seq_idx")
 
 Key = TypeVar("Key")
 
@@ -95,14 +95,14 @@ def locate(
     before = changes(None)
     places = _Places({k: v.shape for k, v in before.items()}, batch, offsets)
     order = range(batch - 1, -1, -1) if offsets is None else offsets.diff().argsort().tolist()[::-1]
-    for example in order[:EXAMPLES]:
+    for example in order[:EXAMPLES_TRIED]:
         after = changes(example)
         for key, was in before.items():
             places.narrow(key, was, after.get(key), example)
         if places.settled():
             break
     if places.unmoved:
-        for example in order[:EXAMPLES]:
+        for example in order[:EXAMPLES_TRIED]:
             known = places.found()
             for key, effect in influence(example, known).items():
                 places.narrow(key, torch.zeros_like(effect), effect, example)
@@ -130,7 +130,7 @@ class _Places(Generic[Key]):
             return
         difference = (now - was).abs().nan_to_num(0.0)
         scale = torch.maximum(was.abs(), now.abs()).nan_to_num(0.0, 0.0, 0.0).max()
-        every, clear = difference > 0, difference > NOISE * scale
+        every, clear = difference > 0, difference > ROUNDING_NOISE * scale
         if not bool(every.any()):
             return
         self.unmoved.discard(key)
@@ -197,7 +197,7 @@ def replaced(
 
 
 def _is_place(key: object) -> bool:
-    return str(key).startswith(PLACES) or "mask" in str(key)
+    return str(key).startswith(PLACE_INPUTS) or "mask" in str(key)
 
 
 def _swapped(tensor: Tensor, example: int, other: int, parts: int, turn: bool) -> Tensor:

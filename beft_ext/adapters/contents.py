@@ -31,12 +31,12 @@ from beft_ext.models import is_linear, is_quantised, outer_modules, output_width
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
-PREFIX, ENDING = "base_model.model.", ".beft_bias"
-DTYPES = ("F64", "F32", "F16", "BF16")
+PEFT_PREFIX, BIAS_ENDING = "base_model.model.", ".beft_bias"
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 METADATA = {"format": "pt"}  # all that PEFT writes there, and all but our digest that we do
 LARGEST_CONFIG = 2**20
 
-TASKS = {
+TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -98,8 +98,10 @@ def write(folder: Path, model: nn.Module, contents: Contents, facts: JsonObject,
     Args:
         facts: what the config keeps beside PEFT's own. The digests of weights and config join it.
     """
-    tensors = {f"{PREFIX}{m}{ENDING}": t.reshape(1, -1) for m, t in contents.biases.items()}
-    tensors |= {PREFIX + n: t for n, t in contents.head.items()}
+    tensors = {
+        f"{PEFT_PREFIX}{m}{BIAS_ENDING}": t.reshape(1, -1) for m, t in contents.biases.items()
+    }
+    tensors |= {PEFT_PREFIX + n: t for n, t in contents.head.items()}
     if bad := [n for n, t in tensors.items() if not bool(t.isfinite().all())]:
         raise AdapterError(f"'{bad[0]}' is not finite: nothing was saved")
     with whole_files(folder, last=CONFIG) as temporary:
@@ -113,7 +115,7 @@ def peft_config(model: nn.Module, contents: Contents, facts: JsonObject) -> Json
     """``adapter_config.json``. Ours stands under ``auto_mapping``, which PEFT reads without
     complaint, unlike a key that it does not know."""
     kind = type(model)
-    task = next((t for ending, t in TASKS.items() if kind.__name__.endswith(ending)), None)
+    task = next((t for ending, t in TASK_TYPES.items() if kind.__name__.endswith(ending)), None)
     return {
         "auto_mapping": {
             "base_model_class": kind.__name__,
@@ -149,7 +151,7 @@ def read(folder: Path, model: nn.Module) -> Contents:
                 kinds = {k: (e.get_dtype(), tuple(e.get_shape())) for k, e in entries.items()}
                 _check_entries(model, config, kinds)
                 # Copies: the file is mapped, and may be overwritten while the adapter is in use.
-                tensors = {k.removeprefix(PREFIX): file.get_tensor(k).clone() for k in entries}
+                tensors = {k.removeprefix(PEFT_PREFIX): file.get_tensor(k).clone() for k in entries}
         except AdapterError:
             raise
         except Exception as error:  # safetensors' own, and what torch raises on a bad buffer
@@ -158,10 +160,10 @@ def read(folder: Path, model: nn.Module) -> Contents:
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise AdapterError(f"'{name}' in {path} holds NaN or infinite values")
-    biases = {n.removesuffix(ENDING): t for n, t in tensors.items() if n.endswith(ENDING)}
+    biases = {n.removesuffix(BIAS_ENDING): t for n, t in tensors.items() if n.endswith(BIAS_ENDING)}
     return Contents(
         biases={n: t.reshape(-1) for n, t in biases.items()},
-        head={n: t for n, t in tensors.items() if not n.endswith(ENDING)},
+        head={n: t for n, t in tensors.items() if not n.endswith(BIAS_ENDING)},
     )
 
 
@@ -333,12 +335,12 @@ def _check_entries(
     name = type(model).__name__
     seen: set[str] = set()
     for key, (dtype, shape) in kinds.items():
-        own = key.removeprefix(PREFIX)
+        own = key.removeprefix(PEFT_PREFIX)
         seen.add(own)
         if own == key:
             raise AdapterError(f"'{key[:80]}' is not a tensor of a PEFT adapter")
-        if own.endswith(ENDING):
-            expected = _bias_shape(modules, own.removesuffix(ENDING), name)
+        if own.endswith(BIAS_ENDING):
+            expected = _bias_shape(modules, own.removesuffix(BIAS_ENDING), name)
         elif own in state and own.startswith(inside):
             expected = tuple(state[own].shape)
         else:
@@ -350,17 +352,17 @@ def _check_entries(
             )
         if shape != expected:
             raise AdapterError(f"'{own}' has shape {shape}, but {name} needs {expected}")
-        if dtype not in DTYPES:
-            raise AdapterError(f"'{own}' is {dtype}: only {', '.join(DTYPES)} are read")
+        if dtype not in FLOAT_DTYPES:
+            raise AdapterError(f"'{own}' is {dtype}: only {', '.join(FLOAT_DTYPES)} are read")
     # In a kept module PEFT trains a copy as a whole: a target inside it has no bias of its own.
     targets = [m for m in _targets(modules, config) if not f"{m}.".startswith(inside)]
-    needed = [f"{m}{ENDING}" for m in targets] + [n for n in state if n.startswith(inside)]
+    needed = [f"{m}{BIAS_ENDING}" for m in targets] + [n for n in state if n.startswith(inside)]
     if missing := [n for n in needed if n not in seen]:
         raise AdapterError(
             f"the adapter lacks '{missing[0]}', which its config asks for in {name}: it is "
             "damaged, or made for another number of layers"
         )
-    if not any(n.endswith(ENDING) for n in seen):
+    if not any(n.endswith(BIAS_ENDING) for n in seen):
         raise AdapterError("the adapter holds no bias")
 
 

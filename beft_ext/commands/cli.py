@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(select)
     _add_run(select, epochs=1, warmup=0.0)
     select.add_argument("--terms", metavar="T,T", help="candidates (default: all)")
-    select.add_argument("--method", choices=scores.METHODS, default="beft")
+    select.add_argument("--method", choices=scores.SCORES, default="beft")
     select.add_argument("--steps", type=int, help="length of the run, in place of --epochs")
     select.add_argument(
         "--settle",

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 OBJECTIVES = ("auto", "head", "prompt")
 MOST_CLASSES, MOST_LAYERS = 10_000, 2_000
 FOREIGN_CODE = "it wants code of its own to be run, which is not done"
-REASONS = {  # by what transformers says
+LOADING_REASONS = {  # by what transformers says
     "trust_remote_code": FOREIGN_CODE,
     "contains custom code": FOREIGN_CODE,
     "connect to": "it is no folder, not in the local cache, and the hub cannot be reached",
@@ -122,7 +122,9 @@ def pretrained(model: str, auto: str, **options: object) -> Any:
 
 def _reason(error: Exception) -> str:
     said = str(error).strip() or type(error).__name__
-    return next((told for sign, told in REASONS.items() if sign in said), said.splitlines()[0])
+    return next(
+        (told for sign, told in LOADING_REASONS.items() if sign in said), said.splitlines()[0]
+    )
 
 
 def _check_folder(model: str) -> None:

@@ -1,4 +1,4 @@
-"""Ways of adapting a model that training a chosen bias is compared with."""
+"""Adaptation methods that training a chosen bias is compared with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from beft_ext.training.preparation import prepare, prepared_of
 
 
 class MethodError(BeftError, ValueError):
-    """A method that is unknown, or that this model or task does not allow."""
+    """An adaptation method that is unknown, or that this model or task does not allow."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from beft_ext.models.bias_map import BiasError
 from beft_ext.models.find import is_quantised, output_width
-from beft_ext.models.registry import FOLDS
+from beft_ext.models.registry import VALUE_FOLDS
 
 
 def add_bias(module: nn.Module) -> nn.Parameter:
@@ -104,7 +104,7 @@ def _lacks_only_biases(model: nn.Module, names: set[str]) -> bool:
 
 def _output(model: nn.Module, value: str) -> str | None:
     """The output projection that can take in the bias of the value projection, if any."""
-    for ending, name in FOLDS.items():
+    for ending, name in VALUE_FOLDS.items():
         if value.endswith("." + ending):
             output = f"{value.rpartition('.')[0]}.{name}"
             return output if model.get_submodule(output).bias is not None else None

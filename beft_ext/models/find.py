@@ -10,12 +10,12 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from beft_ext.models.bias_map import TERMS, Bias, BiasError, BiasMap, Projection
 from beft_ext.models.registry import (
-    ALONE,
     ATTENTIONS,
     CROSS,
     ENDINGS,
     EXPERTS,
     FUSED,
+    LATENT_QUERIES,
     MODALITIES,
     NO_ATTENTION,
 )
@@ -134,8 +134,8 @@ def _attention_parts(model: nn.Module) -> dict[str, Found]:
                 break
         for name, child_module in inside.items():
             width = output_width(child_module)
-            if name in ALONE and width:
-                parts[f"{path}.{name}"] = [(cross + ALONE[name], 1, 0, width)]
+            if name in LATENT_QUERIES and width:
+                parts[f"{path}.{name}"] = [(cross + LATENT_QUERIES[name], 1, 0, width)]
             elif width and (ending := _fused(f"{path}.{name}")):
                 groups, slices = FUSED[ending](configs[path], width)
                 parts[f"{path}.{name}"] = [(cross + t, groups, a, b) for t, a, b in slices]

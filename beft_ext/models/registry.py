@@ -139,11 +139,11 @@ FUSED: dict[str, Layout] = {
 }
 
 # The query of a latent attention, where it is not called q_proj.
-ALONE: dict[str, str] = {"q_b_proj": "query"}
+LATENT_QUERIES: dict[str, str] = {"q_b_proj": "query"}
 
 # Attentions without a flag for a value bias but with a biased output projection beside it: the
 # value bias can be folded into that one, for the rows of these attentions sum to one.
-FOLDS: dict[str, str] = {"attn.attention.v_proj": "out_proj"}
+VALUE_FOLDS: dict[str, str] = {"attn.attention.v_proj": "out_proj"}
 
 
 def _heads(config: PreTrainedConfig) -> tuple[int, int]:

@@ -23,7 +23,7 @@ from beft_ext.models import Bias
 # As a share of the attention's largest gradient. Of all model types of transformers, small and
 # random, the least that lives is 3e-5; what is dead stays below 5e-8, the rounding of the fp32
 # softmax that some models insist on.
-DEAD = 1e-6
+DEAD_SHARE = 1e-6
 QKV = ("query", "key", "value")
 
 # Of an attention's forward.
@@ -52,7 +52,7 @@ def dead_terms(
             hooks.callback(attention.register_forward_pre_hook(probe, with_kwargs=True).remove)
         with torch.no_grad():
             forward()
-    return [term for term, size in sizes.items() if size <= DEAD]
+    return [term for term, size in sizes.items() if size <= DEAD_SHARE]
 
 
 def _attentions(biases: Iterable[Bias]) -> dict[str, list[Bias]]:

@@ -68,7 +68,7 @@ class Selection:
         return self.ranking[self.method][0]
 
     def __str__(self) -> str:
-        columns = [m for m in scores.METHODS if m in self.scores]
+        columns = [m for m in scores.SCORES if m in self.scores]
         order = self.ranking[self.method]
         rest = [t for t in self.scores[self.method] if t not in order]
         lines = [f"{'':>4} {'term':<18}" + "".join(f"{m:>16}" for m in columns)]
@@ -114,8 +114,8 @@ class Selection:
             write_json(temporary / RECORD, _nulls(record))
 
 
-KEYS = {"method", "best", "ranking", "scores", "per_layer", "undefined", "dead", "losses", "steps"}
-KEYS |= {"above_90_degrees", "settled", "biases", DIGEST}
+RECORD_KEYS = {"method", "best", "ranking", "scores", "per_layer", "undefined", "dead", "losses"}
+RECORD_KEYS |= {"steps", "above_90_degrees", "settled", "biases", DIGEST}
 
 
 def read_selection(path: Path) -> Selection:
@@ -148,7 +148,7 @@ def read_selection(path: Path) -> Selection:
 
 def _check_digests(path: Path, record: JsonObject) -> None:
     """Files saved before there were digests have neither; they have no other key either."""
-    if odd := sorted(record.keys() - KEYS):
+    if odd := sorted(record.keys() - RECORD_KEYS):
         raise SelectionError(
             f"{path} is not a selection.json, or is damaged: it has the key '{odd[0][:80]}'"
         )

@@ -66,10 +66,8 @@ def select(
     attention cannot be probed for dead terms.
     Source: Huang et al. 2025 (arXiv 2509.15974); docs/definitions.md.
     """
-    if method not in scores.METHODS:
-        raise SelectionError(
-            f"unknown method '{method}': choose one of {', '.join(scores.METHODS)}"
-        )
+    if method not in scores.SCORES:
+        raise SelectionError(f"unknown method '{method}': choose one of {', '.join(scores.SCORES)}")
     _check_settle(settle, method)
     model = whole(model, SelectionError, copies=False)
     require_untapped(model)
@@ -166,7 +164,7 @@ def _judge(
             value = bias.read(run.model.get_parameter(bias.parameter))
             initial[bias] = current[bias] = value
             statistics[bias] = (torch.zeros_like(value), torch.zeros_like(value))
-    per_layer: dict[str, dict[str, list[float]]] = {m: {} for m in scores.METHODS}
+    per_layer: dict[str, dict[str, list[float]]] = {m: {} for m in scores.SCORES}
     undefined: dict[str, str] = {}
     obtuse: list[str] = []
     for bias in sorted(candidates, key=lambda b: b.layer):

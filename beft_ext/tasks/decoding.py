@@ -16,7 +16,7 @@ from beft_ext.tasks.reading import takes
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedTokenizerBase
 
-ROWS = 128  # options that continue from copies of the cache at a time
+OPTIONS_AT_ONCE = 128  # options that continue from copies of the cache at a time
 
 
 def shared_prompt_scores(
@@ -40,8 +40,8 @@ def shared_prompt_scores(
     first = log_probabilities(output.logits[:, -1])  # (B, V)
     flat = [(i, option) for i, (_, options) in enumerate(pairs) for option in options]
     scores: list[list[float]] = [[] for _ in pairs]
-    for begin in range(0, len(flat), ROWS):
-        part = flat[begin : begin + ROWS]
+    for begin in range(0, len(flat), OPTIONS_AT_ONCE):
+        part = flat[begin : begin + OPTIONS_AT_ONCE]
         owners = torch.tensor([i for i, _ in part], device=device)
         options = padded([o for _, o in part], pad).to(device)
         sums = first[owners, options[:, 0]]

@@ -18,7 +18,7 @@ from beft_ext.tasks.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 128  # as the authors' code; batches are as long as their own longest text
+LONGEST_TEXT = 128  # as the authors' code; batches are as long as their own longest text
 
 
 class HeadObjective(Objective):
@@ -47,7 +47,7 @@ class HeadObjective(Objective):
         if task.kind == "generation":
             raise DataError("a task that generates text needs a language model: use a decoder")
         self.tokenizer, self.reading = tokenizer, reading(model, tokenizer)
-        self.longest = min(max_length or LONGEST, self.reading.longest or LONGEST)
+        self.longest = min(max_length or LONGEST_TEXT, self.reading.longest or LONGEST_TEXT)
         paired = task.pair is not None or task.kind == "choice"
         markers = tokenizer.num_special_tokens_to_add(pair=paired)
         if self.longest <= markers:

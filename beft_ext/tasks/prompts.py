@@ -25,9 +25,9 @@ from beft_ext.tasks.task import Task
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LONGEST = 2048  # tokens of prompt and answer, where the model's own limit is not lower
+LONGEST_PROMPT = 2048  # tokens of prompt and answer, where the model's own limit is not lower
 SEPARATOR = "\n\n"  # between the examples of a prompt
-ROOM = 50  # new tokens at most, as in the authors' code
+NEW_TOKENS = 50  # new tokens at most, as in the authors' code
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,13 @@ class PromptObjective(Objective):
         model: nn.Module,
         max_length: int | None = None,
         shots: Sequence[Example] = (),
-        new_tokens: int = ROOM,
+        new_tokens: int = NEW_TOKENS,
     ) -> None:
         super().__init__(task)
         if not task.prompt or task.kind == "regression":
             raise DataError("this task has no prompt: use a model with a task head")
         self.reading = reading(model, tokenizer)
-        self.longest = min(max_length or LONGEST, self.reading.longest or LONGEST)
+        self.longest = min(max_length or LONGEST_PROMPT, self.reading.longest or LONGEST_PROMPT)
         self.tokenizer, self.model_options = tokenizer, {}
         self.new_tokens = max(1, min(new_tokens, self.longest // 2))
         ids = tokenizer("")["input_ids"]

@@ -16,7 +16,7 @@ from beft_ext.tasks.rows import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-LENGTHS = (  # what configs call the rows of a position table
+LENGTH_SETTINGS = (  # what configs call the rows of a position table
     "max_position_embeddings",
     "max_encoder_position_embeddings",
     "max_decoder_position_embeddings",
@@ -158,7 +158,7 @@ def _tables(model: nn.Module) -> list[int]:
 
 def _lengths(model: nn.Module) -> list[int]:
     config = model.config.get_text_config()
-    stated = [_whole(getattr(config, name, None)) for name in LENGTHS]
+    stated = [_whole(getattr(config, name, None)) for name in LENGTH_SETTINGS]
     return [n for n in stated if n is not None] + _tables(model)
 
 

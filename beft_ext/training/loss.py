@@ -23,8 +23,8 @@ Measure = Callable[[Batch], float | None]
 LossValue: TypeAlias = Tensor | tuple[Tensor, Tensor | float]
 Loss = Callable[[nn.Module, Batch], LossValue]
 
-IGNORED = -100  # a label that counts for nothing
-KEPT = 4  # labels of a row that stay where divisors are told apart
+IGNORED_LABEL = -100  # a label that counts for nothing
+LABELS_KEPT = 4  # labels of a row that stay where divisors are told apart
 
 
 class LossError(BeftError, ValueError):
@@ -85,7 +85,7 @@ def examples_of(batch: Batch, offsets: Tensor | None) -> int:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.numel() != int(offsets[-1]):
         return len(offsets) - 1
-    counted = labels.flatten().ne(IGNORED).long().cumsum(0)
+    counted = labels.flatten().ne(IGNORED_LABEL).long().cumsum(0)
     ends = torch.cat([counted.new_zeros(1), counted])[offsets]
     return int(ends.diff().gt(0).sum())
 
@@ -100,7 +100,7 @@ def _next_labels(batch: Batch) -> float | None:
     labels = batch.get("labels")
     if labels is None or labels.ndim < 2 or labels.is_floating_point():
         return None
-    return float(labels[..., 1:].ne(IGNORED).sum())
+    return float(labels[..., 1:].ne(IGNORED_LABEL).sum())
 
 
 def _labels(batch: Batch) -> float | None:
@@ -108,7 +108,7 @@ def _labels(batch: Batch) -> float | None:
     labels = batch.get("labels")
     if labels is None:
         return None
-    return float(labels.numel() if labels.is_floating_point() else labels.ne(IGNORED).sum())
+    return float(labels.numel() if labels.is_floating_point() else labels.ne(IGNORED_LABEL).sum())
 
 
 # What the sum of the examples' losses may have been divided by. Where two differ by a constant
@@ -225,7 +225,7 @@ def has_ignored(batch: Batch) -> bool:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
         return False
-    return bool(labels.eq(IGNORED).any())
+    return bool(labels.eq(IGNORED_LABEL).any())
 
 
 def _pairs(batch: Batch) -> list[Batch]:
@@ -236,13 +236,13 @@ def _pairs(batch: Batch) -> list[Batch]:
     given: dict[str, Tensor] = {}
     if isinstance(labels, Tensor):
         if not labels.is_floating_point():
-            counted = labels.reshape(rows, -1).ne(IGNORED)
+            counted = labels.reshape(rows, -1).ne(IGNORED_LABEL)
             unlike = (labels != labels[int(counted.sum(1).argmax())]).reshape(rows, -1).any(1)
             places["a"] = int(counted.sum(1).argmax())
             places["b"] = int((unlike & counted.any(1)).long().argmax())
         given["a"], given["b"] = _told_apart(labels[places["a"]], labels[places["b"]])
         if has_ignored(batch):
-            places["x"] = int(labels.eq(IGNORED).long().argmax())
+            places["x"] = int(labels.eq(IGNORED_LABEL).long().argmax())
             given["x"] = labels[places["x"]]
     found: list[Batch] = []
     for pair in ("ab", "aa", "bb", "a", *(["ax"] if "x" in places else [])):
@@ -267,10 +267,10 @@ def _told_apart(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return first, second
     if first.ndim == 0:
         return first, torch.full_like(second, int(first == 0)) if first == second else second
-    for row, kept in ((first, KEPT), (second, KEPT // 2)):
-        counted = row.ne(IGNORED).nonzero().flatten()
-        row[counted[counted > 0][kept:]] = IGNORED
-        row[0] = IGNORED
-    if bool(first.ne(IGNORED).any()):
-        first[0] = first[first.ne(IGNORED)][0]
+    for row, kept in ((first, LABELS_KEPT), (second, LABELS_KEPT // 2)):
+        counted = row.ne(IGNORED_LABEL).nonzero().flatten()
+        row[counted[counted > 0][kept:]] = IGNORED_LABEL
+        row[0] = IGNORED_LABEL
+    if bool(first.ne(IGNORED_LABEL).any()):
+        first[0] = first[first.ne(IGNORED_LABEL)][0]
     return first, second

@@ -1,9 +1,9 @@
 """One training step: forward, backward and optimizer; run eagerly, or replayed as a CUDA graph.
 
-A graph is captured for each shape of batch. Texts are padded up to a multiple of ``LENGTHS``, so
-that a data set has few shapes. The first batch of a shape runs eagerly, which is the warm-up
-that a capture needs; its second is captured and replayed; so every batch trains exactly once,
-with the random numbers that it would have without graphs.
+A graph is captured for each shape of batch. Texts are padded up to a ``LENGTH_MULTIPLE``, so that
+a data set has few shapes. The first batch of a shape runs eagerly, which is the warm-up that a
+capture needs; its second is captured and replayed; so every batch trains exactly once, with the
+random numbers that it would have without graphs.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from beft_ext.ops import dispatch
 from beft_ext.training.loss import Loss, model_loss, scalar
 from beft_ext.training.optim import BiasAdamW
 
-LENGTHS = 32
-MOST = 16  # graphs kept: each holds the addresses of a whole step's kernels
+LENGTH_MULTIPLE = 32  # of tokens
+MOST_GRAPHS = 16  # graphs kept: each holds the addresses of a whole step's kernels
 
 # What an input is filled up with; labels only where there is one for each token.
-FILLS = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}
+PADDING_VALUES = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
 Shape = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # of a batch, input by input
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
@@ -63,8 +63,8 @@ class GraphedStep(EagerStep):
     """The same numbers, with the launches of a whole step replaced by one.
 
     pad: token that fills up ``input_ids``. capture: makes a replay of what it runs; CUDA's by
-    default. Batches beyond ``MOST`` shapes run eagerly. Raises StepError without a CUDA device
-    or the compiled CUDA kernels, or where the model's own code cannot be captured.
+    default. Batches beyond ``MOST_GRAPHS`` shapes run eagerly. Raises StepError without a CUDA
+    device or the compiled CUDA kernels, or where the model's own code cannot be captured.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class GraphedStep(EagerStep):
     ) -> None:
         super().__init__(model, optimizer, loss, bf16)
         self.device = next(model.parameters()).device
-        self.fills = FILLS | {"input_ids": pad}
+        self.fills = PADDING_VALUES | {"input_ids": pad}
         if capture is None:
             self._require_cuda()
         self.capture: Capture = capture or _CudaCapture()
@@ -93,7 +93,7 @@ class GraphedStep(EagerStep):
         self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
-        if shape not in self.graphs and (shape not in self.seen or len(self.graphs) == MOST):
+        if shape not in self.graphs and (shape not in self.seen or len(self.graphs) == MOST_GRAPHS):
             self.seen.add(shape)
             self.optimizer.zero_grad()
             return self.warm_up(batch)
@@ -120,7 +120,7 @@ class GraphedStep(EagerStep):
             return dict(batch)
         length = ids.shape[-1]
         texts = {k for k, v in batch.items() if v.ndim >= 2 and v.shape[-1] == length}
-        more = -length % LENGTHS
+        more = -length % LENGTH_MULTIPLE
         if not texts <= set(self.fills) or not more:
             return dict(batch)
         pad = nn.functional.pad

@@ -45,7 +45,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/training/loss.py": (
         ("training/test_loss.py", *SELECTION),
         [
-            ("labels[..., 1:].ne(IGNORED).sum()", "labels[..., :-1].ne(IGNORED).sum()"),
+            ("labels[..., 1:].ne(IGNORED_LABEL).sum()", "labels[..., :-1].ne(IGNORED_LABEL).sum()"),
             ("labels.numel() if labels.is_floating_point()",
              "len(labels) if labels.is_floating_point()"),
             ("places[:, 1:] != places[:, :-1] + 1", "places[:, 1:] != places[:, :-1]"),
@@ -163,8 +163,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("            tensor.copy_(batch[name])", "            pass"),
             ("        self.rate.fill_(rate)\n", ""),
             ("        step.optimizer.zero_grad()  #", "        #"),
-            ("-length % LENGTHS", "LENGTHS - length % LENGTHS"),
-            ("len(self.graphs) == MOST", "False"),
+            ("-length % LENGTH_MULTIPLE", "LENGTH_MULTIPLE - length % LENGTH_MULTIPLE"),
+            ("len(self.graphs) == MOST_GRAPHS", "False"),
         ],
     ),
     "beft_ext/adapters/applying.py": (
@@ -190,7 +190,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("    for name, tensor in tensors.items():\n", "    for name, tensor in ():\n"),
             ("    _check_model(model, config)\n", ""),
             ("if target.parent not in (home, blobs)", "if False"),
-            ("        if dtype not in DTYPES:", "        if False:"),
+            ("        if dtype not in FLOAT_DTYPES:", "        if False:"),
         ],
     ),
     "beft_ext/adapters/merging.py": (
