@@ -318,8 +318,9 @@ def page(found: list[Verdict]) -> str:
         f"Written by `docs/model_table.py` with transformers {transformers.__version__}: "
         f"**{count} types verified**.",
         "",
-        "Verified, in float64 on a tiny random model of the type: each slice of query, key and",
-        "value is proved by perturbation; and for every bias, the sum over a batch's rows of the",
+        "Verified means proved, in float64 on a tiny random model of the type. Each slice of",
+        "query, key and value moves that alone, and the slices of a parameter hold each element",
+        "once. Some row of a batch reaches each bias. For every bias the sum over the rows of the",
         f"gradient and of its square is that of batches of one by plain autograd, to {EXACT:.0e}.",
         "The batch has three texts of unequal length, padded on the tokenizer's side. A row alone",
         "has lost its padding; where *padding* is `read`, it keeps it, for the model computes with",
