@@ -131,7 +131,7 @@ class Run:
             while True:
                 before = self.done
                 for batch in loader:
-                    losses.append(self._step(batch))
+                    losses.append(self._train_on(batch))
                     bar.update()
                     if progress and self.done % 10 == 0:
                         bar.set_postfix(loss=f"{losses[-1]:.3f}", leading=self._leading())
@@ -140,7 +140,7 @@ class Run:
                 if self.done == before:
                     raise SelectionError("the loader ran dry: pass one that can be read again")
 
-    def _step(self, batch: Batch) -> float:
+    def _train_on(self, batch: Batch) -> float:
         inputs = on_device(batch, self.pairs[0][1].device)
         try:
             self.tap.rest()  # measuring a divisor takes backwards that are no example's

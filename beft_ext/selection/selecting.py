@@ -72,7 +72,7 @@ def select(
     model = whole(model, SelectionError, copies=False)
     require_untapped(model)
     candidates, added = _candidates(model, terms, biases)
-    schedule = _schedule(loader, epochs, steps)
+    step_count = _step_count(loader, epochs, steps)
     with (
         ModelSnapshot(model),
         _added(model, added),
@@ -89,7 +89,7 @@ def select(
                 model,
                 tap,
                 loss=loss,
-                steps=schedule,
+                steps=step_count,
                 lr=lr,
                 warmup=warmup,
                 weight_decay=weight_decay,
@@ -204,7 +204,7 @@ def _rank(values: dict[str, float], dead: list[str]) -> list[str]:
     return sorted(alive, key=lambda t: -values[t])
 
 
-def _schedule(loader: Iterable[Batch], epochs: int, steps: int | None) -> int:
+def _step_count(loader: Iterable[Batch], epochs: int, steps: int | None) -> int:
     if steps is None:
         if not hasattr(loader, "__len__"):
             raise SelectionError("a loader without a length needs steps=...")

@@ -113,7 +113,7 @@ def tune(
     recipe, folder = recipe or Recipe(), Path(folder)
     if save_every < 1:
         raise TuningError(f"save_every must be at least 1 step, but is {save_every}")
-    run = _Run(model, loader, recipe, loss, metric)
+    run = _TuningRun(model, loader, recipe, loss, metric)
     sweep(folder)
     if resume and (folder / CHECKPOINT).is_file():
         run.load(folder / CHECKPOINT)
@@ -127,7 +127,7 @@ def tune(
     return run.state
 
 
-class _Run:
+class _TuningRun:
     def __init__(
         self, model: nn.Module, loader: Iterable[Batch], recipe: Recipe, loss: Loss, metric: str
     ) -> None:
@@ -152,9 +152,9 @@ class _Run:
         self.state = Progress()
         self.passes = Passes(loader, recipe.seed)
         self.rest: Iterator[Batch] | None = None  # of the epoch that a checkpoint stood in
-        self.train_step = self._make_step(loss)
+        self.training_step = self._training_step(loss)
 
-    def _make_step(self, loss: Loss) -> EagerStep:
+    def _training_step(self, loss: Loss) -> EagerStep:
         recipe, model = self.recipe, self.model
         if recipe.graphs and recipe.compile:
             raise TuningError("compile and graphs do not go together: choose one")
@@ -192,7 +192,7 @@ class _Run:
             done += 1
             if done > self.per_epoch:
                 break
-            self._step(batch)
+            self._train_on(batch)
             bar.update()
             bar.set_postfix(loss=f"{self.state.loss_sum / done:.3f}")
             if self.state.step % save_every == 0:
@@ -204,12 +204,12 @@ class _Run:
                 f"({self.per_epoch}): its length must be what a pass gives"
             )
 
-    def _step(self, batch: Mapping[str, Tensor]) -> None:
+    def _train_on(self, batch: Mapping[str, Tensor]) -> None:
         rate = self.recipe.lr * rate_factor(
             self.state.step, self.steps, self.recipe.warmup, self.recipe.decay
         )
         inputs = {k: v.to(self.device) for k, v in batch.items()}
-        loss, norm = self.train_step(inputs, rate)
+        loss, norm = self.training_step(inputs, rate)
         number = float(loss)
         self.state.step += 1
         for what, value in (("loss", number), ("gradient", float(norm))):
