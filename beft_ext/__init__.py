@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -80,7 +80,7 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     # Loaded at first use: `import beft_ext` itself costs no import of torch.
     if name not in _HOMES:
         raise AttributeError(f"module 'beft_ext' has no attribute '{name}'")

@@ -29,6 +29,8 @@ PARTIAL = ".partial-"
 DIGEST = "sha256"  # key of the digest, in JSON and in the metadata of safetensors
 UNSEALED = "0" * 64  # stands where the digest will be, and in its place when it is computed
 LARGEST_HEADER = 16 * 2**20
+# An object of a JSON file. What a value is, its reader checks.
+JsonObject = dict[str, Any]
 _thread = threading.local()  # which folders this thread has locked
 _SEAL = re.compile(rb'"%s": ?"([0-9a-f]{64})"' % DIGEST.encode())
 
@@ -74,7 +76,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         yield temporary / path.name
 
 
-def write_json(path: Path, record: Any) -> None:
+def write_json(path: Path, record: object) -> None:
     """Write ``record`` as indented JSON, into a folder of ``whole_files``.
 
     A value ``UNSEALED`` under the key ``DIGEST`` becomes the digest of the file's bytes.
@@ -106,7 +108,7 @@ def write_tensors(
     return _seal(path)
 
 
-def save_json(path: str | Path, record: Any) -> None:
+def save_json(path: str | Path, record: object) -> None:
     """``write_json``, as a whole file."""
     with whole_file(path) as temporary:
         write_json(temporary, record)

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from beft_ext.errors import BeftError
 
-EXAMPLES = 4  # that are replaced, one after another, until every layout is known
-NOISE = 1e-3  # of the largest number: what another example may change by rounding (experts)
+EXAMPLES_TRIED = 4  # that are replaced, one after another, until every layout is known
+ROUNDING_NOISE = 1e-3  # of the largest number: another example's effect by rounding (experts)
 # Inputs that say where tokens are, as masks do; an example's tokens move, these do not.
-PLACES = ("position_ids", "cu_seq", "max_length", "seq_idx")
+PLACE_INPUTS = ("position_ids", "cu_seq", "max_length", "seq_idx")
 
 Key = TypeVar("Key")
 
@@ -95,14 +95,14 @@ def locate(
     before = changes(None)
     places = _Places({k: v.shape for k, v in before.items()}, batch, offsets)
     order = range(batch - 1, -1, -1) if offsets is None else offsets.diff().argsort().tolist()[::-1]
-    for example in order[:EXAMPLES]:
+    for example in order[:EXAMPLES_TRIED]:
         after = changes(example)
         for key, was in before.items():
             places.narrow(key, was, after.get(key), example)
         if places.settled():
             break
     if places.unmoved:
-        for example in order[:EXAMPLES]:
+        for example in order[:EXAMPLES_TRIED]:
             known = places.found()
             for key, effect in influence(example, known).items():
                 places.narrow(key, torch.zeros_like(effect), effect, example)
@@ -111,18 +111,18 @@ def locate(
     return places.found()
 
 
-class _Places:
+class _Places(Generic[Key]):
     """What is still possible for each output."""
 
     def __init__(
-        self, shapes: Mapping[Any, torch.Size], batch: int, offsets: Tensor | None
+        self, shapes: Mapping[Key, torch.Size], batch: int, offsets: Tensor | None
     ) -> None:
         self.batch = batch
         ends = None if offsets is None else tuple(offsets.tolist())
         self.possible = {key: _candidates(shape, batch, ends) for key, shape in shapes.items()}
         self.unmoved = set(shapes)  # outputs that nothing has changed so far
 
-    def narrow(self, key: Any, was: Tensor, now: Tensor | None, example: int) -> None:
+    def narrow(self, key: Key, was: Tensor, now: Tensor | None, example: int) -> None:
         """Keep what puts all rows that differ into the example."""
         if now is None or now.shape != was.shape:
             self.unmoved.discard(key)
@@ -130,7 +130,7 @@ class _Places:
             return
         difference = (now - was).abs().nan_to_num(0.0)
         scale = torch.maximum(was.abs(), now.abs()).nan_to_num(0.0, 0.0, 0.0).max()
-        every, clear = difference > 0, difference > NOISE * scale
+        every, clear = difference > 0, difference > ROUNDING_NOISE * scale
         if not bool(every.any()):
             return
         self.unmoved.discard(key)
@@ -147,7 +147,7 @@ class _Places:
     def settled(self) -> bool:
         return not self.unmoved and all(len(c) < 2 for c in self.possible.values())
 
-    def found(self) -> dict[Any, Place | None]:
+    def found(self) -> dict[Key, Place | None]:
         return {
             k: c[0] if len(c) == 1 and k not in self.unmoved else None
             for k, c in self.possible.items()
@@ -167,8 +167,8 @@ def _candidates(shape: torch.Size, batch: int, ends: tuple[int, ...] | None) -> 
 
 
 def replaced(
-    inputs: Mapping[Any, Any], example: int, batch: int, offsets: Tensor | None = None
-) -> dict[Any, Any]:
+    inputs: Mapping[Key, object], example: int, batch: int, offsets: Tensor | None = None
+) -> dict[Key, object]:
     """``inputs`` with one example replaced.
 
     By the next of the batch, its tokens in reverse; of a packed batch, by its own tokens in
@@ -196,8 +196,8 @@ def replaced(
     }
 
 
-def _is_place(key: Any) -> bool:
-    return str(key).startswith(PLACES) or "mask" in str(key)
+def _is_place(key: object) -> bool:
+    return str(key).startswith(PLACE_INPUTS) or "mask" in str(key)
 
 
 def _swapped(tensor: Tensor, example: int, other: int, parts: int, turn: bool) -> Tensor:

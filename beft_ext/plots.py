@@ -6,17 +6,29 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol
 
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.files import whole_file
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Outcome(Protocol):
+    """What a picture of methods asks of each of them."""
+
+    method: str
+    metrics: Mapping[str, float]
+    parameters: int
+    failure: str | None
 
 
 class PlotError(BeftError, RuntimeError):
     """matplotlib is missing, or there is nothing to draw."""
 
 
-def draw(picture: Callable[..., None], *arguments: Any) -> None:
+def draw(picture: Callable[..., None], *arguments: object) -> None:
     """Draw ``picture(*arguments)``, or say in a BeftWarning why not: it is no result."""
     try:
         picture(*arguments)
@@ -58,7 +70,7 @@ def learning_curve(history: Sequence[Mapping[str, float]], metric: str, path: Pa
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def methods(outcomes: Sequence[Any], metric: str, path: Path) -> None:
+def methods(outcomes: Sequence[Outcome], metric: str, path: Path) -> None:
     """The metric of each method over what it trains: every seed a dot, the mean a line. A whole
     file. outcomes: of ``compare``."""
     names = list(dict.fromkeys(o.method for o in outcomes if o.failure is None))
@@ -78,7 +90,7 @@ def methods(outcomes: Sequence[Any], metric: str, path: Path) -> None:
         figure.savefig(temporary, dpi=150, format="png")
 
 
-def _figure(width: float, height: float) -> Any:
+def _figure(width: float, height: float) -> Figure:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

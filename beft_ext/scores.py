@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-METHODS = ("beft", "magnitude", "fisher", "example_fisher", "snr")
+SCORES = ("beft", "magnitude", "fisher", "example_fisher", "snr")
 
 
 def beft_score(initial: Tensor, current: Tensor) -> float:

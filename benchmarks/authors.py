@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from workloads import padded_to
 
 from beft_ext.models import BiasMap
-from beft_ext.tasks.heads import LONGEST
+from beft_ext.tasks.heads import LONGEST_TEXT
 
 Scores = dict[str, dict[str, float]]  # by method and term
 FISHER_BATCH, TRAINING_BATCH = 8, 16
@@ -93,7 +93,7 @@ def projection(after: np.ndarray, before: np.ndarray) -> float:
 
 def _loss(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     device = next(model.parameters()).device
-    inputs = {k: v.to(device) for k, v in padded_to(LONGEST, batch).items()}
+    inputs = {k: v.to(device) for k, v in padded_to(LONGEST_TEXT, batch).items()}
     labels = inputs.pop("labels")
     logits: Tensor = model(**inputs).logits
     return nn.functional.cross_entropy(logits, labels)

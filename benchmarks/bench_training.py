@@ -21,7 +21,7 @@ from workloads import BATCH, batch, chosen, classifier, padded_to
 
 from beft_ext.commands import demo
 from beft_ext.tasks import HeadObjective
-from beft_ext.tasks.heads import LONGEST
+from beft_ext.tasks.heads import LONGEST_TEXT
 
 Batches = Sequence[Mapping[str, Tensor]]
 SENTENCES = 4 * BATCH
@@ -47,7 +47,7 @@ def sentences(padding: str, count: int, device: str) -> Batches:
     rows = demo.examples("train")[:count]
     made = objective.training(rows, BATCH, seed=0, by_length=padding == "by length")
     batches = [{k: v.to(device) for k, v in b.items()} for b in made]
-    return [padded_to(LONGEST, b) for b in batches] if padding == "128" else batches
+    return [padded_to(LONGEST_TEXT, b) for b in batches] if padding == "128" else batches
 
 
 def training(which: Way, config: dict[str, int], batches: Batches, device: str) -> Training:

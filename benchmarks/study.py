@@ -56,7 +56,7 @@ def measure(name: str, size: int, seed: int, data: Path | None) -> dict[str, Any
     dead: list[str] = []
     for steps in SELECTING:
         found = select(model, objective.training(train, BATCH, seed), steps=steps, seed=seed)
-        choices[str(steps)] = {m: found.ranking[m][0] for m in scores.METHODS}
+        choices[str(steps)] = {m: found.ranking[m][0] for m in scores.SCORES}
         dead = found.dead
     alive = [b for b in biases if b.term not in dead]
     looks = looked_at(model, alive, objective.training(train, BATCH, seed), seed)

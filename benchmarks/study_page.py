@@ -11,7 +11,7 @@ from typing import Any
 from study import SELECTING, results
 
 from beft_ext.files import whole_file
-from beft_ext.scores import METHODS
+from beft_ext.scores import SCORES
 from beft_ext.selection import SETTLE
 from beft_ext.selection.settling import FIRST, is_settled, next_look
 
@@ -22,7 +22,7 @@ Chooser = Callable[[Record], str]
 
 def choosers(steps: int) -> dict[str, Chooser]:
     """Each method's choice after some steps; and value, without any."""
-    made: dict[str, Chooser] = {m: lambda r, m=m: r["choices"][str(steps)][m] for m in METHODS}  # type: ignore[misc]
+    made: dict[str, Chooser] = {m: lambda r, m=m: r["choices"][str(steps)][m] for m in SCORES}  # type: ignore[misc]
     return made | {"always value": lambda r: "value"}
 
 

@@ -3,10 +3,11 @@ each bias, and writes docs/models.md.
 
 All of it is float64. By perturbation: with the bias of one layer moved, the first attention in
 which anything changes must see exactly one of its operands change: the query, the key or the
-value, found among the matrix products around its softmax. By gradient: a tap listens at every
-bias while a batch of three rows of unequal length, padded, goes forward and backward in training
-mode; its statistics must be the sum over the rows of the gradient, and of its square, that plain
-autograd gives for each row alone.
+value, found among the matrix products around its softmax. The slices of a fused parameter share
+no element and leave none out, so each is the whole of what it is called. By gradient: a tap
+listens at every bias while a batch of three rows of unequal length, padded, goes forward and
+backward in training mode; its statistics must be the sum over the rows of the gradient, and of
+its square, that plain autograd gives for each row alone. Some row must reach every bias.
 
     python docs/model_table.py            # writes docs/models.md
     python docs/model_table.py bert t5    # tells of these alone
@@ -92,7 +93,9 @@ def verify(name: str, own: dict[str, Any] | None = None, title: str = "") -> Ver
             parameter.normal_(0, 0.1)
     biases = find_biases(model)
     try:
-        _perturbed(model, batch, [b for b in biases if b.term.removeprefix("cross_") in QKV])
+        attended = [b for b in biases if b.term.removeprefix("cross_") in QKV]
+        _perturbed(model, batch, attended)
+        _covered(model, attended)
         padding = _moments(model.train(), batch, biases)
     except Exception as error:
         why = str(error) if isinstance(error, Unproved) else _first(error)
@@ -162,6 +165,15 @@ def _perturbed(model: nn.Module, batch: dict[str, Tensor], biases: list[Bias]) -
             raise Unproved(f"the {bias.term} of layer {bias.layer} moves {moved}")
 
 
+def _covered(model: nn.Module, biases: list[Bias]) -> None:
+    """Each element of a parameter is in one slice."""
+    counts = {b.parameter: torch.zeros_like(model.get_parameter(b.parameter)) for b in biases}
+    for bias in biases:
+        bias.view(counts[bias.parameter].detach()).add_(1)
+    if bad := [name for name, count in counts.items() if not bool((count == 1).all())]:
+        raise Unproved(f"the slices of {bad[0]} overlap or leave elements out")
+
+
 def _moved(before: list[Tensor], after: list[Tensor]) -> list[float]:
     """The share of each operand's elements that changed."""
     pairs = zip(before, after, strict=True)
@@ -187,6 +199,8 @@ def _moments(model: nn.Module, batch: dict[str, Tensor], biases: BiasMap) -> str
                 raise Unproved("the tap changes the loss")
             loss.backward()
         found = tap.statistics()
+    if unreached := [b for b, grads in expected.items() if not bool(grads.any())]:
+        raise Unproved(f"no row reaches the {unreached[0].term} of layer {unreached[0].layer}")
     floor = 1e-9 * max(float(grads.abs().max()) for grads in expected.values())
     for bias, grads in expected.items():
         mean, root = (statistic / STEPS for statistic in found[bias])
@@ -304,8 +318,9 @@ def page(found: list[Verdict]) -> str:
         f"Written by `docs/model_table.py` with transformers {transformers.__version__}: "
         f"**{count} types verified**.",
         "",
-        "Verified, in float64 on a tiny random model of the type: each slice of query, key and",
-        "value is proved by perturbation; and for every bias, the sum over a batch's rows of the",
+        "Verified means proved, in float64 on a tiny random model of the type. Each slice of",
+        "query, key and value moves that alone, and the slices of a parameter hold each element",
+        "once. Some row of a batch reaches each bias. For every bias the sum over the rows of the",
         f"gradient and of its square is that of batches of one by plain autograd, to {EXACT:.0e}.",
         "The batch has three texts of unequal length, padded on the tokenizer's side. A row alone",
         "has lost its padding; where *padding* is `read`, it keeps it, for the model computes with",

@@ -9,10 +9,9 @@ Reading trusts nothing: all is checked against the model before a tensor reaches
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from beft_ext.files import (
     DIGEST,
     LARGEST_HEADER,
     UNSEALED,
+    JsonObject,
     digest,
     locked,
     whole_files,
@@ -31,12 +31,12 @@ from beft_ext.models import is_linear, is_quantised, outer_modules, output_width
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
-PREFIX, ENDING = "base_model.model.", ".beft_bias"
-DTYPES = ("F64", "F32", "F16", "BF16")
+PEFT_PREFIX, BIAS_ENDING = "base_model.model.", ".beft_bias"
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 METADATA = {"format": "pt"}  # all that PEFT writes there, and all but our digest that we do
 LARGEST_CONFIG = 2**20
 
-TASKS = {
+TASK_TYPES = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
@@ -92,16 +92,16 @@ def unsupported(model: nn.Module, modules: Iterable[str]) -> str | None:
     return None
 
 
-def write(
-    folder: Path, model: nn.Module, contents: Contents, facts: dict[str, Any], card: str
-) -> None:
+def write(folder: Path, model: nn.Module, contents: Contents, facts: JsonObject, card: str) -> None:
     """Write the three files as one; see ``whole_files``.
 
     Args:
         facts: what the config keeps beside PEFT's own. The digests of weights and config join it.
     """
-    tensors = {f"{PREFIX}{m}{ENDING}": t.reshape(1, -1) for m, t in contents.biases.items()}
-    tensors |= {PREFIX + n: t for n, t in contents.head.items()}
+    tensors = {
+        f"{PEFT_PREFIX}{m}{BIAS_ENDING}": t.reshape(1, -1) for m, t in contents.biases.items()
+    }
+    tensors |= {PEFT_PREFIX + n: t for n, t in contents.head.items()}
     if bad := [n for n, t in tensors.items() if not bool(t.isfinite().all())]:
         raise AdapterError(f"'{bad[0]}' is not finite: nothing was saved")
     with whole_files(folder, last=CONFIG) as temporary:
@@ -111,11 +111,11 @@ def write(
         write_json(temporary / CONFIG, peft_config(model, contents, facts))
 
 
-def peft_config(model: nn.Module, contents: Contents, facts: dict[str, Any]) -> dict[str, Any]:
+def peft_config(model: nn.Module, contents: Contents, facts: JsonObject) -> JsonObject:
     """``adapter_config.json``. PEFT complains of a key that it does not know, but not of what
     stands under ``auto_mapping``: our own facts do."""
     kind = type(model)
-    task = next((t for ending, t in TASKS.items() if kind.__name__.endswith(ending)), None)
+    task = next((t for ending, t in TASK_TYPES.items() if kind.__name__.endswith(ending)), None)
     return {
         "auto_mapping": {
             "base_model_class": kind.__name__,
@@ -151,7 +151,7 @@ def read(folder: Path, model: nn.Module) -> Contents:
                 kinds = {k: (e.get_dtype(), tuple(e.get_shape())) for k, e in entries.items()}
                 _check_entries(model, config, kinds)
                 # Copies: the file is mapped, and may be overwritten while the adapter is in use.
-                tensors = {k.removeprefix(PREFIX): file.get_tensor(k).clone() for k in entries}
+                tensors = {k.removeprefix(PEFT_PREFIX): file.get_tensor(k).clone() for k in entries}
         except AdapterError:
             raise
         except Exception as error:  # safetensors' own, and what torch raises on a bad buffer
@@ -160,10 +160,10 @@ def read(folder: Path, model: nn.Module) -> Contents:
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise AdapterError(f"'{name}' in {path} holds NaN or infinite values")
-    biases = {n.removesuffix(ENDING): t for n, t in tensors.items() if n.endswith(ENDING)}
+    biases = {n.removesuffix(BIAS_ENDING): t for n, t in tensors.items() if n.endswith(BIAS_ENDING)}
     return Contents(
         biases={n: t.reshape(-1) for n, t in biases.items()},
-        head={n: t for n, t in tensors.items() if not n.endswith(ENDING)},
+        head={n: t for n, t in tensors.items() if not n.endswith(BIAS_ENDING)},
     )
 
 
@@ -201,7 +201,7 @@ def model_class(folder: str | Path) -> str | None:
     return name if known else None
 
 
-def class_facts(model: nn.Module) -> dict[str, Any]:
+def class_facts(model: nn.Module) -> JsonObject:
     """``classes``: names of the head's outputs, where they say more than their numbers."""
     found = getattr(getattr(model, "config", None), "id2label", None)
     if not found or all(name == f"LABEL_{i}" for i, name in found.items()):
@@ -239,7 +239,7 @@ def _not_whole(path: Path, reason: object) -> AdapterError:
     return AdapterError(f"{path} is not a whole safetensors file: {reason}")
 
 
-def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
+def _check_digests(folder: Path, config: JsonObject) -> None:
     """Weights without a digest are PEFT's, or were saved before there were digests.
 
     PEFT may save weights of its own and keep our part of the config. So the digests in that part
@@ -261,7 +261,7 @@ def _check_digests(folder: Path, config: Mapping[str, Any]) -> None:
         )
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def _config(folder: Path) -> JsonObject:
     path = folder / CONFIG
     if not path.exists():
         raise AdapterError(
@@ -295,7 +295,7 @@ def _check_inside(folder: Path, path: Path) -> None:
         raise AdapterError(f"{path} is no plain file")
 
 
-def _check_model(model: nn.Module, config: dict[str, Any]) -> None:
+def _check_model(model: nn.Module, config: JsonObject) -> None:
     """Our own adapters say what they were made for; PEFT's do not."""
     facts = _facts(config)
     for key, value in model_facts(model).items():
@@ -306,18 +306,18 @@ def _check_model(model: nn.Module, config: dict[str, Any]) -> None:
             )
 
 
-def _facts(config: Mapping[str, Any]) -> dict[str, Any]:
+def _facts(config: JsonObject) -> JsonObject:
     """What our own adapters keep in the config; empty for PEFT's."""
     facts = _mapping(config).get("beft_ext")
     return facts if isinstance(facts, dict) else {}
 
 
-def _mapping(config: Mapping[str, Any]) -> dict[str, Any]:
+def _mapping(config: JsonObject) -> JsonObject:
     mapping = config.get("auto_mapping")
     return mapping if isinstance(mapping, dict) else {}
 
 
-def model_facts(model: nn.Module) -> dict[str, Any]:
+def model_facts(model: nn.Module) -> JsonObject:
     """What must be the same in the model of an adapter and the one that it is loaded in."""
     config = getattr(model, "config", None)
     keys = ("model_type", "num_hidden_layers", "hidden_size")
@@ -325,7 +325,7 @@ def model_facts(model: nn.Module) -> dict[str, Any]:
 
 
 def _check_entries(
-    model: nn.Module, config: dict[str, Any], kinds: dict[str, tuple[str, tuple[int, ...]]]
+    model: nn.Module, config: JsonObject, kinds: dict[str, tuple[str, tuple[int, ...]]]
 ) -> None:
     modules, state = dict(model.named_modules()), model.state_dict()
     saved = config.get("modules_to_save") or []
@@ -335,12 +335,12 @@ def _check_entries(
     name = type(model).__name__
     seen: set[str] = set()
     for key, (dtype, shape) in kinds.items():
-        own = key.removeprefix(PREFIX)
+        own = key.removeprefix(PEFT_PREFIX)
         seen.add(own)
         if own == key:
             raise AdapterError(f"'{key[:80]}' is not a tensor of a PEFT adapter")
-        if own.endswith(ENDING):
-            expected = _bias_shape(modules, own.removesuffix(ENDING), name)
+        if own.endswith(BIAS_ENDING):
+            expected = _bias_shape(modules, own.removesuffix(BIAS_ENDING), name)
         elif own in state and own.startswith(inside):
             expected = tuple(state[own].shape)
         else:
@@ -352,17 +352,17 @@ def _check_entries(
             )
         if shape != expected:
             raise AdapterError(f"'{own}' has shape {shape}, but {name} needs {expected}")
-        if dtype not in DTYPES:
-            raise AdapterError(f"'{own}' is {dtype}: only {', '.join(DTYPES)} are read")
+        if dtype not in FLOAT_DTYPES:
+            raise AdapterError(f"'{own}' is {dtype}: only {', '.join(FLOAT_DTYPES)} are read")
     # In a kept module PEFT trains a copy as a whole: a target inside it has no bias of its own.
     targets = [m for m in _targets(modules, config) if not f"{m}.".startswith(inside)]
-    needed = [f"{m}{ENDING}" for m in targets] + [n for n in state if n.startswith(inside)]
+    needed = [f"{m}{BIAS_ENDING}" for m in targets] + [n for n in state if n.startswith(inside)]
     if missing := [n for n in needed if n not in seen]:
         raise AdapterError(
             f"the adapter lacks '{missing[0]}', which its config asks for in {name}: it is "
             "damaged, or made for another number of layers"
         )
-    if not any(n.endswith(ENDING) for n in seen):
+    if not any(n.endswith(BIAS_ENDING) for n in seen):
         raise AdapterError("the adapter holds no bias")
 
 
@@ -380,7 +380,7 @@ def _bias_shape(modules: dict[str, nn.Module], name: str, model: str) -> tuple[i
     return (1, width)
 
 
-def _targets(modules: Collection[str], config: Mapping[str, Any]) -> list[str]:
+def _targets(modules: Collection[str], config: JsonObject) -> list[str]:
     """Modules that the config asks a bias for, by their whole name or by its end."""
     wanted = config.get("target_modules")
     if not isinstance(wanted, list):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from beft_ext.adapters.contents import AdapterError
 
@@ -55,7 +54,6 @@ class Upload:
         from huggingface_hub import HfApi
 
         api = HfApi(token=self.token)
-        options: dict[str, Any] = {"revision": self.revision, "create_pr": self.create_pr}
         try:
             repo = api.create_repo(self.repo_id, private=self.private, exist_ok=True).repo_id
             if self.revision is not None and not self.revision.startswith("refs/pr"):
@@ -65,7 +63,8 @@ class Upload:
                 folder_path=folder,
                 allow_patterns=list(files),
                 commit_message=self.commit_message,
-                **options,
+                revision=self.revision,
+                create_pr=self.create_pr,
             )
         except Exception as error:  # the hub's client raises many unrelated types
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -22,6 +22,7 @@ from beft_ext.adapters.contents import (
     write,
 )
 from beft_ext.adapters.hub import Upload
+from beft_ext.files import JsonObject
 from beft_ext.models import state, wrappers
 from beft_ext.selection import Selection, SelectionError
 from beft_ext.training.preparation import Prepared, prepared_of
@@ -85,7 +86,7 @@ def save_adapter(
     return None if upload is None else upload.send(folder, FILES)
 
 
-def _to_save(model: nn.Module) -> tuple[Contents, dict[str, Any], str]:
+def _to_save(model: nn.Module) -> tuple[Contents, JsonObject, str]:
     """What is trained or active, the facts that its config keeps of it, and its summary."""
     prepared, facts = prepared_of(model), model_facts(model) | class_facts(model)
     if prepared is not None:

@@ -7,11 +7,11 @@ import logging
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TextIO
 
 from beft_ext import scores
 from beft_ext.commands import methods
-from beft_ext.commands.loading import OBJECTIVES
+from beft_ext.commands.loading import OBJECTIVES, ModelSpec, Source, WorkflowError
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.files import require_writable, save_json
 from beft_ext.tasks import TASKS
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data(select)
     _add_run(select, epochs=1, warmup=0.0)
     select.add_argument("--terms", metavar="T,T", help="candidates (default: all)")
-    select.add_argument("--method", choices=scores.METHODS, default="beft")
+    select.add_argument("--method", choices=scores.SCORES, default="beft")
     select.add_argument("--steps", type=int, help="length of the run, in place of --epochs")
     select.add_argument(
         "--settle",
@@ -161,17 +161,13 @@ def _add_run(parser: argparse.ArgumentParser, epochs: int, warmup: float) -> Non
     parser.add_argument("--group-by-length", action="store_true", help="batches of like lengths")
 
 
-def _source(arguments: argparse.Namespace) -> Any:
-    from beft_ext.commands.loading import Source
-
+def _source(arguments: argparse.Namespace) -> Source:
     a = arguments
     columns = (a.text_column, a.text_pair_column, a.label_column)
     return Source(a.task, a.data, a.train_file, a.validation_file, a.task_config, *columns)
 
 
-def _spec(arguments: argparse.Namespace) -> Any:
-    from beft_ext.commands.loading import ModelSpec, WorkflowError
-
+def _spec(arguments: argparse.Namespace) -> ModelSpec:
     a = arguments
     if a.max_length is not None and a.max_length < 1:
         raise WorkflowError("--max-length must be at least 1")

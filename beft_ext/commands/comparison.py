@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from beft_ext.commands.loading import ModelSpec, Source, WorkflowError, classes_
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
 from beft_ext.commands.workflow import EVALUATION_BATCH, Settings
-from beft_ext.files import locked, save_json, whole_file
+from beft_ext.files import JsonObject, locked, save_json, whole_file
 from beft_ext.selection import SETTLE, automatic, select
 from beft_ext.tasks import Batches, Example, Objective, PromptObjective, subset
 from beft_ext.training.optim import BiasAdamW
@@ -93,9 +92,9 @@ class Comparison:
                 print(_line(outcome), flush=True)
         return [o for o in outcomes if o.method in ways and o.seed in self.seeds]
 
-    def _setup(self) -> dict[str, Any]:
+    def _setup(self) -> JsonObject:
         """What all runs of one folder have in common."""
-        found: dict[str, Any] = {"task": self.source.name}
+        found: JsonObject = {"task": self.source.name}
         files = (self.source.train_file, self.source.validation_file, self.source.config)
         found["files"] = " ".join(str(f) for f in files if f) or None
         settings = asdict(replace(self.settings, seed=0)) | asdict(replace(self.spec, seed=0))
@@ -199,14 +198,14 @@ def _step_peak(
     return peak
 
 
-def summarize(outcomes: Sequence[Outcome], metrics: Sequence[str]) -> list[dict[str, Any]]:
+def summarize(outcomes: Sequence[Outcome], metrics: Sequence[str]) -> list[JsonObject]:
     """One row a method: mean and standard deviation of each metric over seeds, medians of the
     rest."""
     rows = []
     for name in dict.fromkeys(o.method for o in outcomes):
         own = [o for o in outcomes if o.method == name]
         fine = [o for o in own if o.failure is None]
-        row: dict[str, Any] = {"method": name, "seeds": len(fine)}
+        row: JsonObject = {"method": name, "seeds": len(fine)}
         row["failure"] = next((o.failure for o in own if o.failure is not None), None)
         for metric in metrics if fine else ():
             values = [o.metrics[metric] for o in fine]
@@ -220,7 +219,7 @@ def summarize(outcomes: Sequence[Outcome], metrics: Sequence[str]) -> list[dict[
     return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]) -> str:
+def table(rows: Sequence[JsonObject], metrics: Sequence[str]) -> str:
     """``summarize``'s rows as a Markdown table."""
     heads = ["method", *metrics, "seeds", "trained", "seconds", "peak MiB", "kept KiB"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
@@ -273,7 +272,7 @@ def _line(outcome: Outcome) -> str:
     return f"{outcome.method}{chosen}, seed {outcome.seed}: {outcome.failure or found}"
 
 
-def _read(path: Path, setup: Mapping[str, Any]) -> list[Outcome]:
+def _read(path: Path, setup: JsonObject) -> list[Outcome]:
     if not path.is_file():
         return []
     outcomes = []
@@ -293,7 +292,7 @@ def _read(path: Path, setup: Mapping[str, Any]) -> list[Outcome]:
     return outcomes
 
 
-def add(path: Path, setup: Mapping[str, Any], outcome: Outcome) -> list[Outcome]:
+def add(path: Path, setup: JsonObject, outcome: Outcome) -> list[Outcome]:
     """All outcomes of the file, this one among them, in place of an earlier one of its kind."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path.parent):
@@ -301,6 +300,6 @@ def add(path: Path, setup: Mapping[str, Any], outcome: Outcome) -> list[Outcome]
         outcomes = [o for o in _read(path, setup) if (o.method, o.seed) != own]
         outcomes.append(outcome)
         with whole_file(path) as temporary:
-            lines = (json.dumps(asdict(o) | {"setup": dict(setup)}) + "\n" for o in outcomes)
+            lines = (json.dumps(asdict(o) | {"setup": setup}) + "\n" for o in outcomes)
             temporary.write_text("".join(lines), encoding="utf-8")
     return outcomes

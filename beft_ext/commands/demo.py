@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,9 @@ from beft_ext.models import BiasMap, find_biases
 from beft_ext.selection import ModelSnapshot, Run, Selection, select
 from beft_ext.tap import Tap
 from beft_ext.tasks import Example, HeadObjective, Task, read_rows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 DATA = Path(tasks.__file__).parent / "sentiment"
 TASK = Task(text="{sentence}")
@@ -40,7 +43,7 @@ def minilm() -> Path:
     return Path(spec.origin).parent / "model"
 
 
-def load() -> tuple[nn.Module, Any]:
+def load() -> tuple[nn.Module, PreTrainedTokenizerBase]:
     """The demo's classifier, its new head seeded, and its tokenizer."""
     import transformers
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -29,10 +29,13 @@ from beft_ext.tasks import (
 )
 from beft_ext.tasks.reading import agree, stated_pad
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
 OBJECTIVES = ("auto", "head", "prompt")
 MOST_CLASSES, MOST_LAYERS = 10_000, 2_000
 FOREIGN_CODE = "it wants code of its own to be run, which is not done"
-REASONS = {  # by what transformers says
+LOADING_REASONS = {  # by what transformers says
     "trust_remote_code": FOREIGN_CODE,
     "contains custom code": FOREIGN_CODE,
     "connect to": "it is no folder, not in the local cache, and the hub cannot be reached",
@@ -96,7 +99,7 @@ class Source:
         return task.examples(read_rows(file), str(file))
 
 
-def pretrained(model: str, auto: str, **options: Any) -> Any:
+def pretrained(model: str, auto: str, **options: object) -> Any:
     """A transformers object by the Auto class called ``auto``.
 
     Nothing is unpickled, and no code of the folder is run. Raises WorkflowError, one line.
@@ -119,7 +122,9 @@ def pretrained(model: str, auto: str, **options: Any) -> Any:
 
 def _reason(error: Exception) -> str:
     said = str(error).strip() or type(error).__name__
-    return next((told for sign, told in REASONS.items() if sign in said), said.splitlines()[0])
+    return next(
+        (told for sign, told in LOADING_REASONS.items() if sign in said), said.splitlines()[0]
+    )
 
 
 def _check_folder(model: str) -> None:
@@ -146,8 +151,8 @@ class Folder:
     """
 
     name: str
-    config: Any
-    tokenizer: Any
+    config: PreTrainedConfig
+    tokenizer: PreTrainedTokenizerBase
     skeleton: nn.Module
 
     @classmethod
@@ -217,7 +222,7 @@ class Folder:
                 "another model's, or damaged"
             )
 
-    def _name_classes(self, config: Any, classes: Sequence[str], new: bool) -> None:
+    def _name_classes(self, config: PreTrainedConfig, classes: Sequence[str], new: bool) -> None:
         """Names of the outputs: those of the task, else the folder's own, else numbers."""
         plain = [f"LABEL_{i}" for i in range(config.num_labels)]
         own = plain if new else [str(n) for n in config.id2label.values()]
@@ -237,7 +242,7 @@ def require_order(whose: str, own: Sequence[str], classes: Sequence[str]) -> Non
         )
 
 
-def _skeleton(name: str, config: Any) -> nn.Module:
+def _skeleton(name: str, config: PreTrainedConfig) -> nn.Module:
     import transformers
 
     try:
@@ -249,7 +254,7 @@ def _skeleton(name: str, config: Any) -> nn.Module:
 
 
 @torch.no_grad()
-def _reinitialise(model: Any, parameters: Collection[int]) -> None:
+def _reinitialise(model: PreTrainedModel, parameters: Collection[int]) -> None:
     """New values for the modules whose parameters are all among these (by ``id``)."""
     for module in model.modules():
         own = list(module.parameters(recurse=False))
@@ -314,14 +319,14 @@ class ModelSpec:
         torch.manual_seed(self.seed)
         return folder.load(objective.auto, self.new_head, **options), objective
 
-    def _prompts(self, task: Task, config: Any) -> bool:
+    def _prompts(self, task: Task, config: PreTrainedConfig) -> bool:
         if self.objective != "auto":
             return self.objective == "prompt"
         needed = task.kind == "generation"
         return needed or (bool(task.prompt) and goes_left_to_right(config))
 
 
-def goes_left_to_right(config: Any) -> bool:
+def goes_left_to_right(config: PreTrainedConfig) -> bool:
     """True for a decoder: a type with a causal language model and no masked one."""
     from transformers.models.auto import modeling_auto as auto
 

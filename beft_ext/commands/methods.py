@@ -1,4 +1,4 @@
-"""Ways of adapting a model that training a chosen bias is compared with."""
+"""Adaptation methods that training a chosen bias is compared with."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from beft_ext.training.preparation import prepare, prepared_of
 
 
 class MethodError(BeftError, ValueError):
-    """A method that is unknown, or that this model or task does not allow."""
+    """An adaptation method that is unknown, or that this model or task does not allow."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +166,7 @@ def _distinct(size: int, count: int, generator: torch.Generator) -> Tensor:
     return found[:count]
 
 
-def _peft(kind: str, terms: Iterable[str] = (), **options: Any) -> Callable[..., nn.Module]:
+def _peft(kind: str, terms: Iterable[str] = (), **options: object) -> Callable[..., nn.Module]:
     def setup(model: nn.Module, _: int) -> nn.Module:
         try:
             import peft
@@ -220,10 +219,10 @@ def _low_rank(terms: Sequence[str]) -> Callable[[nn.Module, int], nn.Module]:
     return setup
 
 
-def _changed(place: Bias, change: LowRankBias) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+def _changed(place: Bias, change: LowRankBias) -> Callable[[nn.Module, object, Tensor], Tensor]:
     """A hook that adds ``change`` to its slice of a projection's output ``(B, T, P)``."""
 
-    def hook(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+    def hook(_: nn.Module, __: object, output: Tensor) -> Tensor:
         beside = output.shape[-1] // place.groups - place.stop
         added = change().to(output.dtype).view(place.groups, -1)
         return output + nn.functional.pad(added, (place.start, beside)).flatten()

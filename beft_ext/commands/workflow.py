@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -20,10 +21,10 @@ from beft_ext.commands.loading import (
     goes_left_to_right,
     require_order,
 )
-from beft_ext.files import whole_files
+from beft_ext.files import JsonObject, whole_files
 from beft_ext.models import find_biases
 from beft_ext.selection import SETTLE, Selection, automatic, read_selection, select
-from beft_ext.tasks import Batches, Objective, subset
+from beft_ext.tasks import Batches, Example, Objective, subset
 from beft_ext.tasks.metrics import measure
 from beft_ext.training.tuning import CHECKPOINT, Recipe, tune
 
@@ -44,7 +45,7 @@ class Settings:
     seed: int = 0
 
     @classmethod
-    def of(cls, arguments: Any) -> Settings:
+    def of(cls, arguments: Namespace) -> Settings:
         """From an argparse namespace. Raises WorkflowError for a number out of range."""
         made = cls(**{f.name: getattr(arguments, f.name) for f in fields(cls)})
         for name in ("batch_size", "epochs"):
@@ -61,7 +62,7 @@ class Settings:
         clip = self.max_grad_norm
         return Recipe(self.epochs, self.lr, self.warmup, 0.0, clip, self.seed, **options)
 
-    def batches(self, objective: Objective, examples: Sequence[Any]) -> Batches:
+    def batches(self, objective: Objective, examples: Sequence[Example]) -> Batches:
         """Training batches: a seeded subset in seeded order."""
         train = subset(examples, self.train_size, self.seed)
         return objective.training(train, self.batch_size, self.seed, self.group_by_length)
@@ -83,24 +84,33 @@ def run_select(
     model, objective = spec.load(source.task, classes_of(train))
     loader = settings.batches(objective, train)
     _tell(objective)
-    options = {"terms": terms, "method": method, "steps": steps, "settle": settle}
-    return _select(model, objective, loader, settings, **options)
+    return _select(model, objective, loader, settings, settle, terms, method, steps)
 
 
 def _select(
-    model: nn.Module, objective: Objective, loader: Batches, settings: Settings, **options: Any
+    model: nn.Module,
+    objective: Objective,
+    loader: Batches,
+    settings: Settings,
+    settle: float,
+    terms: Sequence[str] | None = None,
+    method: str = "beft",
+    steps: int | None = None,
 ) -> Selection:
     return select(
         model,
         loader,
+        method,
         loss=objective.loss,
+        terms=terms,
         epochs=settings.epochs,
+        steps=steps,
         lr=settings.lr,
         warmup=settings.warmup,
         max_grad_norm=settings.max_grad_norm,
+        settle=settle,
         seed=settings.seed,
         progress=sys.stderr.isatty(),
-        **options,
     )
 
 
@@ -137,7 +147,7 @@ def run_tune(
         selected = out / "selection" / "selection.json"
         if not (resume and selected.is_file()):
             once = replace(settings, epochs=1, warmup=0.0)
-            found = _select(model, objective, loader, once, settle=SETTLE)
+            found = _select(model, objective, loader, once, SETTLE)
             print(found)
             found.save(selected.parent)
         term, reason = automatic(read_selection(selected))
@@ -167,7 +177,7 @@ def run_tune(
 
 def run_evaluate(
     source: Source, spec: ModelSpec, adapter: Path | None, split: str = "validation"
-) -> dict[str, Any]:
+) -> JsonObject:
     """``beft-ext evaluate``: metrics and every prediction, of a model with or without adapter."""
     from beft_ext.adapters import class_names, head_classes, load_adapter
 

@@ -6,14 +6,13 @@ import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from beft_ext.models.bias_map import BiasError
 from beft_ext.models.find import is_quantised, output_width
-from beft_ext.models.registry import FOLDS
+from beft_ext.models.registry import VALUE_FOLDS
 
 
 def add_bias(module: nn.Module) -> nn.Parameter:
@@ -31,7 +30,7 @@ class Plain:
     """What ``make_plain`` changed, for ``undo_plain``: flags of the config, biases by module,
     values ``(H,)`` of the output biases that took in a value bias."""
 
-    flags: dict[str, Any] = field(default_factory=dict)
+    flags: dict[str, object] = field(default_factory=dict)
     biases: dict[str, nn.Parameter | None] = field(default_factory=dict)
     values: dict[str, Tensor] = field(default_factory=dict)
 
@@ -105,7 +104,7 @@ def _lacks_only_biases(model: nn.Module, names: set[str]) -> bool:
 
 def _output(model: nn.Module, value: str) -> str | None:
     """The output projection that can take in the bias of the value projection, if any."""
-    for ending, name in FOLDS.items():
+    for ending, name in VALUE_FOLDS.items():
         if value.endswith("." + ending):
             output = f"{value.rpartition('.')[0]}.{name}"
             return output if model.get_submodule(output).bias is not None else None

@@ -46,7 +46,6 @@ class Bias:
         parameter: name of the parameter that holds the bias.
         start, stop: the bias's columns within each group.
         groups: number of groups, 1 by default.
-        shared: whether one forward uses the bias more than once; False by default.
         width: number of elements, H.
         name: ``<layer>.<term>``, as in ``biases.safetensors``.
     Example:
@@ -63,7 +62,6 @@ class Bias:
     start: int
     stop: int
     groups: int = 1
-    shared: bool = False
 
     @property
     def width(self) -> int:

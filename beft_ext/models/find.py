@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from beft_ext.models.bias_map import TERMS, Bias, BiasError, BiasMap, Projection
 from beft_ext.models.registry import (
-    ALONE,
     ATTENTIONS,
     CROSS,
     ENDINGS,
     EXPERTS,
     FUSED,
+    LATENT_QUERIES,
     MODALITIES,
     NO_ATTENTION,
 )
 from beft_ext.models.wrappers import inside
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 QKV = ("query", "key", "value")
 Found = list[tuple[str, int, int, int]]  # term, groups, start, stop
@@ -54,7 +55,7 @@ def find_biases(model: nn.Module, names: Mapping[str, str] | None = None) -> Bia
             f"{1 + max(p.bias.layer for p in projections)} layers (looked in "
             f"'{projections[0].bias.module}' and on): prepare adds one"
         )
-    return BiasMap(_mark_tied(biases))
+    return BiasMap(_one_a_place(biases))
 
 
 def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -> list[Projection]:
@@ -69,13 +70,9 @@ def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -
     if names is not None and (wrong := [t for t in names if t not in TERMS]):
         raise BiasError(f"unknown term '{wrong[0]}' in names: use {', '.join(TERMS)}")
     parts = _attention_parts(model) if names is None else _named_parts(model, names)
-    layers, listed = _layers(model, parts)
     owner = {id(p): n for n, p in model.named_parameters()}
-    uses = Counter(id(m) for _, m in model.named_modules(remove_duplicate=False))
-    config = getattr(model, "config", None)
-    repeated = listed < (getattr(config, "num_hidden_layers", None) or 0)
     found: list[Projection] = []
-    for index, prefix in enumerate(layers):
+    for index, prefix in enumerate(_layers(model, parts)):
         for path, module in model.get_submodule(prefix).named_modules():
             where = f"{prefix}.{path}"
             width = output_width(module)
@@ -86,9 +83,8 @@ def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -
                 slices = _by_ending(path, width)
             parameter = getattr(module, "bias", None)
             name = f"{where}.bias" if parameter is None else owner[id(parameter)]
-            shared = repeated or uses[id(module)] > 1
             for term, groups, start, stop in slices or ():
-                bias = Bias(term, index, where, name, start, stop, groups, shared)
+                bias = Bias(term, index, where, name, start, stop, groups)
                 found.append(Projection(bias, parameter is not None, is_linear(module)))
     if not found:
         raise BiasError(_unknown(model))
@@ -129,7 +125,7 @@ def _attention_parts(model: nn.Module) -> dict[str, Found]:
     """Path of each query, key and value projection, with the terms that it holds."""
     parts: dict[str, Found] = {}
     config = getattr(model, "config", None)
-    configs: dict[str, Any] = {"": config}
+    configs: dict[str, PreTrainedConfig] = {"": config}
     towers: set[str] = set()
     for path, module in model.named_modules():
         above = path.rpartition(".")[0]
@@ -151,8 +147,8 @@ def _attention_parts(model: nn.Module) -> dict[str, Found]:
                 break
         for name, child_module in inside.items():
             width = output_width(child_module)
-            if name in ALONE and width:
-                parts[f"{path}.{name}"] = [(cross + ALONE[name], 1, 0, width)]
+            if name in LATENT_QUERIES and width:
+                parts[f"{path}.{name}"] = [(cross + LATENT_QUERIES[name], 1, 0, width)]
             elif width and (ending := _fused(f"{path}.{name}")):
                 groups, slices = FUSED[ending](configs[path], width)
                 parts[f"{path}.{name}"] = [(cross + t, groups, a, b) for t, a, b in slices]
@@ -161,7 +157,7 @@ def _attention_parts(model: nn.Module) -> dict[str, Found]:
     return parts
 
 
-def _is_tower(own: Any, above: Any) -> bool:
+def _is_tower(own: PreTrainedConfig, above: PreTrainedConfig) -> bool:
     """Whether a module with the config ``own`` sees or hears for the text model beside it: no
     text reaches its biases."""
     if own is above or not any(hasattr(above, f"{kind}_config") for kind in MODALITIES):
@@ -208,11 +204,9 @@ def _inner(module: nn.Module) -> str:
     return ".linear" if isinstance(getattr(module, "linear", None), nn.Linear) else ""
 
 
-def _layers(model: nn.Module, parts: Mapping[str, Found]) -> tuple[list[str], int]:
-    """Paths of the layers: entries of the innermost module lists that hold an attention; and
-    how many entries these lists have in all."""
+def _layers(model: nn.Module, parts: Mapping[str, Found]) -> list[str]:
+    """Paths of the layers: entries of the innermost module lists that hold an attention."""
     layers: list[str] = []
-    sizes: dict[str, int] = {}
     above = outer_modules(parts)
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList):
@@ -221,21 +215,17 @@ def _layers(model: nn.Module, parts: Mapping[str, Found]) -> tuple[list[str], in
         holding = [p for p in paths if p in above]
         # T5 keeps the parts of one layer in a list: its attention is one entry, its MLP another.
         pieces = len(holding) < len(module) and any(name.startswith(f"{a}.") for a in layers)
-        if not pieces and holding:
+        if not pieces:
             layers += holding
-            sizes[name] = len(module)
     outer = outer_modules(layers)
-    innermost = [a for a in layers if a not in outer]
-    lists = {a.rpartition(".")[0] for a in innermost}
-    return innermost, sum(size for name, size in sizes.items() if name in lists)
+    return [a for a in layers if a not in outer]
 
 
-def _mark_tied(biases: list[Bias]) -> list[Bias]:
-    """One entry per parameter and slice; shared where several modules hold the parameter."""
+def _one_a_place(biases: list[Bias]) -> list[Bias]:
+    """One entry per parameter and slice: the first of the modules that hold the parameter."""
     first: dict[tuple[str, int], Bias] = {}
     for bias in biases:
-        place = (bias.parameter, bias.start)
-        first[place] = replace(first[place], shared=True) if place in first else bias
+        first.setdefault((bias.parameter, bias.start), bias)
     return list(first.values())
 
 

@@ -9,7 +9,10 @@ taken for ``output.dense``.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Names of query, key and value side by side in one module.
 ATTENTIONS: tuple[tuple[str, str, str], ...] = (
@@ -70,10 +73,10 @@ ENDINGS: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 Slices = list[tuple[str, int, int]]
-Layout = Callable[[Any, int], tuple[int, Slices]]
+Layout = Callable[["PreTrainedConfig", int], tuple[int, Slices]]
 
 
-def blocks(config: Any, size: int) -> tuple[int, Slices]:
+def blocks(config: PreTrainedConfig, size: int) -> tuple[int, Slices]:
     """Query, key and value one after the other; key and value of as many heads as they have."""
     heads, shared = _heads(config)
     width = size // (heads + 2 * shared)
@@ -81,7 +84,7 @@ def blocks(config: Any, size: int) -> tuple[int, Slices]:
     return 1, [("query", 0, q), ("key", q, q + k), ("value", q + k, q + 2 * k)]
 
 
-def by_head(config: Any, size: int) -> tuple[int, Slices]:
+def by_head(config: PreTrainedConfig, size: int) -> tuple[int, Slices]:
     """Head by head, each its query, key and value."""
     heads, _ = _heads(config)
     width = size // (3 * heads)
@@ -89,7 +92,7 @@ def by_head(config: Any, size: int) -> tuple[int, Slices]:
     return heads, [(term, i * width, (i + 1) * width) for i, term in slices]
 
 
-def by_group(config: Any, size: int) -> tuple[int, Slices]:
+def by_group(config: PreTrainedConfig, size: int) -> tuple[int, Slices]:
     """Group by group: the queries of its heads, then their one key and value."""
     heads, shared = _heads(config)
     width = size // (heads + 2 * shared)
@@ -97,7 +100,7 @@ def by_group(config: Any, size: int) -> tuple[int, Slices]:
     return shared, [("query", 0, q), ("key", q, q + width), ("value", q + width, q + 2 * width)]
 
 
-def by_kind(config: Any, size: int) -> tuple[int, Slices]:
+def by_kind(config: PreTrainedConfig, size: int) -> tuple[int, Slices]:
     """Falcon's, GPT-BigCode's and ChatGLM's configs say which; BLOOM, GPT-NeoX and others go by
     head."""
     if getattr(config, "new_decoder_architecture", False):
@@ -106,19 +109,19 @@ def by_kind(config: Any, size: int) -> tuple[int, Slices]:
     return (blocks if any(getattr(config, f, False) for f in flags) else by_head)(config, size)
 
 
-def side_by_side(config: Any, size: int) -> tuple[int, Slices]:
+def side_by_side(config: PreTrainedConfig, size: int) -> tuple[int, Slices]:
     """GPT-2's three blocks; GPT-BigCode's only where it has one key and value for all heads."""
     return (by_head if getattr(config, "multi_query", True) is False else blocks)(config, size)
 
 
-def latent(config: Any, size: int) -> tuple[int, Slices]:
+def latent(config: PreTrainedConfig, size: int) -> tuple[int, Slices]:
     """DeepSeek's multi-head latent attention: head by head the key's part without positions,
     then the value."""
     key, value = config.qk_nope_head_dim, config.v_head_dim
     return size // (key + value), [("key", 0, key), ("value", key, key + value)]
 
 
-def by_quarter(_: Any, size: int) -> tuple[int, Slices]:
+def by_quarter(_: PreTrainedConfig, size: int) -> tuple[int, Slices]:
     """CodeGen's four parts, made for four devices, each with query, value and key."""
     width = size // 12
     return 4, [("query", 0, width), ("value", width, 2 * width), ("key", 2 * width, 3 * width)]
@@ -136,14 +139,14 @@ FUSED: dict[str, Layout] = {
 }
 
 # The query of a latent attention, where it is not called q_proj.
-ALONE: dict[str, str] = {"q_b_proj": "query"}
+LATENT_QUERIES: dict[str, str] = {"q_b_proj": "query"}
 
 # Attentions without a flag for a value bias but with a biased output projection beside it: the
 # value bias can be folded into that one, for the rows of these attentions sum to one.
-FOLDS: dict[str, str] = {"attn.attention.v_proj": "out_proj"}
+VALUE_FOLDS: dict[str, str] = {"attn.attention.v_proj": "out_proj"}
 
 
-def _heads(config: Any) -> tuple[int, int]:
+def _heads(config: PreTrainedConfig) -> tuple[int, int]:
     """Heads of the query, and of key and value."""
     heads = config.num_attention_heads
     if getattr(config, "multi_query", False) and not getattr(

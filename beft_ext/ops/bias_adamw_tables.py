@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from array import array
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -63,14 +63,17 @@ class AdamWTables(NamedTuple):
     global_norm: Tensor | None = None
 
 
-class Located(list[Any]):
+Held = TypeVar("Held", bound="Tensor | None")
+
+
+class Located(list[Held]):
     """Tensors, or None, with the addresses at which they lie (eight bytes each, 0 for None) and,
     for parameters, what else the kernels are told of each. To ask torch costs as much as the
     kernel's work, so it is asked once."""
 
     def __init__(
         self,
-        tensors: Sequence[Tensor | None],
+        tensors: Sequence[Held],
         addresses: bytes | None = None,
         forms: bytes = b"",
     ) -> None:
@@ -101,7 +104,7 @@ def reach(tensor: Tensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in steps)
 
 
-def survey(params: list[Tensor]) -> tuple[list[Tensor | None], bytes, Any, bytes | None]:
+def survey(params: list[Tensor]) -> tuple[list[Tensor | None], bytes, object, bytes | None]:
     """Parameters and their gradients as they are now.
 
     Returns:

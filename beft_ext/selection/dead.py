@@ -23,8 +23,12 @@ from beft_ext.models import Bias
 # As a share of the attention's largest gradient. Of all model types of transformers, small and
 # random, the least that lives is 3e-5; what is dead stays below 5e-8, the rounding of the fp32
 # softmax that some models insist on.
-DEAD = 1e-6
+DEAD_SHARE = 1e-6
 QKV = ("query", "key", "value")
+
+# Of an attention's forward.
+Arguments = tuple[object, ...]
+Keywords = dict[str, object]
 
 
 class ProbeError(BeftError, RuntimeError):
@@ -52,7 +56,7 @@ def dead_terms(
             hooks.callback(attention.register_forward_pre_hook(probe, with_kwargs=True).remove)
         with torch.no_grad():
             forward()
-    return [term for term, size in sizes.items() if size <= DEAD]
+    return [term for term, size in sizes.items() if size <= DEAD_SHARE]
 
 
 def _attentions(biases: Iterable[Bias]) -> dict[str, list[Bias]]:
@@ -79,14 +83,14 @@ class _Probe:
     def __init__(self, path: str, biases: list[Bias], sizes: dict[str, float]) -> None:
         self.path, self.biases, self.sizes = path, biases, sizes
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+    def __call__(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> None:
         largest = self._largest(module, args, kwargs)
         most = max(largest.values())
         for term, size in largest.items():
             share = size / most if most > 0 else 1.0  # no gradient at all: nothing is known
             self.sizes[term] = max(share, self.sizes.get(term, 0.0))
 
-    def _largest(self, module: nn.Module, args: Any, kwargs: Any) -> dict[str, float]:
+    def _largest(self, module: nn.Module, args: Arguments, kwargs: Keywords) -> dict[str, float]:
         """Each term's largest gradient; in float32 where the model's own code has no float64."""
         why: Exception | None = None
         for dtype in (torch.float64, torch.float32):
@@ -109,7 +113,11 @@ class _Probe:
         ) from why
 
     def _grads(
-        self, module: nn.Module, args: Any, kwargs: Any, dtype: torch.dtype
+        self,
+        module: nn.Module,
+        args: tuple[object, ...],
+        kwargs: dict[str, object],
+        dtype: torch.dtype,
     ) -> dict[str, Tensor | None]:
         """Gradients ``(H,)`` at the projections' outputs, of a random sum over the attention's."""
         native = next((t.dtype for t in _tensors((args, kwargs))), torch.get_default_dtype())
@@ -135,7 +143,7 @@ class _Adding:
     def __init__(self, path: str, added: dict[str, Tensor], dtype: torch.dtype) -> None:
         self.path, self.added, self.dtype = path, added, dtype
 
-    def __call__(self, _module: nn.Module, _args: Any, output: Any) -> Tensor:
+    def __call__(self, _module: nn.Module, _args: object, output: object) -> Tensor:
         if not isinstance(output, Tensor):
             raise TypeError(f"'{self.path}' gives out a {type(output).__name__}, not a tensor")
         if self.path not in self.added:
@@ -157,7 +165,7 @@ def _twin(module: nn.Module, dtype: torch.dtype, native: torch.dtype) -> nn.Modu
     return twin
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def _cast(value: object, dtype: torch.dtype) -> Any:
     """Float tensors of nested containers as ``dtype``; a cache of keys is left out: this run
     must not add to it."""
     if isinstance(value, Tensor):
@@ -171,7 +179,7 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     """Float tensors within nested containers."""
     if isinstance(value, Tensor):
         return [value] if value.is_floating_point() else []

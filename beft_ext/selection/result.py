@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +14,7 @@ from beft_ext.errors import BeftError
 from beft_ext.files import (
     DIGEST,
     UNSEALED,
+    JsonObject,
     digest,
     locked,
     whole_file,
@@ -92,7 +91,7 @@ class Selection:
         return self.ranking[self.method][0]
 
     def __str__(self) -> str:
-        columns = [m for m in scores.METHODS if m in self.scores]
+        columns = [m for m in scores.SCORES if m in self.scores]
         order = self.ranking[self.method]
         rest = [t for t in self.scores[self.method] if t not in order]
         lines = [f"{'':>4} {'term':<18}" + "".join(f"{m:>16}" for m in columns)]
@@ -150,8 +149,8 @@ class Selection:
             write_json(temporary / RECORD, _nulls(record))
 
 
-KEYS = {"method", "best", "ranking", "scores", "per_layer", "undefined", "dead", "losses", "steps"}
-KEYS |= {"above_90_degrees", "settled", "biases", DIGEST}
+RECORD_KEYS = {"method", "best", "ranking", "scores", "per_layer", "undefined", "dead", "losses"}
+RECORD_KEYS |= {"steps", "above_90_degrees", "settled", "biases", DIGEST}
 
 
 def read_selection(path: Path) -> Selection:
@@ -164,7 +163,7 @@ def read_selection(path: Path) -> Selection:
     path = path / RECORD if path.is_dir() else path
     try:
         with locked(path.parent):
-            record: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+            record: JsonObject = dict(json.loads(path.read_text(encoding="utf-8")))
             _check_digests(path, record)
         return Selection(
             method=record["method"],
@@ -183,12 +182,12 @@ def read_selection(path: Path) -> Selection:
         raise SelectionError(f"{path} is not a {RECORD}: {error}") from error
 
 
-def _check_digests(path: Path, record: dict[str, Any]) -> None:
+def _check_digests(path: Path, record: JsonObject) -> None:
     """Raise SelectionError where a digest is not that of its file, or a key is unknown.
 
     Files that were saved before there were digests have none.
     """
-    if odd := sorted(record.keys() - KEYS):
+    if odd := sorted(record.keys() - RECORD_KEYS):
         raise SelectionError(
             f"{path} is not a selection.json, or is damaged: it has the key '{odd[0][:80]}'"
         )
@@ -206,11 +205,10 @@ def _numbers(values: dict[str, float | None]) -> dict[str, float]:
     return {t: math.nan if v is None else v for t, v in values.items()}
 
 
-def _nulls(value: Any) -> Any:
+def _nulls(value: object) -> object:
     """JSON has no NaN: null in its place."""
-    clean: Callable[[Any], Any] = _nulls
     if isinstance(value, dict):
-        return {k: clean(v) for k, v in value.items()}
+        return {k: _nulls(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [clean(v) for v in value]
+        return [_nulls(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

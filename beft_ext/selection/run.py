@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,10 @@ class BufferedLoader:
         return begun
 
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
 class ModelSnapshot:
     """Gives the model back as it was, whatever happens in between."""
 
@@ -54,7 +58,7 @@ class ModelSnapshot:
         self.modes = [(m, m.training) for m in model.modules()]
         trained = [p for p in model.parameters() if p.ndim == 1]
         trained += head_parameters(model)
-        self.config: Any = getattr(model, "config", object())
+        self.config: PreTrainedConfig = getattr(model, "config", object())
         self.cached = getattr(self.config, "use_cache", False)
         if self.cached:  # with a cache, transformers lets the texts of a packed batch mix
             self.config.use_cache = False
@@ -127,7 +131,7 @@ class Run:
             while True:
                 before = self.done
                 for batch in loader:
-                    losses.append(self._step(batch))
+                    losses.append(self._train_on(batch))
                     bar.update()
                     if progress and self.done % 10 == 0:
                         bar.set_postfix(loss=f"{losses[-1]:.3f}", leading=self._leading())
@@ -136,7 +140,7 @@ class Run:
                 if self.done == before:
                     raise SelectionError("the loader ran dry: pass one that can be read again")
 
-    def _step(self, batch: Batch) -> float:
+    def _train_on(self, batch: Batch) -> float:
         inputs = on_device(batch, self.pairs[0][1].device)
         try:
             self.tap.rest()  # measuring a divisor takes backwards that are no example's

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import nn
@@ -91,15 +90,13 @@ def select(
         ['query', 'value']
     Source: Huang et al. 2025 (arXiv 2509.15974); docs/definitions.md.
     """
-    if method not in scores.METHODS:
-        raise SelectionError(
-            f"unknown method '{method}': choose one of {', '.join(scores.METHODS)}"
-        )
+    if method not in scores.SCORES:
+        raise SelectionError(f"unknown method '{method}': choose one of {', '.join(scores.SCORES)}")
     _check_settle(settle, method)
     model = whole(model, SelectionError, copies=False)
     require_untapped(model)
     candidates, lacking = candidates_of(model, terms, biases, every=False)
-    schedule = _schedule(loader, epochs, steps)
+    step_count = _step_count(loader, epochs, steps)
     with (
         ModelSnapshot(model),
         added(model, lacking),
@@ -116,7 +113,7 @@ def select(
                 model,
                 tap,
                 loss=loss,
-                steps=schedule,
+                steps=step_count,
                 lr=lr,
                 warmup=warmup,
                 weight_decay=weight_decay,
@@ -146,7 +143,7 @@ def _judge(
             value = bias.read(run.model.get_parameter(bias.parameter))
             initial[bias] = current[bias] = value
             statistics[bias] = (torch.zeros_like(value), torch.zeros_like(value))
-    per_layer: dict[str, dict[str, list[float]]] = {m: {} for m in scores.METHODS}
+    per_layer: dict[str, dict[str, list[float]]] = {m: {} for m in scores.SCORES}
     undefined: dict[str, str] = {}
     obtuse: list[str] = []
     for bias in sorted(candidates, key=lambda b: b.layer):
@@ -186,7 +183,7 @@ def _rank(values: dict[str, float], dead: list[str]) -> list[str]:
     return sorted(alive, key=lambda t: -values[t])
 
 
-def _schedule(loader: Iterable[Any], epochs: int, steps: int | None) -> int:
+def _step_count(loader: Iterable[Batch], epochs: int, steps: int | None) -> int:
     if steps is None:
         if not hasattr(loader, "__len__"):
             raise SelectionError("a loader without a length needs steps=...")

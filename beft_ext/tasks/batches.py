@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-WINDOW = 16  # batches within which rows are sorted by length: enough order is left to chance
+SORTED_BATCHES = 16  # within which rows are sorted by length: enough order is left to chance
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Batches:
             generator.manual_seed(self._seed * 1_000_003 + self._passes)
             order = torch.randperm(len(order), generator=generator).tolist()
             self._passes += 1
-        window = len(order) if self._seed is None else WINDOW * self._size
+        window = len(order) if self._seed is None else SORTED_BATCHES * self._size
         groups: dict[int, list[int]] = {}
         for i in order:
             groups.setdefault(self.rows[i].parts, []).append(i)

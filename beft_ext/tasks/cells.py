@@ -20,7 +20,7 @@ import numpy as np
 
 from beft_ext.errors import BeftError
 
-Row = dict[str, Any]
+Row = dict[str, object]
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,4})?", re.ASCII | re.IGNORECASE)
 _BOOLEANS = {"false": Decimal(0), "true": Decimal(1)}
@@ -33,7 +33,7 @@ class DataError(BeftError, ValueError):
     """Data that is missing, empty or not as described."""
 
 
-def column(row: Mapping[str, Any], name: str) -> Any:
+def column(row: Mapping[str, object], name: str) -> object:
     """The value of a column; where none has the whole name, dots lead into nested objects.
 
     Raises:
@@ -48,12 +48,12 @@ def column(row: Mapping[str, Any], name: str) -> Any:
     return found.tolist() if isinstance(found, (np.generic, np.ndarray)) else found
 
 
-def text(row: Mapping[str, Any], name: str) -> str:
+def text(row: Mapping[str, object], name: str) -> str:
     """A column's text. Raises DataError for what is none, such as NaN, bytes or a list."""
     return _text(column(row, name), name)
 
 
-def number(row: Mapping[str, Any], name: str) -> float:
+def number(row: Mapping[str, object], name: str) -> float:
     """A column's number. Raises DataError for what is none, or beyond float32."""
     written = _text(column(row, name), name, "a finite number").strip()
     found = float(written) if _NUMBER.fullmatch(written) else math.nan
@@ -62,7 +62,7 @@ def number(row: Mapping[str, Any], name: str) -> float:
     return found
 
 
-def texts(row: Mapping[str, Any], name: str, alone: bool = False) -> tuple[str, ...]:
+def texts(row: Mapping[str, object], name: str, alone: bool = False) -> tuple[str, ...]:
     """The texts of a column that holds a list, or the text of a JSON list.
 
     Args:
@@ -84,7 +84,7 @@ def texts(row: Mapping[str, Any], name: str, alone: bool = False) -> tuple[str, 
     return tuple(_text(v, name) for v in found)
 
 
-def keys(row: Mapping[str, Any], name: str) -> list[str | Decimal]:
+def keys(row: Mapping[str, object], name: str) -> list[str | Decimal]:
     """``key`` of the class in a column, or of each class of its list."""
     value = column(row, name)
     found = _list(value)
@@ -130,7 +130,7 @@ def distinct(columns: Sequence[str]) -> None:
         seen.add(name)
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     """A value from a file, fit for one line of a message."""
     written = str(value)
     short = written if len(written) <= 80 else written[:77] + "..."
@@ -147,7 +147,7 @@ def reason(error: Exception) -> str:
 _ABSENT = object()
 
 
-def _inside(value: Any, name: str) -> Any:
+def _inside(value: object, name: str) -> object:
     """The value under ``name`` in an object, or in the text of a JSON object; else _ABSENT."""
     if isinstance(value, str) and value.lstrip().startswith("{"):
         try:
@@ -167,7 +167,7 @@ def _inside(value: Any, name: str) -> Any:
     return _ABSENT
 
 
-def _text(value: Any, name: str, wanted: str = "a text") -> str:
+def _text(value: object, name: str, wanted: str = "a text") -> str:
     if isinstance(value, str):
         if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
             raise DataError(f"column '{shown(name)}' holds half a character: '{shown(value)}'")
@@ -181,7 +181,7 @@ def _text(value: Any, name: str, wanted: str = "a text") -> str:
     return str(value)
 
 
-def _list(value: Any) -> Sequence[Any] | None:
+def _list(value: object) -> Sequence[object] | None:
     """The items of a list, or of the text of a JSON list; else None."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         try:
@@ -191,12 +191,12 @@ def _list(value: Any) -> Sequence[Any] | None:
     return value if isinstance(value, (list, tuple)) else None
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
     kinds: dict[type, str] = {list: "a list", tuple: "a list", dict: "an object", bytes: "bytes"}
     return kinds.get(type(value), f"a {type(value).__name__}")
 
 
-def _object(pairs: list[tuple[str, Any]]) -> Row:
+def _object(pairs: list[tuple[str, object]]) -> Row:
     made = dict(pairs)
     if len(made) < len(pairs):
         distinct([name for name, _ in pairs])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,10 @@ from beft_ext.tasks.batches import padded
 from beft_ext.tasks.objective import device_of, log_probabilities
 from beft_ext.tasks.reading import takes
 
-ROWS = 128  # options that continue from copies of the cache at a time
+if TYPE_CHECKING:
+    from transformers import Cache, PreTrainedTokenizerBase
+
+OPTIONS_AT_ONCE = 128  # options that continue from copies of the cache at a time
 
 
 def shared_prompt_scores(
@@ -37,8 +40,8 @@ def shared_prompt_scores(
     first = log_probabilities(output.logits[:, -1])  # (B, V)
     flat = [(i, option) for i, (_, options) in enumerate(pairs) for option in options]
     scores: list[list[float]] = [[] for _ in pairs]
-    for begin in range(0, len(flat), ROWS):
-        part = flat[begin : begin + ROWS]
+    for begin in range(0, len(flat), OPTIONS_AT_ONCE):
+        part = flat[begin : begin + OPTIONS_AT_ONCE]
         owners = torch.tensor([i for i, _ in part], device=device)
         options = padded([o for _, o in part], pad).to(device)
         sums = first[owners, options[:, 0]]
@@ -52,7 +55,7 @@ def shared_prompt_scores(
 
 
 def _rest(
-    model: nn.Module, cache: Any, mask: Tensor, owners: Tensor, options: Tensor, kept: Tensor
+    model: nn.Module, cache: Cache, mask: Tensor, owners: Tensor, options: Tensor, kept: Tensor
 ) -> Tensor:
     """Log-probabilities of the second token of each option and on, summed, ``(N,)``."""
     copied = copy.deepcopy(cache)
@@ -73,7 +76,10 @@ def _rest(
 
 
 def greedy(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    new_tokens: int,
 ) -> list[str]:
     """The most likely continuation of each prompt, up to the end of its line."""
     device, pad = device_of(model), tokenizer.pad_token_id or 0

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from beft_ext.tasks.batches import Batches, Encoded
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.objective import Objective, device_of
+from beft_ext.tasks.objective import Objective, Prediction, device_of
 from beft_ext.tasks.reading import reading
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
 
-LONGEST = 128  # as the authors' code; batches are as long as their own longest text
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_TEXT = 128  # as the authors' code; batches are as long as their own longest text
 
 
 class HeadObjective(Objective):
@@ -35,7 +38,7 @@ class HeadObjective(Objective):
     def __init__(
         self,
         task: Task,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         classes: int = 2,
         max_length: int | None = None,
         model: nn.Module | None = None,
@@ -44,7 +47,7 @@ class HeadObjective(Objective):
         if task.kind == "generation":
             raise DataError("a task that generates text needs a language model: use a decoder")
         self.tokenizer, self.reading = tokenizer, reading(model, tokenizer)
-        self.longest = min(max_length or LONGEST, self.reading.longest or LONGEST)
+        self.longest = min(max_length or LONGEST_TEXT, self.reading.longest or LONGEST_TEXT)
         paired = task.pair is not None or task.kind == "choice"
         markers = tokenizer.num_special_tokens_to_add(pair=paired)
         if self.longest <= markers:
@@ -62,13 +65,12 @@ class HeadObjective(Objective):
         self._require_metrics(examples)
         return Batches(self._encode(examples), self._collate, size)
 
-    def answers(self, model: nn.Module, rows: list[Encoded]) -> list[Any]:
+    def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Prediction]:
         device = device_of(model)
         batch = {k: v.to(device) for k, v in self._collate(rows).items() if k != "labels"}
         logits = model(**batch).logits.float()
-        if self.task.kind == "regression":
-            return list(logits.view(-1).tolist())
-        return list(logits.argmax(-1).tolist())
+        found = logits.view(-1) if self.task.kind == "regression" else logits.argmax(-1)
+        return list(found.tolist())
 
     def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
         outputs = self.model_options.get("num_labels", 1)

@@ -7,25 +7,30 @@ import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 from beft_ext.tasks.cells import DataError, reason
 from beft_ext.tasks.examples import Example
 
+# Classes, choices, numbers or texts, as a metric's kind of task predicts them: see SUITABLE.
+Predictions = Sequence[Any]
+Metric = Callable[[Predictions, Sequence[Example]], float]
+
 
 def measure(
-    metrics: Sequence[str], predictions: Sequence[Any], examples: Sequence[Example]
+    metrics: Sequence[str], predictions: Predictions, examples: Sequence[Example]
 ) -> dict[str, float]:
     """Each metric of ``predictions``: classes, choices, numbers or generated texts."""
     return {name: float(METRICS[name](predictions, examples)) for name in metrics}
 
 
-def _accuracy(predictions: Sequence[Any], examples: Sequence[Example]) -> float:
+def _accuracy(predictions: Sequence[int], examples: Sequence[Example]) -> float:
     return _mean([p in e.right for p, e in zip(predictions, examples, strict=True)])
 
 
-def _counted(name: str, **options: Any) -> Callable[[Sequence[Any], Sequence[Example]], float]:
-    def score(predictions: Sequence[Any], examples: Sequence[Example]) -> float:
+def _counted(name: str, **options: str) -> Metric:
+    def score(predictions: Sequence[int], examples: Sequence[Example]) -> float:
         labels = [int(e.label) for e in examples]
         counted = getattr(_library("sklearn.metrics"), name)
         try:
@@ -36,8 +41,8 @@ def _counted(name: str, **options: Any) -> Callable[[Sequence[Any], Sequence[Exa
     return score
 
 
-def _correlation(name: str) -> Callable[[Sequence[Any], Sequence[Example]], float]:
-    def score(predictions: Sequence[Any], examples: Sequence[Example]) -> float:
+def _correlation(name: str) -> Metric:
+    def score(predictions: Sequence[float], examples: Sequence[Example]) -> float:
         labels = [e.label for e in examples]
         if wrong := [p for p in predictions if not math.isfinite(p)]:
             raise DataError(f"the model predicts {wrong[0]}: its training has diverged")
@@ -83,7 +88,7 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _library(name: str) -> Any:
+def _library(name: str) -> ModuleType:
     from importlib import import_module
 
     try:
@@ -94,7 +99,7 @@ def _library(name: str) -> Any:
         ) from error
 
 
-METRICS: dict[str, Callable[[Sequence[Any], Sequence[Any]], float]] = {
+METRICS: dict[str, Metric] = {
     "accuracy": _accuracy,
     "f1": _counted("f1_score"),
     "f1_macro": _counted("f1_score", average="macro"),

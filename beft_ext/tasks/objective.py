@@ -18,6 +18,8 @@ from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
 from beft_ext.training.loss import Observed, model_loss, model_observe
 
+Prediction = int | float | str  # a class or choice, a number, a text
+
 
 class Objective(ABC):
     """Makes batches of examples, losses of batches, and predictions of a model.
@@ -27,7 +29,7 @@ class Objective(ABC):
     """
 
     auto: str
-    model_options: dict[str, Any]
+    model_options: dict[str, Any]  # settings of its config
 
     def __init__(self, task: Task) -> None:
         self.task = task
@@ -44,7 +46,7 @@ class Objective(ABC):
         """Batches to evaluate on, one row an example."""
 
     @abstractmethod
-    def answers(self, model: nn.Module, rows: list[Encoded]) -> list[Any]:
+    def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Prediction]:
         """What the model in eval mode says to each row."""
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -64,19 +66,18 @@ class Objective(ABC):
         return model_observe(model, batch)
 
     @torch.no_grad()
-    def predict(self, model: nn.Module, batches: Batches) -> list[Any]:
+    def predict(self, model: nn.Module, batches: Batches) -> list[Prediction]:
         """A class, choice, number or text for each row, in the rows' order."""
-        mode, found = model.training, [None] * len(batches.rows)
+        mode, found = model.training, dict[int, Prediction]()
         model.eval()
         try:
             for indices in batches.plan():
                 with _readable(model):
                     answers = self.answers(model, [batches.rows[i] for i in indices])
-                for i, answer in zip(indices, answers, strict=True):
-                    found[i] = answer
+                found |= zip(indices, answers, strict=True)
         finally:
             model.train(mode)
-        return found
+        return [found[i] for i in range(len(batches.rows))]
 
     def evaluate(
         self, model: nn.Module, batches: Batches, examples: Sequence[Example]
@@ -86,7 +87,7 @@ class Objective(ABC):
 
     def _require_metrics(self, examples: Sequence[Example]) -> None:
         """Raise DataError now, not after the training, where a metric cannot be had."""
-        answer: Callable[[Example], Any] = {
+        answer: Callable[[Example], Prediction] = {
             "generation": lambda e: e.answers[0],
             "regression": lambda e: e.label,
         }.get(self.task.kind, lambda e: e.right[0])

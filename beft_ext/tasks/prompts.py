@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,18 @@ from torch import Tensor, nn
 from beft_ext.tasks.batches import Batches, Encoded, padded
 from beft_ext.tasks.decoding import greedy, shared_prompt_scores
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.objective import Objective, device_of, log_probabilities
+from beft_ext.tasks.objective import Objective, Prediction, device_of, log_probabilities
 from beft_ext.tasks.reading import reading, takes
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
 from beft_ext.training.loss import Observed
 
-LONGEST = 2048  # tokens of prompt and answer, where the model's own limit is not lower
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+LONGEST_PROMPT = 2048  # tokens of prompt and answer, where the model's own limit is not lower
 SEPARATOR = "\n\n"  # between the examples of a prompt
-ROOM = 50  # new tokens at most, as in the authors' code
+NEW_TOKENS = 50  # new tokens at most, as in the authors' code
 
 
 @dataclass(frozen=True)
@@ -65,17 +68,17 @@ class PromptObjective(Objective):
     def __init__(
         self,
         task: Task,
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
         model: nn.Module,
         max_length: int | None = None,
         shots: Sequence[Example] = (),
-        new_tokens: int = ROOM,
+        new_tokens: int = NEW_TOKENS,
     ) -> None:
         super().__init__(task)
         if not task.prompt or task.kind == "regression":
             raise DataError("this task has no prompt: use a model with a task head")
         self.reading = reading(model, tokenizer)
-        self.longest = min(max_length or LONGEST, self.reading.longest or LONGEST)
+        self.longest = min(max_length or LONGEST_PROMPT, self.reading.longest or LONGEST_PROMPT)
         self.tokenizer, self.model_options = tokenizer, {}
         self.new_tokens = max(1, min(new_tokens, self.longest // 2))
         ids = tokenizer("")["input_ids"]
@@ -106,7 +109,7 @@ class PromptObjective(Objective):
             raise DataError(f"{error} is longer than the model's input") from error
         return Batches(rows, self.options if options else self._spelled, size)
 
-    def answers(self, model: nn.Module, rows: list[Encoded]) -> list[Any]:
+    def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Prediction]:
         if self.task.kind == "generation":
             prompts = [row.fields.prompt for row in rows]
             return greedy(model, self.tokenizer, prompts, self.new_tokens)

@@ -6,14 +6,17 @@ import inspect
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from beft_ext.tasks.batches import padded
 from beft_ext.tasks.rows import DataError
 
-LENGTHS = (  # what configs call the rows of a position table
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+LENGTH_SETTINGS = (  # what configs call the rows of a position table
     "max_position_embeddings",
     "max_encoder_position_embeddings",
     "max_decoder_position_embeddings",
@@ -53,7 +56,7 @@ class Reading:
         return {k: padded([r[k] for r in rows], self.fill.get(k, 0), self.left) for k in rows[0]}
 
 
-def reading(model: nn.Module | None, tokenizer: Any) -> Reading:
+def reading(model: nn.Module | None, tokenizer: PreTrainedTokenizerBase) -> Reading:
     """How ``model`` reads, on whatever device it is ('meta' suffices); None: any model."""
     config = None if model is None else model.config.get_text_config()
     pad = _pad(config, tokenizer)
@@ -71,7 +74,7 @@ def reading(model: nn.Module | None, tokenizer: Any) -> Reading:
     return Reading(fill, start, left, min(limits, default=None), arguments)
 
 
-def agree(model: nn.Module, tokenizer: Any) -> None:
+def agree(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Make config and tokenizer name the same padding token, so that plain transformers pads as
     we do.
 
@@ -80,7 +83,7 @@ def agree(model: nn.Module, tokenizer: Any) -> None:
     the tokenizer is another model's.
     """
     _check_vocabulary(model, tokenizer)
-    config: Any = model.config
+    config: PreTrainedConfig = model.config
     text = config.get_text_config()
     own = text.pad_token_id
     special = own in tokenizer.all_special_ids
@@ -107,7 +110,7 @@ def agree(model: nn.Module, tokenizer: Any) -> None:
         each.pad_token_id = tokenizer.pad_token_id
 
 
-def stated_pad(config: Any, tokenizer: Any) -> int | None:
+def stated_pad(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int | None:
     """The config's padding token where the tokenizer has it; LLaMA's first configs say -1."""
     pad = config.get_text_config().pad_token_id
     return pad if isinstance(pad, int) and pad in tokenizer.get_vocab().values() else None
@@ -118,20 +121,20 @@ def takes(model: nn.Module, argument: str) -> bool:
     return argument in inspect.signature(_inner(model).forward).parameters
 
 
-def _inner(model: Any) -> Any:
+def _inner(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _ends(tokenizer: Any) -> list[int | None]:
+def _ends(tokenizer: PreTrainedTokenizerBase) -> list[int | None]:
     return [getattr(tokenizer, f"{n}_token_id", None) for n in ("bos", "cls", "eos")]
 
 
-def _pad(config: Any, tokenizer: Any) -> int:
+def _pad(config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
     ids = (getattr(tokenizer, "pad_token_id", None), getattr(config, "pad_token_id", None))
     return next((i for i in ids if isinstance(i, int) and i >= 0), 0)
 
 
-def _check_vocabulary(model: Any, tokenizer: Any) -> None:
+def _check_vocabulary(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     embeddings = None
     with suppress(NotImplementedError):  # CANINE hashes characters
         embeddings = getattr(_inner(model).get_input_embeddings(), "weight", None)
@@ -153,14 +156,16 @@ def _tables(model: nn.Module) -> list[int]:
     return found
 
 
-def _lengths(model: Any) -> list[int]:
+def _lengths(model: nn.Module) -> list[int]:
     config = model.config.get_text_config()
-    stated = [_whole(getattr(config, name, None)) for name in LENGTHS]
+    stated = [_whole(getattr(config, name, None)) for name in LENGTH_SETTINGS]
     return [n for n in stated if n is not None] + _tables(model)
 
 
-def _whole(number: Any) -> int | None:
+def _whole(number: str | float | None) -> int | None:
     """A limit in tokens; None for none: XLNet's is -1, and some files hold a text."""
+    if number is None:
+        return None
     try:
         limit = int(number)
     except (TypeError, ValueError, OverflowError):

@@ -8,9 +8,12 @@ unless its cells show it (GLUE's files have none, and words in them begin with a
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from beft_ext.tasks.cells import DataError, Row, decoded, distinct
+
+if TYPE_CHECKING:
+    from pyarrow.csv import InvalidRow
 
 _QUOTED = r'"[^"]*+(?:""[^"]*+)*"'
 
@@ -49,9 +52,9 @@ def _cut(text: str, delimiter: str, quotes: bool) -> list[tuple[str, ...]]:
     lines = text.strip("\r\n")
     if not lines:
         return []
-    misfits: list[Any] = []
+    misfits: list[InvalidRow] = []
 
-    def keep(row: Any) -> str:
+    def keep(row: InvalidRow) -> str:
         misfits.append(row)
         return "skip"
 

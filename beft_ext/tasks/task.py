@@ -191,7 +191,7 @@ def read_task(path: Path) -> Task:
         raise DataError(f"{path}: {error}") from error
 
 
-def _check_type(path: Path, name: str, value: Any) -> None:
+def _check_type(path: Path, name: str, value: object) -> None:
     listed = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
     if name in ("classes", "metrics", "options"):
         if not listed and not (name == "options" and isinstance(value, str)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
 
 from beft_ext.tasks.cells import DataError, shown, text
 
@@ -21,7 +20,7 @@ class Column(str):
     """In place of a template: the name of one column, with any characters in it."""
 
 
-def fill(template: str, row: Mapping[str, Any]) -> str:
+def fill(template: str, row: Mapping[str, object]) -> str:
     """The template with the row's texts in place of the columns' names.
 
     Raises:

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader, Sampler
 
 Batch = Mapping[str, Tensor]
+States = tuple[Any, ...]  # of torch's, Python's and numpy's global generators
 
 
 class Passes:
@@ -34,7 +35,7 @@ class Passes:
     def __init__(self, loader: Iterable[Batch], seed: int) -> None:
         self.loader, self.seed, self.digest = loader, seed, ""
         self.generators: list[Tensor] = []
-        self._stream: tuple[Any, ...] = ()
+        self._stream: States = ()
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """The batches of epoch ``number``, from 0."""
@@ -88,7 +89,7 @@ def digest_of(tensors: Mapping[str, Tensor], before: str = "") -> str:
     return counted.hexdigest()
 
 
-def _count(counted: Any, name: str, tensor: Tensor) -> None:
+def _count(counted: hashlib._Hash, name: str, tensor: Tensor) -> None:
     counted.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
     if is_traceable_wrapper_subclass(tensor):  # quantised: the bytes are those of its parts
         for part in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
@@ -98,17 +99,17 @@ def _count(counted: Any, name: str, tensor: Tensor) -> None:
     counted.update(flat.view(torch.uint8).numpy())
 
 
-def _states() -> tuple[Any, ...]:
+def _states() -> States:
     return torch.get_rng_state(), random.getstate(), np.random.get_state()
 
 
-def _set_states(states: tuple[Any, ...]) -> None:
+def _set_states(states: States) -> None:
     torch.set_rng_state(states[0])
     random.setstate(states[1])
     np.random.set_state(states[2])
 
 
-def _seeded(seed: int) -> tuple[Any, ...]:
+def _seeded(seed: int) -> States:
     """The states that follow from ``seed``; nothing global is touched."""
     numbers = np.random.RandomState(seed % 2**32).get_state()
     return torch.Generator().manual_seed(seed).get_state(), random.Random(seed).getstate(), numbers

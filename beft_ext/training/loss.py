@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -20,13 +20,14 @@ from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy,
 from beft_ext.errors import BeftError
 from beft_ext.models.modes import quiet
 
-Batch = Mapping[str, Any]
+Batch = Mapping[str, Any]  # a model's arguments: tensors, and whatever else it takes
 Measure = Callable[[Batch], float | None]
-# Gives a scalar; the losses of the examples (B,); or a scalar and what the sum was divided by.
-Loss = Callable[[nn.Module, Batch], Any]
+# A scalar; the losses of the examples (B,); or a scalar and what the sum was divided by.
+LossValue: TypeAlias = Tensor | tuple[Tensor, Tensor | float]
+Loss = Callable[[nn.Module, Batch], LossValue]
 
-IGNORED = -100  # a label that counts for nothing
-KEPT = 4  # labels of a row that stay where divisors are told apart
+IGNORED_LABEL = -100  # a label that counts for nothing
+LABELS_KEPT = 4  # labels of a row that stay where divisors are told apart
 
 
 class LossError(BeftError, ValueError):
@@ -73,7 +74,7 @@ class Observed:
         """Cross-entropy of ``(B, C)`` logits or scores against the right ones ``(B,)``."""
         logs = scores.log_softmax(-1, dtype=_wide(scores))
         losses = nll_loss(logs, right, reduction="none")
-        return cls(losses, right.ne(IGNORED).to(losses), logs.exp(), right)
+        return cls(losses, right.ne(IGNORED_LABEL).to(losses), logs.exp(), right)
 
 
 def model_observe(model: nn.Module, batch: Batch) -> Observed:
@@ -132,7 +133,7 @@ def _readings(logits: Tensor, labels: Tensor, offsets: Tensor | None) -> list[Ob
 def _of_tokens(logits: Tensor, labels: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
     """``(B, T)``: each label's loss by the logits ``ahead`` places before it, and whether it has
     one. Only those logits are widened: a vocabulary's are many."""
-    told = labels.ne(IGNORED)
+    told = labels.ne(IGNORED_LABEL)
     told[:, :ahead] = False
     by = told.roll(-ahead, 1)
     found = cross_entropy(logits[by].to(_wide(logits)), labels[told], reduction="none")
@@ -160,13 +161,13 @@ def _rounding(loss: Tensor, logits: Tensor) -> float:
     return 16 * float(own * loss.abs() + single * logits.abs().max())
 
 
-def scalar(value: Any) -> Tensor:
+def scalar(value: LossValue) -> Tensor:
     """What is minimised: the mean of ``(B,)`` losses, the first of a loss and its divisor."""
     loss: Tensor = value[0] if isinstance(value, tuple) else value
     return loss.mean() if loss.ndim else loss
 
 
-def on_device(batch: Batch, device: torch.device) -> dict[str, Any]:
+def on_device(batch: Batch, device: torch.device) -> Batch:
     """The batch, its tensors on ``device``."""
     return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
 
@@ -208,7 +209,7 @@ def examples_of(batch: Batch, offsets: Tensor | None) -> int:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.numel() != int(offsets[-1]):
         return len(offsets) - 1
-    counted = labels.flatten().ne(IGNORED).long().cumsum(0)
+    counted = labels.flatten().ne(IGNORED_LABEL).long().cumsum(0)
     ends = torch.cat([counted.new_zeros(1), counted])[offsets]
     return int(ends.diff().gt(0).sum())
 
@@ -223,7 +224,7 @@ def _next_labels(batch: Batch) -> float | None:
     labels = batch.get("labels")
     if labels is None or labels.ndim < 2 or labels.is_floating_point():
         return None
-    return float(labels[..., 1:].ne(IGNORED).sum())
+    return float(labels[..., 1:].ne(IGNORED_LABEL).sum())
 
 
 def _labels(batch: Batch) -> float | None:
@@ -231,7 +232,7 @@ def _labels(batch: Batch) -> float | None:
     labels = batch.get("labels")
     if labels is None:
         return None
-    return float(labels.numel() if labels.is_floating_point() else labels.ne(IGNORED).sum())
+    return float(labels.numel() if labels.is_floating_point() else labels.ne(IGNORED_LABEL).sum())
 
 
 # What the sum of the examples' losses may have been divided by. Where two differ by a constant
@@ -259,7 +260,7 @@ class Divisor:
         self.told = False  # whether the loss itself tells
         self.fitting: dict[tuple[bool, bool], Measure] = {}
 
-    def of(self, value: Any, batch: Batch, examples: int) -> float:
+    def of(self, value: LossValue, batch: Batch, examples: int) -> float:
         """The divisor that the loss itself tells: a tuple's, or the number of losses.
 
         Raises LossError where there is not one loss for each example.
@@ -294,22 +295,22 @@ class Divisor:
             return DIVISORS[-1]
         coarse = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.parameters)
         tolerance = 5e-2 if coarse else 1e-3
-        fitting: list[Measure] = []
+        fitting: dict[Measure, list[float]] = {}
         for divisor in DIVISORS:
-            values = [divisor(pair) for pair in pairs]
+            values = [value for pair in pairs if (value := divisor(pair)) is not None]
             # One in proportion to an earlier one differs from it in the unit alone.
             if (
-                None not in values
+                len(values) == len(pairs)
                 and _adds_up(values, grads, tolerance)
-                and not any(_in_proportion(values, [d(p) for p in pairs]) for d in fitting)
+                and not any(_in_proportion(values, earlier) for earlier in fitting.values())
             ):
-                fitting.append(divisor)
+                fitting[divisor] = values
         if len(fitting) != 1:
             raise LossError(
                 "what this loss is a mean of cannot be told: let it return the losses of the "
                 "examples (B,), or the loss and what the sum over the examples was divided by"
             )
-        return fitting[0]
+        return next(iter(fitting))
 
     def _gradient(self, model: nn.Module, batch: Batch) -> Tensor:
         value = self.loss(model, batch)
@@ -331,7 +332,7 @@ def _required(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.requires_grad_(required)
 
 
-def _adds_up(values: Sequence[Any], grads: Sequence[Tensor], tolerance: float) -> bool:
+def _adds_up(values: Sequence[float], grads: Sequence[Tensor], tolerance: float) -> bool:
     """Whether the gradients of the rows ab, aa, bb and a, times their divisors, add up.
 
     Where x is ignored by the loss: those of ax too.
@@ -345,7 +346,7 @@ def _adds_up(values: Sequence[Any], grads: Sequence[Tensor], tolerance: float) -
     return all(bool(rest.norm() <= limit) for rest in rests)
 
 
-def _in_proportion(values: Sequence[Any], others: Sequence[Any]) -> bool:
+def _in_proportion(values: Sequence[float], others: Sequence[float]) -> bool:
     return all(v * others[0] == o * values[0] for v, o in zip(values, others, strict=True))
 
 
@@ -354,10 +355,10 @@ def has_ignored(batch: Batch) -> bool:
     labels = batch.get("labels")
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
         return False
-    return bool(labels.eq(IGNORED).any())
+    return bool(labels.eq(IGNORED_LABEL).any())
 
 
-def _pairs(batch: Batch) -> list[dict[str, Any]]:
+def _pairs(batch: Batch) -> list[Batch]:
     """Rows ab, aa, bb and a of a batch, with labels that tell the divisors apart.
 
     Where the loss ignores a row x of the batch: ax too.
@@ -367,15 +368,15 @@ def _pairs(batch: Batch) -> list[dict[str, Any]]:
     given: dict[str, Tensor] = {}
     if isinstance(labels, Tensor):
         if not labels.is_floating_point():
-            counted = labels.reshape(rows, -1).ne(IGNORED)
+            counted = labels.reshape(rows, -1).ne(IGNORED_LABEL)
             unlike = (labels != labels[int(counted.sum(1).argmax())]).reshape(rows, -1).any(1)
             places["a"] = int(counted.sum(1).argmax())
             places["b"] = int((unlike & counted.any(1)).long().argmax())
         given["a"], given["b"] = _told_apart(labels[places["a"]], labels[places["b"]])
         if has_ignored(batch):
-            places["x"] = int(labels.eq(IGNORED).long().argmax())
+            places["x"] = int(labels.eq(IGNORED_LABEL).long().argmax())
             given["x"] = labels[places["x"]]
-    found = []
+    found: list[Batch] = []
     for pair in ("ab", "aa", "bb", "a", *(["ax"] if "x" in places else [])):
         index = [places[row] for row in pair]
         own = {
@@ -402,10 +403,10 @@ def _told_apart(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return first, second
     if first.ndim == 0:
         return first, torch.full_like(second, int(first == 0)) if first == second else second
-    for row, kept in ((first, KEPT), (second, KEPT // 2)):
-        counted = row.ne(IGNORED).nonzero().flatten()
-        row[counted[counted > 0][kept:]] = IGNORED
-        row[0] = IGNORED
-    if bool(first.ne(IGNORED).any()):
-        first[0] = first[first.ne(IGNORED)][0]
+    for row, kept in ((first, LABELS_KEPT), (second, LABELS_KEPT // 2)):
+        counted = row.ne(IGNORED_LABEL).nonzero().flatten()
+        row[counted[counted > 0][kept:]] = IGNORED_LABEL
+        row[0] = IGNORED_LABEL
+    if bool(first.ne(IGNORED_LABEL).any()):
+        first[0] = first[first.ne(IGNORED_LABEL)][0]
     return first, second

@@ -1,7 +1,7 @@
 """One training step: forward, backward and optimizer; run eagerly, or replayed as a CUDA graph.
 
-A graph is captured for each shape of batch. Texts are padded up to a multiple of ``LENGTHS``, so
-that a data set has few shapes. The first batch of a shape runs eagerly: it is the warm-up that a
+A graph is captured for each shape of batch. Texts are padded up to a ``LENGTH_MULTIPLE``, so that
+a data set has few shapes. The first batch of a shape runs eagerly: it is the warm-up that a
 capture needs. The second is captured and replayed. So every batch trains exactly once, with the
 random numbers that it would have without graphs.
 """
@@ -9,7 +9,6 @@ random numbers that it would have without graphs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,13 @@ from beft_ext.ops import dispatch
 from beft_ext.training.loss import Loss, model_loss, scalar
 from beft_ext.training.optim import BiasAdamW
 
-LENGTHS = 32
-MOST = 16  # graphs kept: each holds the addresses of a whole step's kernels
+LENGTH_MULTIPLE = 32  # of tokens
+MOST_GRAPHS = 16  # graphs kept: each holds the addresses of a whole step's kernels
 
 # What an input is filled up with; labels only where there is one for each token.
-FILLS = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}
+PADDING_VALUES = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
+Shape = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # of a batch, input by input
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
 
@@ -67,7 +67,7 @@ class EagerStep:
 class GraphedStep(EagerStep):
     """The same numbers, with the launches of a whole step replaced by one.
 
-    Batches beyond ``MOST`` shapes run eagerly.
+    Batches beyond ``MOST_GRAPHS`` shapes run eagerly.
 
     Args:
         bf16: autocast of the forward.
@@ -89,14 +89,14 @@ class GraphedStep(EagerStep):
     ) -> None:
         super().__init__(model, optimizer, loss, bf16)
         self.device = next(model.parameters()).device
-        self.fills = FILLS | {"input_ids": pad}
+        self.fills = PADDING_VALUES | {"input_ids": pad}
         if capture is None:
             self._require_cuda()
         self.capture: Capture = capture or _CudaCapture()
         # Kernels read the rate from here: a number would be frozen into the graph.
         self.rate = torch.zeros((), device=self.device)
-        self.seen: set[Any] = set()
-        self.graphs: dict[Any, _Replay] = {}
+        self.seen: set[Shape] = set()
+        self.graphs: dict[Shape, _Replay] = {}
 
     def __call__(self, batch: Mapping[str, Tensor], rate: float) -> tuple[Tensor, Tensor]:
         batch = self.padded(batch)
@@ -104,7 +104,7 @@ class GraphedStep(EagerStep):
         self.rate.fill_(rate)
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
-        if shape not in self.graphs and (shape not in self.seen or len(self.graphs) == MOST):
+        if shape not in self.graphs and (shape not in self.seen or len(self.graphs) == MOST_GRAPHS):
             self.seen.add(shape)
             self.optimizer.zero_grad()
             return self.warm_up(batch)
@@ -124,7 +124,7 @@ class GraphedStep(EagerStep):
         return found
 
     def padded(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """``batch`` with its texts filled up to a multiple of ``LENGTHS``.
+        """``batch`` with its texts filled up to a ``LENGTH_MULTIPLE``.
 
         A batch without an attention mask, or with other inputs as long as the texts, stays.
         """
@@ -133,7 +133,7 @@ class GraphedStep(EagerStep):
             return dict(batch)
         length = ids.shape[-1]
         texts = {k for k, v in batch.items() if v.ndim >= 2 and v.shape[-1] == length}
-        more = -length % LENGTHS
+        more = -length % LENGTH_MULTIPLE
         if not texts <= set(self.fills) or not more:
             return dict(batch)
         pad = nn.functional.pad

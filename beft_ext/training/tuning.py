@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from beft_ext.errors import BeftError, BeftWarning
-from beft_ext.files import digest, save_tensors, sweep, whole_file
+from beft_ext.files import JsonObject, digest, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
 from beft_ext.ops import dispatch
 from beft_ext.training.data import Batch, Passes, digest_of, generators
@@ -24,6 +24,9 @@ from beft_ext.training.loss import Loss, model_loss
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.preparation import prepared_of
 from beft_ext.training.steps import EagerStep, GraphedStep
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -142,7 +145,7 @@ def tune(
     recipe, folder = recipe or Recipe(), Path(folder)
     if save_every < 1:
         raise TuningError(f"save_every must be at least 1 step, but is {save_every}")
-    run = _Run(model, loader, recipe, loss, metric)
+    run = _TuningRun(model, loader, recipe, loss, metric)
     sweep(folder)
     if resume and (folder / CHECKPOINT).is_file():
         run.load(folder / CHECKPOINT)
@@ -156,9 +159,9 @@ def tune(
     return run.state
 
 
-class _Run:
+class _TuningRun:
     def __init__(
-        self, model: nn.Module, loader: Iterable[Any], recipe: Recipe, loss: Loss, metric: str
+        self, model: nn.Module, loader: Iterable[Batch], recipe: Recipe, loss: Loss, metric: str
     ) -> None:
         self.model, self.recipe, self.metric = model, recipe, metric
         self.inside = wrappers.inside(model)
@@ -181,9 +184,9 @@ class _Run:
         self.state = Progress()
         self.passes = Passes(loader, recipe.seed)
         self.rest: Iterator[Batch] | None = None  # of the epoch that a checkpoint stood in
-        self.train_step = self._make_step(loss)
+        self.training_step = self._training_step(loss)
 
-    def _make_step(self, loss: Loss) -> EagerStep:
+    def _training_step(self, loss: Loss) -> EagerStep:
         recipe, model = self.recipe, self.model
         if recipe.graphs and recipe.compile:
             raise TuningError("compile and graphs do not go together: choose one")
@@ -191,7 +194,7 @@ class _Run:
             pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
             return GraphedStep(model, self.optimizer, loss, recipe.bf16, pad)
         if recipe.compile:
-            options: dict[str, Any] = {"fallback_random": True}
+            options = {"fallback_random": True}
             model = torch.compile(model, dynamic=True, options=options)
         return EagerStep(model, self.optimizer, loss, recipe.bf16)
 
@@ -213,7 +216,7 @@ class _Run:
                 self._end_epoch(evaluate, folder)
                 self.save(folder / CHECKPOINT)
 
-    def _epoch(self, epoch: int, folder: Path, save_every: int, bar: Any) -> None:
+    def _epoch(self, epoch: int, folder: Path, save_every: int, bar: tqdm) -> None:
         batches, self.rest = self.rest or self.passes.epoch(epoch), None
         self.model.train()
         done = self.state.step - epoch * self.per_epoch
@@ -221,7 +224,7 @@ class _Run:
             done += 1
             if done > self.per_epoch:
                 break
-            self._step(batch)
+            self._train_on(batch)
             bar.update()
             bar.set_postfix(loss=f"{self.state.loss_sum / done:.3f}")
             if self.state.step % save_every == 0:
@@ -233,12 +236,12 @@ class _Run:
                 f"({self.per_epoch}): its length must be what a pass gives"
             )
 
-    def _step(self, batch: Mapping[str, Tensor]) -> None:
+    def _train_on(self, batch: Mapping[str, Tensor]) -> None:
         rate = self.recipe.lr * rate_factor(
             self.state.step, self.steps, self.recipe.warmup, self.recipe.decay
         )
         inputs = {k: v.to(self.device) for k, v in batch.items()}
-        loss, norm = self.train_step(inputs, rate)
+        loss, norm = self.training_step(inputs, rate)
         number = float(loss)
         self.state.step += 1
         for what, value in (("loss", number), ("gradient", float(norm))):
@@ -268,7 +271,7 @@ class _Run:
             temporary.write_text("".join(lines), encoding="utf-8")
 
     @cached_property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> JsonObject:
         """What must be the same for a run to be resumed, beside the data."""
         shapes = {n: list(p.shape) for n, p in self.parameters.items()}
         recipe = dataclasses.asdict(self.recipe)
@@ -291,7 +294,7 @@ class _Run:
             values |= {f"initial/{n}": t for n, t in prepared.head_initial.items()}
         return digest_of(values, text)
 
-    def _machine(self) -> dict[str, Any]:
+    def _machine(self) -> JsonObject:
         """What must be the same for a resumed run to end in the same bits."""
         ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
         cuda = self.device.type == "cuda"
@@ -359,7 +362,7 @@ class _Run:
         if "random/cuda" in tensors and self.device.type == "cuda":
             torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
 
-    def _enter_again(self, path: Path, record: Mapping[str, Any], states: list[Tensor]) -> None:
+    def _enter_again(self, path: Path, record: JsonObject, states: list[Tensor]) -> None:
         """Read again the batches that the checkpoint's epoch had given."""
         epoch, done = divmod(record["step"] - 1, self.per_epoch)
         own = generators(self.passes.loader)
@@ -379,7 +382,7 @@ class _Run:
             next(batches, None)  # the pass is over
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any], dict[str, Any]]:
+def _read(path: Path) -> tuple[dict[str, Tensor], JsonObject, JsonObject, JsonObject]:
     """Tensors, run, machine and progress of a checkpoint whose bytes are those that were saved."""
     from safetensors import SafetensorError, safe_open
 

@@ -166,7 +166,7 @@ def test_an_interrupted_command_says_what_there_is_and_how_to_go_on(
         patched.setattr("beft_ext.commands.workflow.tune", interrupted)
         assert "selection is whole: the same command with --resume" in told("tune", *args)
     with monkeypatch.context() as patched:
-        patched.setattr("beft_ext.training.tuning._Run.write_history", interrupted)
+        patched.setattr("beft_ext.training.tuning._TuningRun.write_history", interrupted)
         more = ["--terms", "value", "--save-every", "1"]
         assert "checkpoint.safetensors is whole" in told("tune", *args, *more)
         assert "runs.jsonl holds 0 results" in told("compare", *args, "--methods", "value")

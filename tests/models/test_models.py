@@ -20,7 +20,6 @@ def test_terms_and_layers(family):
     widths = {b.term: b.width for b in biases}
     assert widths["query"] == 32
     assert widths["key"] == widths["value"] == (16 if family == "qwen2" else 32)
-    assert all(b.shared == (family == "albert") for b in biases)
 
 
 def test_each_slice_moves_its_projection_and_nothing_else(family):
@@ -114,13 +113,13 @@ class _Layers(nn.Module):
         self.layers = nn.ModuleList(blocks)
 
 
-def test_a_module_under_two_names_is_shared():
+def test_a_module_or_parameter_under_two_names_is_one_bias():
     model = _Layers(_Block(), _Block())
     model.layers[1].self_attn.v_proj = model.layers[0].self_attn.v_proj
     model.layers[1].self_attn.q_proj.bias = model.layers[0].self_attn.q_proj.bias
     found = find_biases(model)
-    assert {b.term for b in found if b.shared} == {"query", "value"}
-    assert {b.parameter for b in found if b.term == "query"} == {"layers.0.self_attn.q_proj.bias"}
+    layers = {term: [b.layer for b in found if b.term == term] for term in found.terms}
+    assert layers == {"query": [0], "key": [0, 1], "value": [0]}
 
 
 @pytest.mark.parametrize("name", ["experts", "shared_expert", "block_sparse_moe"])

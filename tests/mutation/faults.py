@@ -45,7 +45,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/training/loss.py": (
         ("training/test_loss.py", *SELECTION),
         [
-            ("labels[..., 1:].ne(IGNORED).sum()", "labels[..., :-1].ne(IGNORED).sum()"),
+            ("labels[..., 1:].ne(IGNORED_LABEL).sum()", "labels[..., :-1].ne(IGNORED_LABEL).sum()"),
             ("labels.numel() if labels.is_floating_point()",
              "len(labels) if labels.is_floating_point()"),
             ("places[:, 1:] != places[:, :-1] + 1", "places[:, 1:] != places[:, :-1]"),
@@ -144,16 +144,19 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("p.copy_(run.state.best[name])", "pass"),
             ("        state.loss_sum = 0.0\n", ""),
             ("reached > best or", "reached >= best or"),
-            ("weight_decay=recipe.weight_decay, ", ""),
+            ("            weight_decay=recipe.weight_decay,\n", ""),
             ("self.recipe.warmup, self", "0.0, self"),
-            ("itertools.islice(self.loader, done, None)", "self.loader"),
-            ("            self.loader.set_epoch(epoch)", "            pass"),
+            ("for _ in range(done + 1):", "for _ in range(done):"),
             ('        torch.set_rng_state(tensors["random/cpu"])\n', ""),
             ("        self.model.train()\n", ""),
-            (", max_grad_norm=recipe.clip", ""),
+            ("            max_grad_norm=recipe.max_grad_norm,\n", ""),
             ("        torch.manual_seed(recipe.seed)", "        pass"),
             ("max((h[self.metric] for h in state.history), default=-math.inf)", "-math.inf"),
         ],
+    ),
+    "beft_ext/training/data.py": (
+        TUNING,
+        [("            self.loader.set_epoch(number)", "            pass")],
     ),
     "beft_ext/training/steps.py": (
         ("training/test_steps.py",),
@@ -163,8 +166,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("            tensor.copy_(batch[name])", "            pass"),
             ("        self.rate.fill_(rate)\n", ""),
             ("        step.optimizer.zero_grad()  #", "        #"),
-            ("-length % LENGTHS", "LENGTHS - length % LENGTHS"),
-            ("len(self.graphs) == MOST", "False"),
+            ("-length % LENGTH_MULTIPLE", "LENGTH_MULTIPLE - length % LENGTH_MULTIPLE"),
+            ("len(self.graphs) == MOST_GRAPHS", "False"),
         ],
     ),
     "beft_ext/adapters/applying.py": (
@@ -190,7 +193,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("    for name, tensor in tensors.items():\n", "    for name, tensor in ():\n"),
             ("    _check_model(model, config)\n", ""),
             ("if target.parent not in (home, blobs)", "if False"),
-            ("        if dtype not in DTYPES:", "        if False:"),
+            ("        if dtype not in FLOAT_DTYPES:", "        if False:"),
         ],
     ),
     "beft_ext/adapters/merging.py": (
@@ -206,7 +209,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ("run.batch_sq.get(bias, 0.0) / run.done", "run.batch_sq.get(bias, 0.0) / run.steps"),
             ("        torch.manual_seed(seed)\n", ""),
-            ("        torch.random.fork_rng(devices=_devices(model)),\n", ""),
+            ("        torch.random.fork_rng(devices=cuda_devices(model)),\n", ""),
             ("                weight_decay=weight_decay,\n", ""),
             ("warmup=warmup,\n", ""),
             ("steps = epochs * len(loader)", "steps = len(loader)"),
@@ -255,7 +258,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/models/find.py": (
         MODELS,
         [
-            ("shared = repeated or uses[id(module)] > 1", "shared = repeated"),
+            ("first.setdefault((bias.parameter, bias.start), bias)",
+             "first.setdefault((bias.module, bias.start), bias)"),
             ("any(step in EXPERTS for step in steps) or ", ""),
             ("return max((e for e in FUSED", "return min((e for e in FUSED"),
             ('return path == ending or path.endswith("." + ending)',
@@ -324,9 +328,9 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         ("ops/test_bias_grad_stats.py", *OPTIM),
         [
             ("grad_sum.add_(total, alpha=scale)", "grad_sum.add_(total)"),
-            ("min(1.0, t.max_grad_norm / (by + 1e-6))", "t.max_grad_norm / (by + 1e-6)"),
+            ("min(1.0, max_norm / (norm + 1e-6))", "max_norm / (norm + 1e-6)"),
             ("theta - alpha * (m_hat", "theta - (m_hat"),
-            ("    t.scores[sorted(stepped)] = 0\n", "    t.scores[:] = 0\n"),
+            ("scores[sorted({block.segment for block in blocks})]", "scores[:]"),
         ],
     ),
     "beft_ext/ops/triton_bias_grad_stats.py": (

@@ -1,4 +1,11 @@
-"""Runs CUDA kernels on the host: one thread for each thread of a block, blocks one by one."""
+"""Runs CUDA kernels on the host: one thread for each thread of a block, blocks one by one.
+
+It proves arithmetic and addresses: what a kernel computes where its threads meet at every barrier.
+It does not prove synchronisation. Blocks never run at the same time, ``__threadfence`` does
+nothing, ``atomicAdd`` is a plain addition, and a barrier that is missing within a block is noticed
+only where the host's threads happen to meet wrongly. Races, and whatever rests on the order of
+blocks, are for a GPU and compute-sanitizer.
+"""
 
 import re
 from pathlib import Path

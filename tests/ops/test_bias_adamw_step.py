@@ -1,6 +1,7 @@
 """The GPU's AdamW step without a GPU: Triton by its interpreter and compiled ahead of time, CUDA
-by threads of the host. Each takes the CPU's place under BiasAdamW and must move parameters as
-torch.optim.AdamW does in float64, with the scores of the reference.
+by threads of the host, which see no race (cuda_emulator.py). Each takes the CPU's place under
+BiasAdamW and must move parameters as torch.optim.AdamW does in float64, with the scores of the
+reference.
 """
 
 import json

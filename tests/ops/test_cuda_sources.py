@@ -1,5 +1,6 @@
 """The CUDA sources without a GPU: they compile without spills, and their threads, run on the
-host, compute the right numbers. The shared arithmetic keeps fp32 sums at rounding level.
+host, compute the right numbers; the emulation sees no race (cuda_emulator.py). The shared
+arithmetic keeps fp32 sums at rounding level.
 """
 
 import re

@@ -5,7 +5,7 @@ import torch
 import transformers as hf
 
 from beft_ext.tasks import DataError, HeadObjective, Task
-from beft_ext.tasks.heads import LONGEST
+from beft_ext.tasks.heads import LONGEST_TEXT
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_targets_of_a_regression_are_numbers(tokenizer):
 def test_texts_are_cut_to_the_usual_length_or_to_ones_own(tokenizer):
     task = Task(text="{a}")
     rows = task.examples([{"a": "a " * 300, "label": 0}], "")
-    for asked, length in ((None, LONGEST), (20, 20), (200, 200)):
+    for asked, length in ((None, LONGEST_TEXT), (20, 20), (200, 200)):
         objective = HeadObjective(task, tokenizer, max_length=asked)
         (batch,) = objective.held_out(rows, 1)
         assert batch["input_ids"].shape == (1, length) and objective.notes

@@ -6,7 +6,7 @@ import torch
 from conftest import batch, tiny
 
 from beft_ext import BiasAdamW, prepare
-from beft_ext.training.steps import LENGTHS, EagerStep, GraphedStep, StepError
+from beft_ext.training.steps import LENGTH_MULTIPLE, EagerStep, GraphedStep, StepError
 from beft_ext.training.tuning import Recipe, TuningError, tune
 
 
@@ -59,7 +59,7 @@ def test_padding_changes_no_loss():
     for step in (graphed, eager):
         step.model.eval()
     short = batch(4, 9)
-    assert graphed.padded(short)["input_ids"].shape == (4, LENGTHS)
+    assert graphed.padded(short)["input_ids"].shape == (4, LENGTH_MULTIPLE)
     found, plain = losses(graphed, [short]), losses(eager, [short])
     torch.testing.assert_close(torch.tensor(found), torch.tensor(plain), rtol=1e-5, atol=1e-6)
 
@@ -74,7 +74,7 @@ def test_what_cannot_be_padded_is_left_as_it_is():
 
 
 def test_a_bounded_number_of_graphs(monkeypatch):
-    monkeypatch.setattr("beft_ext.training.steps.MOST", 1)
+    monkeypatch.setattr("beft_ext.training.steps.MOST_GRAPHS", 1)
     step = made(GraphedStep, capture=again)
     losses(step, [batch(rows, 9) for rows in (2, 3, 2, 3, 3)])
     assert len(step.graphs) == 1
