@@ -7,7 +7,7 @@ fused QKV parameter trains through its whole parameter, whose gradient a hook ze
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.models import (
-    TERMS,
     Bias,
     BiasError,
     Projection,
     add_bias,
     find_projections,
     head_parameters,
+    parse_terms,
+    pick,
+    spell,
     state,
     wrappers,
 )
@@ -36,6 +38,7 @@ class Prepared(state.Record):
     """What ``prepare`` made trainable.
 
     Attributes:
+        terms: the set of terms, as ``prepare`` takes it; a term without layers is in all of its.
         initial: value ``(H,)`` of each bias before training by ``Bias.name``; zero for added ones.
         added: names of the parameters that were added.
         head: names of the head's parameters.
@@ -63,14 +66,18 @@ class Prepared(state.Record):
         return "this model is prepared already: call restore(model) first"
 
     def __str__(self) -> str:
-        lines = [f"{'trains':<18}{'layers':>7}{'elements':>11}  first parameter"]
-        for term in self.terms:
-            own = [b for b in self.biases if b.term == term]
+        column = max(18, *(1 + len(term) for term in self.terms))
+        lines = [f"{'trains':<{column}}{'layers':>7}{'elements':>11}  first parameter"]
+        for entry in parse_terms(self.terms):
+            own = [b for b in self.biases if entry.holds(b)]
+            if not own:  # tied to the biases of another row
+                continue
             elements = sum(b.width for b in own)
             note = " (added)" if own[0].parameter in self.added else ""
-            lines.append(f"{term:<18}{len(own):>7}{elements:>11}  {own[0].parameter}{note}")
+            row = f"{entry!s:<{column}}{len(own):>7}{elements:>11}  {own[0].parameter}{note}"
+            lines.append(row)
         head = sum(t.numel() for t in self.head_initial.values())
-        lines.append(f"{'head':<18}{'':>7}{head:>11}  {', '.join(self.head) or 'none'}")
+        lines.append(f"{'head':<{column}}{'':>7}{head:>11}  {', '.join(self.head) or 'none'}")
         biases = sum(b.width for b in self.biases)
         share = 100 * biases / self.parameters
         lines.append(
@@ -82,7 +89,7 @@ class Prepared(state.Record):
 
 def prepare(
     model: nn.Module,
-    terms: str | Sequence[str] = "value",
+    terms: str | Iterable[str] = "value",
     layers: Iterable[int] | None = None,
     biases: Iterable[Bias] | None = None,
 ) -> Prepared:
@@ -95,7 +102,8 @@ def prepare(
     all of a fused QKV parameter: keep it at zero there, as BiasAdamW does by default.
 
     Args:
-        terms: one of the terms, or several.
+        terms: a set of terms, as text ("value", "value@6-11+query") or as the texts of its parts;
+            ``value@6-11`` is the value in layers 6 to 11, ``value@3`` in layer 3 alone.
         layers: numbers from 0; all by default.
         biases: the biases to choose from, such as ``find_biases(model, names=...)`` for an
             architecture that is not known; by default those of every known projection.
@@ -104,35 +112,34 @@ def prepare(
         that has no bias (RMSNorm), a quantised head, a model that is prepared or carries an
         active adapter, and one in several processes or wrapped by PEFT.
     """
-    wanted = (terms,) if isinstance(terms, str) else tuple(dict.fromkeys(terms))
     model = wrappers.whole(model, PrepareError)
     _check_free(model)
-    chosen = _choose(model, wanted, layers, biases)
+    found = _projections(model, biases)
+    chosen = _choose(found, terms, layers)
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     head = _head(model)
-    total = sum(p.numel() for p in model.parameters())
-    added = [p.bias for p in chosen if not p.has_bias]
-    for bias in added:
-        add_bias(model.get_submodule(bias.module))
+    added = list(dict.fromkeys(p.bias.module for p in chosen if not p.has_bias))
+    for module in added:
+        add_bias(model.get_submodule(module))
     # Tied projections hold one parameter under several modules: it is one bias here.
     own = list({(p.bias.parameter, p.bias.term): p.bias for p in chosen}.values())
     prepared = Prepared(
         model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
-        terms=tuple(t for t in TERMS if t in wanted),
+        terms=spell((p.bias for p in chosen), (p.bias for p in found)),
         layers=tuple(sorted({b.layer for b in own})),
         biases=own,
-        added=[b.parameter for b in added],
+        added=[f"{module}.bias" for module in added],
         initial={b.name: b.read(model.get_parameter(b.parameter)) for b in own},
         head=list(head),
         head_initial={n: p.detach().clone() for n, p in head.items()},
-        parameters=total + sum(b.width for b in added),
+        parameters=sum(p.numel() for p in model.parameters()),
         adapter_bytes=_adapter_bytes(model, own, head.values()),
         required=required,
     )
     mark(model, prepared)
     if added:
         warnings.warn(
-            f"{type(model).__name__} has no bias in '{added[0].module}', so one was added: "
+            f"{type(model).__name__} has no bias in '{added[0]}', so one was added: "
             "save_pretrained writes it but from_pretrained drops it; use save_adapter, or "
             "merge_adapter first",
             BeftWarning,
@@ -250,35 +257,30 @@ def _check_free(model: nn.Module) -> None:
     state.clear(model)
 
 
-def _choose(
-    model: nn.Module,
-    terms: tuple[str, ...],
-    layers: Iterable[int] | None,
-    biases: Iterable[Bias] | None,
-) -> list[Projection]:
-    if not terms or any(t not in TERMS for t in terms):
-        wrong = next((t for t in terms if t not in TERMS), "")
-        raise PrepareError(f"unknown term '{wrong}': use {', '.join(TERMS)}")
+def _projections(model: nn.Module, biases: Iterable[Bias] | None) -> list[Projection]:
+    if biases is not None:
+        return [Projection(b, has_bias=True, linear=True) for b in biases]
     try:
-        found = (
-            find_projections(model)
-            if biases is None
-            else [Projection(b, has_bias=True, linear=True) for b in biases]
-        )
+        return find_projections(model)
     except BiasError as error:
         raise PrepareError(str(error)) from error
-    present = [t for t in TERMS if any(p.bias.term == t for p in found)]
-    for term in terms:
-        if term not in present:
-            raise PrepareError(f"the model has no term '{term}': it has {', '.join(present)}")
-    count = 1 + max(p.bias.layer for p in found)
-    chosen_layers = set(range(count)) if layers is None else set(layers)
-    if out := sorted(chosen_layers - set(range(count))):
+
+
+def _choose(
+    found: list[Projection], terms: str | Iterable[str], layers: Iterable[int] | None
+) -> list[Projection]:
+    count = 1 + max((p.bias.layer for p in found), default=-1)
+    inside = set(range(count)) if layers is None else set(layers)
+    if out := sorted(inside - set(range(count))):
         raise PrepareError(f"layer {out[0]} is out of range: the model has 0 to {count - 1}")
-    chosen = [p for p in found if p.bias.term in terms and p.bias.layer in chosen_layers]
-    for term in terms:
-        if not any(p.bias.term == term for p in chosen):
-            raise PrepareError(f"term '{term}' is in none of the layers asked for")
+    try:
+        picked = pick((p.bias for p in found), terms)
+    except BiasError as error:
+        raise PrepareError(str(error)) from error
+    for entry in dict.fromkeys(picked.values()):
+        if not any(b.layer in inside for b, own in picked.items() if own == entry):
+            raise PrepareError(f"term '{entry}' is in none of the layers asked for")
+    chosen = [p for p in found if p.bias in picked and p.bias.layer in inside]
     if lacking := next((p.bias for p in chosen if not (p.has_bias or p.linear)), None):
         raise PrepareError(
             f"'{lacking.module}' is a norm without a bias (RMSNorm), and none is added there: "
