@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext import scores
-from beft_ext.models import Bias, BiasMap, add_bias, find_biases, find_projections
+from beft_ext.models import (
+    Bias,
+    BiasError,
+    BiasMap,
+    add_bias,
+    find_biases,
+    find_projections,
+    pick,
+)
 from beft_ext.models.wrappers import whole
 from beft_ext.selection.dead import QKV, dead_terms
 from beft_ext.selection.result import Selection, SelectionError
@@ -27,7 +35,7 @@ def select(
     method: str = "beft",
     *,
     loss: Loss = model_loss,
-    terms: Sequence[str] | None = None,
+    terms: str | Iterable[str] | None = None,
     biases: BiasMap | None = None,
     epochs: int = 1,
     steps: int | None = None,
@@ -49,9 +57,10 @@ def select(
         examples ``(B,)``, the loss and what the sum over examples was divided by, or a scalar. Of
         a scalar the divisor is measured on the first batch; an example's loss is the sum over
         its labels that count.
-    terms, biases: candidates; by default every term with a bias and, where neither query, key
-        nor value has one, these three, with biases of zeros for the time of the run. Dead terms
-        are found before the run and stay out of it, unless ``terms`` names them.
+    terms, biases: candidates; of a set of terms, as in ``prepare``, each entry is one. By default
+        every term with a bias and, where neither query, key nor value has one, these three, with
+        biases of zeros for the time of the run. Dead terms are found before the run and stay out
+        of it, unless ``terms`` names them.
     epochs, steps: length of the run; ``steps`` wins. lr: constant after the share ``warmup`` of
         the run. max_grad_norm: clips the global gradient norm. The authors train with a
         constant rate of 1e-4 to 1e-3 by task, without warm-up, clipped to 1, in
@@ -74,7 +83,7 @@ def select(
     _check_settle(settle, method)
     model = whole(model, SelectionError, copies=False)
     require_untapped(model)
-    candidates, added = _candidates(model, terms, biases)
+    names, added = _candidates(model, terms, biases)
     schedule = _schedule(loader, epochs, steps)
     with (
         ModelSnapshot(model),
@@ -85,8 +94,8 @@ def select(
         batches = BufferedLoader(loader)
         if batches.first is None:
             raise SelectionError("the loader is empty: select needs at least one batch")
-        dead = _dead(model, loss, candidates, batches.first)
-        alive = [b for b in candidates if terms is not None or b.term not in dead]
+        dead = _dead(model, loss, names, batches.first)
+        alive = [b for b in names if terms is not None or names[b] not in dead]
         with Tap(model, alive) as tap:
             run = Run(
                 model,
@@ -98,9 +107,9 @@ def select(
                 weight_decay=weight_decay,
                 max_grad_norm=max_grad_norm,
             )
-            enough = Settling(method, settle) if settle else None
+            enough = Settling(method, settle, names) if settle else None
             losses = run.train(batches, progress, enough)
-            return _judge(run, candidates, method, dead, losses)
+            return _judge(run, names, method, dead, losses)
 
 
 def _check_settle(settle: float, method: str) -> None:
@@ -114,9 +123,9 @@ def _check_settle(settle: float, method: str) -> None:
 
 
 def _candidates(
-    model: nn.Module, terms: Sequence[str] | None, biases: BiasMap | None
-) -> tuple[list[Bias], list[Bias]]:
-    """What competes; and those of it that the model lacks."""
+    model: nn.Module, terms: str | Iterable[str] | None, biases: BiasMap | None
+) -> tuple[dict[Bias, str], list[Bias]]:
+    """Each bias that competes with the name it counts for; and those that the model lacks."""
     have, lack = list(biases or ()), []
     if biases is None:
         projections = find_projections(model)
@@ -125,12 +134,13 @@ def _candidates(
     if terms is None:
         attention = [b for b in lack if b.term.removeprefix("cross_") in QKV]
         lack = [] if any(b.term in QKV for b in have) else attention
+        names = {b: b.term for b in (*have, *lack)}
     else:
-        known = BiasMap([*have, *lack]).terms
-        if absent := [t for t in terms if t not in known]:
-            raise SelectionError(f"the model has no term '{absent[0]}': it has {', '.join(known)}")
-        have, lack = ([b for b in part if b.term in terms] for part in (have, lack))
-    return list(BiasMap([*have, *lack])), lack
+        try:
+            names = pick([*have, *lack], terms)
+        except BiasError as error:
+            raise SelectionError(str(error)) from error
+    return {b: names[b] for b in BiasMap(names)}, [b for b in lack if b in names]
 
 
 @contextmanager
@@ -146,23 +156,24 @@ def _added(model: nn.Module, biases: Sequence[Bias]) -> Iterator[None]:
             module.bias = None  # type: ignore[assignment]
 
 
-def _dead(model: nn.Module, loss: Loss, candidates: Sequence[Bias], batch: Batch) -> list[str]:
-    """Dead terms, told by four examples."""
-    device = model.get_parameter(candidates[0].parameter).device
+def _dead(model: nn.Module, loss: Loss, names: Mapping[Bias, str], batch: Batch) -> list[str]:
+    """Names of dead terms, told by four examples."""
+    device = model.get_parameter(next(iter(names)).parameter).device
     inputs, rows = on_device(batch, device), rows_of(batch)
     first_four = {
         k: v[:4] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
         for k, v in inputs.items()
     }
     model.eval()
-    return dead_terms(model, candidates, lambda: loss(model, first_four))
+    dead = dead_terms(model, names, lambda: loss(model, first_four))
+    return list(dict.fromkeys(name for b, name in names.items() if b.term in dead))
 
 
 def _judge(
-    run: Run, candidates: Sequence[Bias], method: str, dead: list[str], losses: list[float]
+    run: Run, names: Mapping[Bias, str], method: str, dead: list[str], losses: list[float]
 ) -> Selection:
     statistics, current, initial = run.tap.statistics(), run.current(), dict(run.initial)
-    for bias in candidates:  # dead ones stayed out of the run: there they are as they were
+    for bias in names:  # dead ones stayed out of the run: there they are as they were
         if bias not in current:
             value = bias.read(run.model.get_parameter(bias.parameter))
             initial[bias] = current[bias] = value
@@ -170,7 +181,7 @@ def _judge(
     per_layer: dict[str, dict[str, list[float]]] = {m: {} for m in scores.METHODS}
     undefined: dict[str, str] = {}
     obtuse: list[str] = []
-    for bias in sorted(candidates, key=lambda b: b.layer):
+    for bias in names:
         b0, b, (total, squares) = initial[bias], current[bias], statistics[bias]
         values = {
             "beft": scores.beft_score(b0, b),
@@ -180,10 +191,10 @@ def _judge(
             "snr": scores.signal_to_noise(total, squares, run.examples),
         }
         for name, value in values.items():
-            per_layer[name].setdefault(bias.term, []).append(value)
+            per_layer[name].setdefault(names[bias], []).append(value)
         if math.isnan(values["beft"]):
             where = "initial" if not bool(b0.any()) else "trained"
-            undefined[bias.term] = f"the {where} bias is zero in layer {bias.layer}"
+            undefined[names[bias]] = f"the {where} bias is zero in layer {bias.layer}"
         elif values["beft"] > 1:
             obtuse.append(bias.name)
     means = {m: {t: sum(v) / len(v) for t, v in terms.items()} for m, terms in per_layer.items()}

@@ -112,7 +112,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_nothing():
     ("options", "message"),
     [
         ({"method": "best"}, "unknown method"),
-        ({"terms": ["valu"]}, "no term 'valu'"),
+        ({"terms": ["valu"]}, "unknown term 'valu'"),
         ({"steps": 0}, "nothing to train"),
         ({"settle": 0.5}, "a probability"),
         ({"settle": 0.05, "method": "snr"}, "use beft or magnitude"),
