@@ -40,11 +40,15 @@ BIAS_FREE = {
     "t5": lambda: hf.T5Config(**T5, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1),
 }
 
+# No bias, and two projections in one: query, key and value; gate and up.
+FUSED = {"phi3": lambda: hf.Phi3Config(**SIZES, **MLP, **GQA, eos_token_id=1)}
+
 
 def tiny(name: str, seed: int = 0) -> torch.nn.Module:
     """A two-class sequence classifier in eval mode whose biases are all non-zero."""
     torch.manual_seed(seed)
-    model = hf.AutoModelForSequenceClassification.from_config((CONFIGS | BIAS_FREE)[name]()).eval()
+    config = (CONFIGS | BIAS_FREE | FUSED)[name]()
+    model = hf.AutoModelForSequenceClassification.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -2,17 +2,21 @@
 
 from beft_ext.adapters.applying import load_adapter, set_adapter
 from beft_ext.adapters.contents import AdapterError, class_names, head_classes, model_class
+from beft_ext.adapters.facts import TermFacts, facts_table, term_facts
 from beft_ext.adapters.merging import merge_adapter, unmerge_adapter
 from beft_ext.adapters.saving import save_adapter
 
 __all__ = [
     "AdapterError",
+    "TermFacts",
     "class_names",
+    "facts_table",
     "head_classes",
     "load_adapter",
     "merge_adapter",
     "model_class",
     "save_adapter",
     "set_adapter",
+    "term_facts",
     "unmerge_adapter",
 ]

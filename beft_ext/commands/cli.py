@@ -16,6 +16,8 @@ from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.files import require_writable, save_json
 from beft_ext.tasks import TASKS
 
+TERMS_HELP = "value@6-11+query is the value in layers 6 to 11, from 0, and every query"
+
 
 def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
@@ -66,13 +68,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="beft-ext", description=__doc__)
     parser.set_defaults(stands=lambda _: "nothing was written: results come whole, at the end")
     verbs = parser.add_subparsers(required=True, metavar="VERB")
-    biases = verbs.add_parser("biases", help="list the bias terms of a model")
+    biases = verbs.add_parser("biases", help="list the bias terms that a model has or can get")
     biases.add_argument("model", metavar="MODEL", help="hub id or folder")
     biases.set_defaults(run=_biases)
     select = verbs.add_parser("select", help="find out which bias term to train")
     _add_data(select)
     _add_run(select, epochs=1, warmup=0.0)
-    select.add_argument("--terms", metavar="T,T", help="candidates (default: all)")
+    select.add_argument(
+        "--terms",
+        type=_set_of_terms,
+        metavar="T+T",
+        help=f"candidates (default: all): {TERMS_HELP}",
+    )
     select.add_argument("--method", choices=scores.SCORES, default="beft")
     select.add_argument("--steps", type=int, help="length of the run, in place of --epochs")
     select.add_argument(
@@ -87,7 +94,13 @@ def _parser() -> argparse.ArgumentParser:
     tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")
     _add_data(tune)
     _add_run(tune, epochs=10, warmup=0.06)
-    tune.add_argument("--terms", default="auto", metavar="auto|all|T,T")
+    tune.add_argument(
+        "--terms",
+        type=_set_of_terms,
+        default="auto",
+        metavar="auto|all|T+T",
+        help=f"what trains: {TERMS_HELP}",
+    )
     tune.add_argument("--resume", action="store_true", help="go on after a kill")
     tune.add_argument("--save-every", type=int, default=50, metavar="STEPS")
     tune.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
@@ -107,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
         "--methods",
         default="head,auto,value,all-biases,random-mask,lora,full",
         metavar="M,M",
-        help=f"{', '.join(methods.METHODS)}, or bias terms such as value or query+value, or "
+        help=f"{', '.join(methods.METHODS)}, or bias terms such as query+value@6-11, or "
         "lora:TERM, low-rank:TERM, random-mask:COUNT, in-context:SHOTS",
     )
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
@@ -124,6 +137,11 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _set_of_terms(text: str) -> str:
+    """A comma joins terms as + does."""
+    return text.replace(",", "+")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -177,10 +195,10 @@ def _spec(arguments: argparse.Namespace) -> ModelSpec:
 
 
 def _biases(arguments: argparse.Namespace) -> None:
+    from beft_ext.adapters import facts_table, term_facts
     from beft_ext.commands.loading import pretrained
-    from beft_ext.models import find_biases
 
-    print(find_biases(pretrained(arguments.model, "AutoModel")))
+    print(facts_table(term_facts(pretrained(arguments.model, "AutoModel"))))
 
 
 def _select(arguments: argparse.Namespace) -> None:
@@ -188,9 +206,8 @@ def _select(arguments: argparse.Namespace) -> None:
 
     a = arguments
     require_writable(a.out)
-    terms = a.terms.split(",") if a.terms else None
     selection = workflow.run_select(
-        _source(a), _spec(a), workflow.Settings.of(a), terms, a.method, a.steps, a.settle
+        _source(a), _spec(a), workflow.Settings.of(a), a.terms, a.method, a.steps, a.settle
     )
     print(selection)
     selection.save(a.out)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
-from beft_ext.models import TERMS, Bias, find_biases, find_projections, head_parameters, state
+from beft_ext.models import (
+    Bias,
+    BiasError,
+    find_biases,
+    find_projections,
+    head_parameters,
+    parse_terms,
+    pick,
+    state,
+)
 from beft_ext.training.preparation import prepare, prepared_of
 
 
@@ -41,8 +50,9 @@ class Mask(state.Record):
 
 
 def method(name: str) -> Method:
-    """The method called ``name``: one of METHODS, terms joined by '+', or one of VARIANTS with
-    what follows its colon, such as ``lora:value``, ``random-mask:100000`` or ``in-context:32``.
+    """The method called ``name``: one of METHODS, a set of terms such as ``query+value@6-11``, or
+    one of VARIANTS with what follows its colon, such as ``lora:value``, ``random-mask:100000`` or
+    ``in-context:32``.
 
     Raises MethodError.
     """
@@ -55,14 +65,17 @@ def method(name: str) -> Method:
     return Method(lambda model, _: _biases(model, terms))
 
 
-def _terms(text: str) -> list[str]:
-    terms = text.split("+")
-    if wrong := [t for t in terms if t not in TERMS]:
+def _terms(text: str) -> str:
+    """``text``, which is a set of terms. Raises MethodError."""
+    try:
+        parse_terms(text)
+    except BiasError as error:
         raise MethodError(
-            f"unknown method '{wrong[0]}': use {', '.join(METHODS)}, or bias terms such as value "
-            f"or query+value, or {', '.join(f'{v}:...' for v in VARIANTS)}"
-        )
-    return terms
+            f"unknown method '{text}': use {', '.join(METHODS)}, or "
+            f"{', '.join(f'{v}:...' for v in VARIANTS)}, or bias terms such as value or "
+            f"query+value@6-11 ({error})"
+        ) from error
+    return text
 
 
 def _count(text: str) -> int:
@@ -98,7 +111,7 @@ def kept_bytes(model: nn.Module) -> int:
         return sum(p.stat().st_size for p in Path(folder).rglob("*.safetensors"))
 
 
-def _biases(model: nn.Module, terms: Sequence[str]) -> nn.Module:
+def _biases(model: nn.Module, terms: str | Iterable[str]) -> nn.Module:
     prepare(model, terms)
     return model
 
@@ -166,14 +179,16 @@ def _distinct(size: int, count: int, generator: torch.Generator) -> Tensor:
     return found[:count]
 
 
-def _peft(kind: str, terms: Iterable[str] = (), **options: object) -> Callable[..., nn.Module]:
+def _peft(kind: str, terms: str | None = None, **options: object) -> Callable[..., nn.Module]:
     def setup(model: nn.Module, _: int) -> nn.Module:
         try:
             import peft
         except ImportError as error:
             raise MethodError("this method needs peft: pip install 'beft-ext[peft]'") from error
-        targets = {p.bias.module for p in find_projections(model) if p.bias.term in terms}
-        where = {"target_modules": sorted(targets)} if targets else {}
+        where = {}
+        if terms is not None:
+            targets = {b.module for b in pick((p.bias for p in find_projections(model)), terms)}
+            where["target_modules"] = sorted(targets)
         head = any(True for _ in head_parameters(model))
         task = "SEQ_CLS" if head else "CAUSAL_LM"
         config = getattr(peft, kind)(task_type=task, **where, **options)
@@ -205,9 +220,9 @@ class LowRankBias(nn.Module):
         return self.scale * (self.a.T @ self.b.T).flatten()
 
 
-def _low_rank(terms: Sequence[str]) -> Callable[[nn.Module, int], nn.Module]:
+def _low_rank(terms: str) -> Callable[[nn.Module, int], nn.Module]:
     def setup(model: nn.Module, _: int) -> nn.Module:
-        places = [p.bias for p in find_projections(model) if p.bias.term in terms and p.linear]
+        places = pick((p.bias for p in find_projections(model) if p.linear), terms)
         _freeze_body(model)
         for place in places:
             module = model.get_submodule(place.module)
@@ -238,9 +253,9 @@ METHODS: dict[str, Method] = {
     "all-biases": Method(_every_bias),
     "full": Method(_everything, lr=2e-5),
     "random-mask": Method(_random_mask),
-    "lora": Method(_peft("LoraConfig", ("query", "value"), r=8, lora_alpha=16), lr=5e-4),
+    "lora": Method(_peft("LoraConfig", "query+value", r=8, lora_alpha=16), lr=5e-4),
     "prefix": Method(_peft("PrefixTuningConfig", num_virtual_tokens=5), lr=1e-2),
-    "peft-beft": Method(_peft("BeftConfig", ("value",))),
+    "peft-beft": Method(_peft("BeftConfig", "value")),
 }
 
 # By what follows the colon: terms, or a number.

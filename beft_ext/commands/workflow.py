@@ -72,7 +72,7 @@ def run_select(
     source: Source,
     spec: ModelSpec,
     settings: Settings,
-    terms: Sequence[str] | None = None,
+    terms: str | None = None,
     method: str = "beft",
     steps: int | None = None,
     settle: float = 0.0,
@@ -154,7 +154,7 @@ def run_tune(
         print(f"\nauto: '{term}': {reason}\n")
         chosen = [term]
     else:
-        chosen = list(find_biases(model).terms) if terms == "all" else terms.split(",")
+        chosen = list(find_biases(model).terms) if terms == "all" else [terms]
     print(prepare(model, chosen), "\n")
     progress = tune(
         model,

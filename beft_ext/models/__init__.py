@@ -1,6 +1,6 @@
 """Where biases live in a model. Knows no kernel."""
 
-from beft_ext.models.added import Plain, add_bias, make_plain, undo_plain
+from beft_ext.models.added import Plain, add_bias, make_plain, mergeable, undo_plain
 from beft_ext.models.bias_map import TERMS, Bias, BiasError, BiasMap, Projection
 from beft_ext.models.find import (
     find_biases,
@@ -11,6 +11,7 @@ from beft_ext.models.find import (
     output_width,
 )
 from beft_ext.models.head import head_parameters
+from beft_ext.models.terms import Selected, parse_terms, pick, spell
 
 __all__ = [
     "TERMS",
@@ -19,6 +20,7 @@ __all__ = [
     "BiasMap",
     "Plain",
     "Projection",
+    "Selected",
     "add_bias",
     "find_biases",
     "find_projections",
@@ -26,7 +28,11 @@ __all__ = [
     "is_linear",
     "is_quantised",
     "make_plain",
+    "mergeable",
     "outer_modules",
     "output_width",
+    "parse_terms",
+    "pick",
+    "spell",
     "undo_plain",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 
@@ -69,19 +69,37 @@ def undo_plain(model: nn.Module, plain: Plain) -> None:
             model.get_parameter(f"{path}.bias").copy_(value)
 
 
+def mergeable(model: nn.Module, added: Mapping[str, Sequence[str]]) -> set[str]:
+    """The keys of ``added`` for whose modules ``make_plain`` finds a place."""
+    classes = [names for _, names in _classes(model)]
+    return {k for k, modules in added.items() if any(_holds(model, n, modules) for n in classes)}
+
+
 def _flags(model: nn.Module, added: Sequence[str]) -> tuple[tuple[str, ...], set[str]]:
     """The fewest flags with which the model's class has the added biases, and its parameters."""
-    known = [k for k, v in vars(model.config).items() if v is False and k.endswith("bias")]
-    for count in range(len(known) + 1):
-        for flags in combinations(known, count):
-            names = _names(model, flags)
-            left = [m for m in added if f"{m}.bias" not in names]
-            if _lacks_only_biases(model, names) and all(_output(model, m) for m in left):
-                return flags, names
+    for flags, names in _classes(model):
+        if _holds(model, names, added):
+            return flags, names
     raise BiasError(
         f"{type(model).__name__} cannot be saved with a bias in '{added[0]}': its config has no "
         "flag that gives this projection one; keep the adapter beside the model (save_adapter)"
     )
+
+
+def _classes(model: nn.Module) -> Iterator[tuple[tuple[str, ...], set[str]]]:
+    """Flags that give the model's class more biases and nothing else, the fewest first, and its
+    parameters then."""
+    known = [k for k, v in vars(model.config).items() if v is False and k.endswith("bias")]
+    for count in range(len(known) + 1):
+        for flags in combinations(known, count):
+            names = _names(model, flags)
+            if _lacks_only_biases(model, names):
+                yield flags, names
+
+
+def _holds(model: nn.Module, names: set[str], added: Sequence[str]) -> bool:
+    """Whether a class with these parameters has a place for the bias of each module."""
+    return all(f"{module}.bias" in names or _output(model, module) for module in added)
 
 
 def _names(model: nn.Module, flags: Iterable[str]) -> set[str]:

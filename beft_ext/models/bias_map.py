@@ -15,6 +15,7 @@ TERMS = (
     "value",
     "attention_output",
     "mlp_up",
+    "mlp_gate",
     "mlp_down",
     "attention_norm",
     "mlp_norm",
@@ -153,11 +154,15 @@ class BiasMap(Sequence[Bias]):
         lines = [f"{'term':<18}{'layers':>7}{'width':>8}{'elements':>11}  first parameter"]
         for term in self.terms:
             own = [b for b in self._biases if b.term == term]
-            place = own[0].parameter
-            if own[0].groups > 1:
-                place += f" ({own[0].groups} groups, [{own[0].start}:{own[0].stop}] of each)"
-            elif own[0].start or any(b.start and b.parameter == place for b in self._biases):
-                place += f" [{own[0].start}:{own[0].stop}]"
             total = sum(b.width for b in own)
+            place = self.place(own[0])
             lines.append(f"{term:<18}{len(own):>7}{own[0].width:>8}{total:>11}  {place}")
         return "\n".join(lines)
+
+    def place(self, bias: Bias) -> str:
+        """The parameter that holds ``bias``, and which part of it where it is not the whole."""
+        if bias.groups > 1:
+            return f"{bias.parameter} ({bias.groups} groups, [{bias.start}:{bias.stop}] of each)"
+        if bias.start or any(b.start and b.parameter == bias.parameter for b in self._biases):
+            return f"{bias.parameter} [{bias.start}:{bias.stop}]"
+        return bias.parameter

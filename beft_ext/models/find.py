@@ -15,6 +15,7 @@ from beft_ext.models.registry import (
     ENDINGS,
     EXPERTS,
     FUSED,
+    GATE_UP,
     LATENT_QUERIES,
     MODALITIES,
     NO_ATTENTION,
@@ -177,10 +178,12 @@ def _named_parts(model: nn.Module, names: Mapping[str, str]) -> dict[str, Found]
 
 
 def _by_ending(path: str, width: int) -> Found | None:
-    """The term of an output projection, MLP projection or norm."""
+    """The terms of an output projection, MLP projection or norm."""
     steps = path.split(".")
     if any(step in EXPERTS for step in steps) or any(step in NO_ATTENTION for step in steps):
         return None
+    if any(_ends(path, ending) for ending in GATE_UP):
+        return [("mlp_gate", 1, 0, width // 2), ("mlp_up", 1, width // 2, width)]
     matches = [(len(e), t) for t, endings in ENDINGS.items() for e in endings if _ends(path, e)]
     if not matches:
         return None

@@ -56,6 +56,9 @@ ENDINGS: dict[str, tuple[str, ...]] = {
                "mlp.up_proj", "ffn.up_proj", "mlp.fc_in", "mlp.dense_h_to_4h", "ffn.0",
                "ffn.linear_1", "feed_forward.w3", "feed_forward.up_proj",
                "feed_forward.intermediate", "DenseReluDense.wi", "DenseReluDense.wi_1"),
+    # What goes through the activation, and is multiplied with mlp_up.
+    "mlp_gate": ("mlp.gate_proj", "ffn.gate_proj", "feed_forward.gate_proj", "feed_forward.w1",
+                 "DenseReluDense.wi_0"),
     "mlp_down": ("output.dense", "ffn_output", "ffn.lin2", "fc2", "ffn.fc2", "mlp.fc2",
                  "mlp.c_proj", "mlp.down_proj", "ffn.down_proj", "mlp.fc_out",
                  "mlp.dense_4h_to_h", "mlp.Wo", "ffn.2", "ffn.linear_2", "feed_forward.w2",
@@ -71,6 +74,9 @@ ENDINGS: dict[str, tuple[str, ...]] = {
                  "ffn_layer_norm", "ffn.layer_norm", "ln", "ln_2", "layer_norm2", "layernorm2",
                  "norm_2", "mlp_norm", "post_attention_layernorm", "layernorm_after"),
 }  # fmt: skip
+
+# Gate and up one after the other in one projection.
+GATE_UP = ("mlp.gate_up_proj", "feed_forward.gate_up_proj", "mlp.Wi")
 
 Slices = list[tuple[str, int, int]]
 Layout = Callable[["PreTrainedConfig", int], tuple[int, Slices]]

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from beft_ext.models import Bias, BiasMap, add_bias, find_biases, find_projections
+from beft_ext.models import (
+    Bias,
+    BiasError,
+    BiasMap,
+    add_bias,
+    find_biases,
+    find_projections,
+    pick,
+)
 from beft_ext.selection.dead import QKV, dead_terms
 from beft_ext.selection.result import SelectionError
 from beft_ext.training.loss import Batch, on_device, rows_of
 
 
 def candidates_of(
-    model: nn.Module, terms: Sequence[str] | None, biases: BiasMap | None, every: bool
-) -> tuple[list[Bias], list[Bias]]:
-    """What competes; and those of it that the model lacks.
+    model: nn.Module, terms: str | Iterable[str] | None, biases: BiasMap | None, every: bool
+) -> tuple[dict[Bias, str], list[Bias]]:
+    """Each bias that competes with the name it counts for; and those that the model lacks.
 
     terms, biases: as of ``select``. every: without ``terms``, whether all that could be added
     compete, or only queries, keys and values where the model has none of these.
@@ -27,14 +35,16 @@ def candidates_of(
         have = list(find_biases(model)) if any(p.has_bias for p in projections) else []
         lack = [p.bias for p in projections if p.linear and not p.has_bias]
     if terms is not None:
-        known = BiasMap([*have, *lack]).terms
-        if absent := [t for t in terms if t not in known]:
-            raise SelectionError(f"the model has no term '{absent[0]}': it has {', '.join(known)}")
-        have, lack = ([b for b in part if b.term in terms] for part in (have, lack))
-    elif not every:
-        attention = [b for b in lack if b.term.removeprefix("cross_") in QKV]
-        lack = [] if any(b.term in QKV for b in have) else attention
-    return list(BiasMap([*have, *lack])), lack
+        try:
+            names = pick([*have, *lack], terms)
+        except BiasError as error:
+            raise SelectionError(str(error)) from error
+    else:
+        if not every:
+            attention = [b for b in lack if b.term.removeprefix("cross_") in QKV]
+            lack = [] if any(b.term in QKV for b in have) else attention
+        names = {b: b.term for b in (*have, *lack)}
+    return {b: names[b] for b in BiasMap(names)}, [b for b in lack if b in names]
 
 
 @contextmanager
@@ -53,15 +63,16 @@ def added(model: nn.Module, biases: Sequence[Bias]) -> Iterator[None]:
 def dead_of(
     model: nn.Module,
     forward: Callable[[nn.Module, Batch], object],
-    candidates: Sequence[Bias],
+    names: Mapping[Bias, str],
     batch: Batch,
 ) -> list[str]:
-    """Dead terms, told by four examples. forward: of the model and a batch."""
-    device = model.get_parameter(candidates[0].parameter).device
+    """Names of dead terms, told by four examples. forward: of the model and a batch."""
+    device = model.get_parameter(next(iter(names)).parameter).device
     inputs, rows = on_device(batch, device), rows_of(batch)
     first_four = {
         k: v[:4] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
         for k, v in inputs.items()
     }
     model.eval()
-    return dead_terms(model, candidates, lambda: forward(model, first_four))
+    dead = dead_terms(model, names, lambda: forward(model, first_four))
+    return list(dict.fromkeys(name for b, name in names.items() if b.term in dead))

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +69,7 @@ class Collector:
     Args:
         model: prepared for the pass: tapped, frozen, in evaluation mode.
         tap: at the candidate biases.
+        names: the candidate that each bias counts for.
         observe: the losses of a batch's examples.
         examples: at most, N.
         memory: bytes that the rows may take; where they need more, biases are folded.
@@ -76,6 +78,7 @@ class Collector:
 
     model: nn.Module
     tap: Tap
+    names: Mapping[Bias, str]
     observe: Observe
     examples: int
     memory: float
@@ -90,6 +93,15 @@ class Collector:
         self.columns = fitting(self.biases, self.examples, self.memory)
         self.tap.keep_rows(self.examples, self.columns, self.seed)
         self.heads = _HeadRows.all_of(self.model)
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While batches are read: the task head is heard."""
+        try:
+            yield
+        finally:
+            for head in self.heads:
+                head.handle.remove()
 
     def read(self, batches: Iterator[Batch], count: int) -> bool:
         """Read until there are ``count`` examples; False where the batches ran out before."""
@@ -146,9 +158,10 @@ class Collector:
         for bias in self.biases:
             product = _product(self.tap.rows(bias, self.rows)[kept.to(_device(bias, self.tap))])
             self._require_finite(product, bias, kept)
-            layers = [b.layer for b in self.biases if b.term == bias.term]
+            name = self.names[bias]
+            layers = [b.layer for b in self.biases if self.names[b] == name]
             band = next(b for b in bands(layers) if b[0] <= bias.layer <= b[1])
-            mine, sizes = grams.setdefault(bias.term, {}), elements.setdefault(bias.term, {})
+            mine, sizes = grams.setdefault(name, {}), elements.setdefault(name, {})
             product = product * weights * weights[:, None]
             mine[band] = mine[band] + product if band in mine else product
             sizes[band] = sizes.get(band, 0) + bias.width

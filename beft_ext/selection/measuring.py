@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from statistics import NormalDist
 
@@ -120,7 +119,7 @@ def measure_gains(
     loader: Iterable[Batch],
     *,
     observe: Observe = model_observe,
-    terms: Sequence[str] | None = None,
+    terms: str | Iterable[str] | None = None,
     biases: BiasMap | None = None,
     examples: int = 1000,
     memory: float = 2**31,
@@ -154,30 +153,21 @@ def measure_gains(
     """
     model = whole(model, SelectionError, copies=False)
     require_untapped(model)
-    candidates, lacking = candidates_of(model, terms, biases, every=True)
+    names, lacking = candidates_of(model, terms, biases, every=True)
     batches = BufferedLoader(loader)
     if batches.first is None:
         raise SelectionError("the loader is empty: gains need at least one batch")
     examples = min(examples, _length(loader, batches.first, examples))
     with ModelSnapshot(model), added(model, lacking), quiet(model):
-        dead = dead_of(model, observe, candidates, batches.first)
-        alive = [b for b in candidates if b.term not in dead or terms is not None]
+        dead = dead_of(model, observe, names, batches.first)
+        alive = {b: name for b, name in names.items() if name not in dead or terms is not None}
         if not alive:
             raise GainError("every candidate term is dead: no bias could be trained")
         model.requires_grad_(False)
-        with Tap(model, alive) as tap, _reading(model, tap, observe, examples, memory, seed) as c:
-            return _looked(c, iter(batches), [t for t in dead if terms is None], seed)
-
-
-@contextmanager
-def _reading(
-    model: nn.Module, tap: Tap, observe: Observe, examples: int, memory: float, seed: int
-) -> Iterator[Collector]:
-    collector = Collector(model, tap, observe, examples, memory, seed)
-    with ExitStack() as hooks:
-        for head in collector.heads:
-            hooks.callback(head.handle.remove)
-        yield collector
+        with Tap(model, alive) as tap:
+            collector = Collector(model, tap, alive, observe, examples, memory, seed)
+            with collector.listening():
+                return _looked(collector, iter(batches), [t for t in dead if terms is None], seed)
 
 
 def _length(loader: Iterable[Batch], first: Batch, most: int) -> int:

@@ -22,6 +22,7 @@ from beft_ext.files import (
     write_json,
     write_tensors,
 )
+from beft_ext.models import parse_terms
 from beft_ext.plots import draw
 
 RECORD, BIASES, PICTURE = "selection.json", "biases.safetensors", "heatmap.png"
@@ -114,8 +115,12 @@ class Selection:
         """
         from beft_ext.plots import heatmap
 
+        rows = {
+            name: [*[math.nan] * parse_terms(name)[0].first, *values]
+            for name, values in self.per_layer.get(self.method, {}).items()
+        }
         with whole_file(path) as temporary:
-            heatmap(self.per_layer.get(self.method, {}), self.method, temporary)
+            heatmap(rows, self.method, temporary)
 
     def save(self, folder: str | Path) -> None:
         """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` as one.

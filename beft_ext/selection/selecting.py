@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ def select(
     method: str = "beft",
     *,
     loss: Loss = model_loss,
-    terms: Sequence[str] | None = None,
+    terms: str | Iterable[str] | None = None,
     biases: BiasMap | None = None,
     epochs: int = 1,
     steps: int | None = None,
@@ -55,10 +55,10 @@ def select(
             losses of the examples ``(B,)``, or a scalar and the number that the sum over the
             examples was divided by, or a scalar alone. For a scalar alone that number is
             measured on the first batch.
-        terms: the candidates. By default every term that has a bias, without the dead ones;
-            where neither query, key nor value has one, these three join, with biases of zeros
-            for the time of the run. Dead terms that are named here take part in the run, but are
-            not ranked.
+        terms: the candidates: each entry of a set of terms, as for ``prepare``, is one. By
+            default every term that has a bias, without the dead ones; where neither query, key
+            nor value has one, these three join, with biases of zeros for the time of the run.
+            Dead terms that are named here take part in the run, but are not ranked.
         biases: the biases that the candidates come from, such as
             ``find_biases(model, names=...)``; by default those of every known projection.
         epochs: passes over the loader; without effect where ``steps`` is given.
@@ -95,7 +95,7 @@ def select(
     _check_settle(settle, method)
     model = whole(model, SelectionError, copies=False)
     require_untapped(model)
-    candidates, lacking = candidates_of(model, terms, biases, every=False)
+    names, lacking = candidates_of(model, terms, biases, every=False)
     step_count = _step_count(loader, epochs, steps)
     with (
         ModelSnapshot(model),
@@ -106,8 +106,8 @@ def select(
         batches = BufferedLoader(loader)
         if batches.first is None:
             raise SelectionError("the loader is empty: select needs at least one batch")
-        dead = dead_of(model, loss, candidates, batches.first)
-        alive = [b for b in candidates if terms is not None or b.term not in dead]
+        dead = dead_of(model, loss, names, batches.first)
+        alive = [b for b in names if terms is not None or names[b] not in dead]
         with Tap(model, alive) as tap:
             run = Run(
                 model,
@@ -119,9 +119,9 @@ def select(
                 weight_decay=weight_decay,
                 max_grad_norm=max_grad_norm,
             )
-            enough = Settling(method, settle) if settle else None
+            enough = Settling(method, settle, names) if settle else None
             losses = run.train(batches, progress, enough)
-            return _judge(run, candidates, method, dead, losses)
+            return _judge(run, names, method, dead, losses)
 
 
 def _check_settle(settle: float, method: str) -> None:
@@ -135,10 +135,10 @@ def _check_settle(settle: float, method: str) -> None:
 
 
 def _judge(
-    run: Run, candidates: Sequence[Bias], method: str, dead: list[str], losses: list[float]
+    run: Run, names: Mapping[Bias, str], method: str, dead: list[str], losses: list[float]
 ) -> Selection:
     statistics, current, initial = run.tap.statistics(), run.current(), dict(run.initial)
-    for bias in candidates:  # dead ones stayed out of the run: there they are as they were
+    for bias in names:  # dead ones stayed out of the run: there they are as they were
         if bias not in current:
             value = bias.read(run.model.get_parameter(bias.parameter))
             initial[bias] = current[bias] = value
@@ -146,7 +146,7 @@ def _judge(
     per_layer: dict[str, dict[str, list[float]]] = {m: {} for m in scores.SCORES}
     undefined: dict[str, str] = {}
     obtuse: list[str] = []
-    for bias in sorted(candidates, key=lambda b: b.layer):
+    for bias in names:
         b0, b, (total, squares) = initial[bias], current[bias], statistics[bias]
         values = {
             "beft": scores.beft_score(b0, b),
@@ -156,10 +156,10 @@ def _judge(
             "snr": scores.signal_to_noise(total, squares, run.examples),
         }
         for name, value in values.items():
-            per_layer[name].setdefault(bias.term, []).append(value)
+            per_layer[name].setdefault(names[bias], []).append(value)
         if math.isnan(values["beft"]):
             where = "initial" if not bool(b0.any()) else "trained"
-            undefined[bias.term] = f"the {where} bias is zero in layer {bias.layer}"
+            undefined[names[bias]] = f"the {where} bias is zero in layer {bias.layer}"
         elif values["beft"] > 1:
             obtuse.append(bias.name)
     means = {m: {t: sum(v) / len(v) for t, v in terms.items()} for m, terms in per_layer.items()}

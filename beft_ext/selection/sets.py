@@ -87,7 +87,7 @@ def _parts(evidence: Evidence, ridges: Mapping[str, float]) -> list[Part]:
     for term, by_band in evidence.grams.items():
         sizes = evidence.elements[term]
         for band, matrix in by_band.items():
-            name = f"{term}@{band[0]}-{band[1]}" if len(by_band) > 1 else term
+            name = f"{term.partition('@')[0]}@{band[0]}-{band[1]}" if len(by_band) > 1 else term
             pieces = frozenset([(term, band)])
             parts.append(Part(name, sizes[band], matrix / ridges[term], pieces))
         if len(by_band) > 1:

@@ -20,6 +20,7 @@ from statistics import NormalDist, fmean
 from torch import Tensor
 
 from beft_ext import scores
+from beft_ext.models import Bias
 from beft_ext.selection.run import Run
 
 Score = Callable[[Tensor, Tensor], float]
@@ -41,11 +42,12 @@ class Settling:
         method: one of ``SETTLING``.
         risk: accepted probability, at one look, that chance alone put the first term before any
             of the others (one-sided normal, Bonferroni over the others).
+        names: the candidate of each bias, by default its term.
     """
 
-    def __init__(self, method: str, risk: float) -> None:
+    def __init__(self, method: str, risk: float, names: Mapping[Bias, str] | None = None) -> None:
         self.score, self.error = SETTLING[method]
-        self.risk, self.look = risk, FIRST
+        self.risk, self.look, self.names = risk, FIRST, names or {}
 
     def __call__(self, run: Run) -> bool:
         if run.done < self.look:
@@ -61,8 +63,9 @@ class Settling:
         for bias, (total, squares) in statistics.items():
             b0, b = run.initial[bias], current[bias]
             variance = chance(total, squares, run.examples, run.done) * run.rate_sq
-            values.setdefault(bias.term, []).append(self.score(b0, b))
-            errors.setdefault(bias.term, []).append(self.error(b0, b, variance))
+            name = self.names.get(bias, bias.term)
+            values.setdefault(name, []).append(self.score(b0, b))
+            errors.setdefault(name, []).append(self.error(b0, b, variance))
         known = [t for t, v in values.items() if not any(math.isnan(x) for x in v)]
         return {t: fmean(values[t]) for t in known}, {t: fmean(errors[t]) for t in known}
 

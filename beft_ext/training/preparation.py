@@ -8,7 +8,7 @@ zero.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,13 +16,15 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.models import (
-    TERMS,
     Bias,
     BiasError,
     Projection,
     add_bias,
     find_projections,
     head_parameters,
+    parse_terms,
+    pick,
+    spell,
     state,
     wrappers,
 )
@@ -38,7 +40,7 @@ class Prepared(state.Record):
 
     Attributes:
         model_type: that of the model's config; empty for a model without one.
-        terms: the chosen terms.
+        terms: the set of terms, as ``prepare`` takes it; one without layers is in all of its.
         layers: numbers of the layers in which a bias trains.
         biases: the biases that train.
         added: names of the parameters that were added.
@@ -75,14 +77,18 @@ class Prepared(state.Record):
         return "this model is prepared already: call restore(model) first"
 
     def __str__(self) -> str:
-        lines = [f"{'trains':<18}{'layers':>7}{'elements':>11}  first parameter"]
-        for term in self.terms:
-            own = [b for b in self.biases if b.term == term]
+        column = max(18, *(1 + len(term) for term in self.terms))
+        lines = [f"{'trains':<{column}}{'layers':>7}{'elements':>11}  first parameter"]
+        for entry in parse_terms(self.terms):
+            own = [b for b in self.biases if entry.holds(b)]
+            if not own:  # tied to the biases of another row
+                continue
             elements = sum(b.width for b in own)
             note = " (added)" if own[0].parameter in self.added else ""
-            lines.append(f"{term:<18}{len(own):>7}{elements:>11}  {own[0].parameter}{note}")
+            row = f"{entry!s:<{column}}{len(own):>7}{elements:>11}  {own[0].parameter}{note}"
+            lines.append(row)
         head = sum(t.numel() for t in self.head_initial.values())
-        lines.append(f"{'head':<18}{'':>7}{head:>11}  {', '.join(self.head) or 'none'}")
+        lines.append(f"{'head':<{column}}{'':>7}{head:>11}  {', '.join(self.head) or 'none'}")
         biases = sum(b.width for b in self.biases)
         share = 100 * biases / self.parameters
         lines.append(
@@ -94,7 +100,7 @@ class Prepared(state.Record):
 
 def prepare(
     model: nn.Module,
-    terms: str | Sequence[str] = "value",
+    terms: str | Iterable[str] = "value",
     layers: Iterable[int] | None = None,
     biases: Iterable[Bias] | None = None,
 ) -> Prepared:
@@ -110,7 +116,8 @@ def prepare(
 
     Args:
         model: a transformers model, in one process.
-        terms: one term, or several.
+        terms: a set of terms, as text ("value", "value@6-11+query") or as the texts of its parts.
+            ``value@6-11`` is the value in layers 6 to 11, ``value@3`` in layer 3 alone.
         layers: numbers of the layers, from 0; by default all.
         biases: the biases to choose from, such as ``find_biases(model, names=...)`` for an
             architecture that is not known; by default those of every known projection.
@@ -127,35 +134,34 @@ def prepare(
         >>> len(trained), trained[0]
         (4, 'bert.encoder.layer.1.attention.self.query.bias')
     """
-    wanted = (terms,) if isinstance(terms, str) else tuple(dict.fromkeys(terms))
     model = wrappers.whole(model, PrepareError)
     _check_free(model)
-    chosen = _choose(model, wanted, layers, biases)
+    found = _projections(model, biases)
+    chosen = _choose(found, terms, layers)
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     head = _head(model)
-    total = sum(p.numel() for p in model.parameters())
-    added = [p.bias for p in chosen if not p.has_bias]
-    for bias in added:
-        add_bias(model.get_submodule(bias.module))
+    added = list(dict.fromkeys(p.bias.module for p in chosen if not p.has_bias))
+    for module in added:
+        add_bias(model.get_submodule(module))
     # Tied projections hold one parameter under several modules: it is one bias here.
     own = list({(p.bias.parameter, p.bias.term): p.bias for p in chosen}.values())
     prepared = Prepared(
         model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
-        terms=tuple(t for t in TERMS if t in wanted),
+        terms=spell((p.bias for p in chosen), (p.bias for p in found)),
         layers=tuple(sorted({b.layer for b in own})),
         biases=own,
-        added=[b.parameter for b in added],
+        added=[f"{module}.bias" for module in added],
         initial={b.name: b.read(model.get_parameter(b.parameter)) for b in own},
         head=list(head),
         head_initial={n: p.detach().clone() for n, p in head.items()},
-        parameters=total + sum(b.width for b in added),
+        parameters=sum(p.numel() for p in model.parameters()),
         adapter_bytes=_adapter_bytes(model, own, head.values()),
         required=required,
     )
     mark(model, prepared)
     if added:
         warnings.warn(
-            f"{type(model).__name__} has no bias in '{added[0].module}', so one was added: "
+            f"{type(model).__name__} has no bias in '{added[0]}', so one was added: "
             "save_pretrained writes it but from_pretrained drops it; use save_adapter, or "
             "merge_adapter first",
             BeftWarning,
@@ -282,35 +288,30 @@ def _check_free(model: nn.Module) -> None:
     state.clear(model)
 
 
-def _choose(
-    model: nn.Module,
-    terms: tuple[str, ...],
-    layers: Iterable[int] | None,
-    biases: Iterable[Bias] | None,
-) -> list[Projection]:
-    if not terms or any(t not in TERMS for t in terms):
-        wrong = next((t for t in terms if t not in TERMS), "")
-        raise PrepareError(f"unknown term '{wrong}': use {', '.join(TERMS)}")
+def _projections(model: nn.Module, biases: Iterable[Bias] | None) -> list[Projection]:
+    if biases is not None:
+        return [Projection(b, has_bias=True, linear=True) for b in biases]
     try:
-        found = (
-            find_projections(model)
-            if biases is None
-            else [Projection(b, has_bias=True, linear=True) for b in biases]
-        )
+        return find_projections(model)
     except BiasError as error:
         raise PrepareError(str(error)) from error
-    present = [t for t in TERMS if any(p.bias.term == t for p in found)]
-    for term in terms:
-        if term not in present:
-            raise PrepareError(f"the model has no term '{term}': it has {', '.join(present)}")
-    count = 1 + max(p.bias.layer for p in found)
-    chosen_layers = set(range(count)) if layers is None else set(layers)
-    if out := sorted(chosen_layers - set(range(count))):
+
+
+def _choose(
+    found: list[Projection], terms: str | Iterable[str], layers: Iterable[int] | None
+) -> list[Projection]:
+    count = 1 + max((p.bias.layer for p in found), default=-1)
+    inside = set(range(count)) if layers is None else set(layers)
+    if out := sorted(inside - set(range(count))):
         raise PrepareError(f"layer {out[0]} is out of range: the model has 0 to {count - 1}")
-    chosen = [p for p in found if p.bias.term in terms and p.bias.layer in chosen_layers]
-    for term in terms:
-        if not any(p.bias.term == term for p in chosen):
-            raise PrepareError(f"term '{term}' is in none of the layers asked for")
+    try:
+        picked = pick((p.bias for p in found), terms)
+    except BiasError as error:
+        raise PrepareError(str(error)) from error
+    for entry in dict.fromkeys(picked.values()):
+        if not any(b.layer in inside for b, own in picked.items() if own == entry):
+            raise PrepareError(f"term '{entry}' is in none of the layers asked for")
+    chosen = [p for p in found if p.bias in picked and p.bias.layer in inside]
     if lacking := next((p.bias for p in chosen if not (p.has_bias or p.linear)), None):
         raise PrepareError(
             f"'{lacking.module}' is a norm without a bias (RMSNorm), and none is added there: "

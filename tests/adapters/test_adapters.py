@@ -26,7 +26,7 @@ from beft_ext import (
     set_adapter,
     unmerge_adapter,
 )
-from beft_ext.adapters import head_classes
+from beft_ext.adapters import head_classes, term_facts
 from beft_ext.training.preparation import prepared_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -228,6 +228,92 @@ def test_a_bias_free_family_merges_into_its_own_class(name, tmp_path):
     unmerge_adapter(model)
     assert same(model, before) and flags(model) == config
     assert prepared_of(model).terms == PLAIN[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [
+        ("llama", "mlp_gate"),
+        ("llama", "query@0+value@1+mlp_gate@1"),
+        ("llama", "mlp_down@0"),
+        ("gemma", "value@1"),
+        ("bert", "value@1+mlp_up@0"),
+        ("gpt-neo", "value@1"),
+    ],
+)
+def test_gates_and_layers_go_the_whole_way(name, terms, tmp_path):
+    """Saved, loaded here and by PEFT, merged into a plain folder, and taken out of it again."""
+    model, want = tuned(name, tmp_path / "adapter", terms)
+    biases = prepared_of(model).biases
+    entries = sorted(terms.split("+"))
+    assert sorted(prepared_of(model).terms) == entries
+    config = json.loads((tmp_path / "adapter" / CONFIG).read_text())
+    assert config["target_modules"] == sorted(b.module for b in biases)
+    assert sorted(config["auto_mapping"]["beft_ext"]["terms"]) == entries
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert all(f"\n{entry} " in card for entry in entries)
+    loaded = tiny(name)
+    base = values(loaded)
+    load_adapter(loaded, tmp_path / "adapter")
+    close(logits(loaded), want)
+    merge_adapter(loaded)
+    loaded.save_pretrained(tmp_path / "merged")
+    plain = hf.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    close(logits(plain), want)
+    unmerge_adapter(loaded)
+    set_adapter(loaded, None)
+    assert same(loaded, base)
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    theirs = peft.PeftModel.from_pretrained(tiny(name), tmp_path / "adapter")
+    close(logits(theirs), want)
+
+
+def test_a_gate_of_a_fused_projection(tmp_path):
+    """The gate's half alone; PEFT adds the same vector; no plain Phi-3 has a place for it."""
+    model, want = tuned("phi3", tmp_path, "mlp_gate@1")
+    bias = next(t for n, t in load_file(tmp_path / WEIGHTS).items() if n.endswith("beft_bias"))
+    assert bias.shape == (1, 96) and bias[0, :48].all() and not bias[0, 48:].any()
+    other = tiny("phi3")
+    load_adapter(other, tmp_path)
+    close(logits(other), want)
+    with pytest.raises(AdapterError, match="no flag that gives this projection one"):
+        merge_adapter(model)
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    close(logits(peft.PeftModel.from_pretrained(tiny("phi3"), tmp_path)), want)
+
+
+def test_training_goes_on_only_in_the_layers_of_the_adapter(tmp_path):
+    _, want = tuned("llama", tmp_path, "value@1")
+    model = tiny("llama")
+    prepare(model, "value@0")
+    with pytest.raises(AdapterError, match="beyond the prepared biases"):
+        load_adapter(model, tmp_path)
+    restore(model)
+    prepare(model, "value")
+    load_adapter(model, tmp_path)
+    close(logits(model), want)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "mistral", "gpt-neo", "t5", "bert", "gpt2"])
+def test_the_facts_of_a_term_are_what_happens(name, tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    for facts in term_facts(tiny(name)):
+        model = tiny(name)
+        prepared = prepare(model, facts.term)
+        assert facts.added == bool(prepared.added)
+        assert facts.elements == sum(b.width for b in prepared.biases)
+        save_adapter(model, tmp_path)
+        try:
+            peft.PeftModel.from_pretrained(tiny(name), tmp_path)
+            loads = True
+        except TypeError:
+            loads = False
+        try:
+            merge_adapter(model)
+            merges = True
+        except AdapterError:
+            merges = False
+        assert (facts.merges, facts.in_peft) == (merges, loads), facts
 
 
 @pytest.mark.parametrize(

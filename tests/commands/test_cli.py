@@ -47,7 +47,7 @@ def test_biases_and_doctor(minilm, capsys):
         (["--train-file", "DATA", "--train-size", "100000"], "--train-size"),
         (["--train-file", "EMPTY"], "no rows"),
         (["--train-file", "BROKEN"], "cannot be read"),
-        (["--train-file", "DATA", "--terms", "foo", "--steps", "1"], "no term 'foo'"),
+        (["--train-file", "DATA", "--terms", "foo", "--steps", "1"], "unknown term 'foo'"),
         (["--train-file", "DATA", "--settle", "0.7"], "a probability"),
     ],
 )

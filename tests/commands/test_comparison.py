@@ -52,6 +52,20 @@ def test_every_method_of_a_decoder(tiny_decoder, tmp_path):
     assert list(failed) == ["head"] and "no task head" in failed["head"]
 
 
+def test_layers_of_terms_are_methods(tiny_folder, tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    methods = ["head", "value@1", "query@0+value", "lora:value@0", "low-rank:value@1", "value@2"]
+    assert compare(tiny_folder, tmp_path, methods) == 0
+    rows = {r["method"]: r for r in json.loads((tmp_path / "comparison.json").read_text())}
+    failed = {name: row["failure"] for name, row in rows.items() if row["failure"]}
+    assert list(failed) == ["value@2"] and "the model has 2 layers, 0 to 1" in failed["value@2"]
+    head = rows["head"]["parameters"]
+    assert rows["value@1"]["parameters"] == head + 32
+    assert rows["query@0+value"]["parameters"] == head + 3 * 32
+    assert rows["lora:value@0"]["parameters"] == head + 8 * (32 + 32)
+    assert rows["low-rank:value@1"]["parameters"] == head + 8 * (4 + 8)
+
+
 def test_what_is_there_is_not_run_again(tiny_folder, tmp_path, capsys):
     assert compare(tiny_folder, tmp_path, ["value"]) == 0
     lines = (tmp_path / "runs.jsonl").read_text().splitlines()
@@ -133,6 +147,7 @@ def test_a_variant_has_the_size_that_is_asked_for():
     ("methods", "more", "message"),
     [
         (["valu"], [], "unknown method 'valu'"),
+        (["value@6-3"], [], "ends before it begins"),
         (["value"], ["--rates", "lora=1"], "'lora', which is not compared"),
         (["value"], ["--rates", "value"], "not METHOD=RATE"),
         (["value"], ["--rates", "value=-1"], "positive"),

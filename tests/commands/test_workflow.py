@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from conftest import tiny
 
 from beft_ext.commands.cli import main
 from beft_ext.commands.demo import DATA
 from beft_ext.commands.loading import classes_of
+from beft_ext.models import TERMS
 from beft_ext.tasks import Task
 
 FILES = ["--train-file", str(DATA / "train.jsonl")]
@@ -50,6 +52,25 @@ def test_evaluate_and_merge_agree_to_the_last_example(tiny_folder, tuned, tmp_pa
     assert evaluate(merged)["predictions"] == with_adapter["predictions"]
     plain = transformers.AutoModelForSequenceClassification.from_pretrained(merged)
     assert type(plain) is transformers.BertForSequenceClassification
+
+
+def test_biases_that_a_model_could_be_given(tmp_path, capsys):
+    tiny("llama").model.save_pretrained(tmp_path)
+    assert main(["biases", str(tmp_path)]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    (gate,) = (row for row in rows if row[:1] == ["mlp_gate"])
+    place = "layers.0.mlp.gate_proj.bias"
+    assert gate == ["mlp_gate", "2", "48", "96", "could", "be", "added", "yes", "yes", place]
+    assert [row[0] for row in rows[1:8]] == list(TERMS[:7])
+
+
+def test_tune_takes_layers_and_a_comma_joins(tiny_folder, tmp_path, capsys):
+    args = ["tune", "--model", tiny_folder, *FILES, "--train-size", "32", "--epochs", "1"]
+    assert main([*args, "--terms", "value@1,query+mlp_up@0", "--out", str(tmp_path)]) == 0
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert config["auto_mapping"]["beft_ext"]["terms"] == ["query", "value@1", "mlp_up@0"]
+    assert "value@1 " in capsys.readouterr().out
+    assert main([*args, "--terms", "value", "--out", str(tmp_path), "--resume"]) == 2
 
 
 def test_resuming_what_is_done_changes_nothing(tiny_folder, tuned):

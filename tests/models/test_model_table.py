@@ -14,7 +14,7 @@ from model_table import OUT, VARIANTS, Verdict, _row, page, quiet, verify
 from tiny_models import class_name, inputs, tiny, types
 
 from beft_ext import BiasError, find_biases, load_adapter, prepare, save_adapter
-from beft_ext.models import find_projections, head_parameters
+from beft_ext.models import add_bias, find_projections, head_parameters
 
 # Of each way in which examples can lie, or a module can be used, a type; and of each layout.
 SAMPLE = ["bert", "deberta-v2", "albert", "longformer", "dory", "prophetnet", "pegasus_x", "led"]
@@ -80,6 +80,38 @@ def test_towers_beside_a_text_model_have_no_term(name):
     model(**batch)
     assert reached <= ran
     assert not any("vision" in path or "audio" in path for path in reached)
+
+
+GATED = ["llama", "gemma", "qwen2", "mistral", "phi3", "glm", "modernbert", "lfm2", "mt5", "bamba"]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_a_closed_gate_lets_nothing_through(name):
+    """What the gate's bias moves goes through the activation: far below zero, it is zero."""
+    model = tiny(name, torch.float64)
+    projections = find_projections(model)
+    down = {p.bias.module for p in projections if p.bias.term == "mlp_down"}
+    for term, opened in (("mlp_gate", False), ("mlp_up", True)):
+        places = [p.bias for p in projections if p.bias.term == term]
+        given = []
+        hooks = [
+            model.get_submodule(path).register_forward_pre_hook(
+                lambda _, args, given=given: given.append(args[0])
+            )
+            for path in down
+        ]
+        for bias in places:
+            added = add_bias(model.get_submodule(bias.module))
+            with torch.no_grad():
+                bias.view(added).fill_(-1e3)
+        with torch.no_grad():
+            model(**inputs(model))
+        for hook in hooks:
+            hook.remove()
+        for bias in places:
+            model.get_submodule(bias.module).bias = None
+        assert len(places) == len(down) and len(given) >= len(down)
+        assert all(bool(x.abs().max() > 1) == opened for x in given)
 
 
 @pytest.mark.parametrize(

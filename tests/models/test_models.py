@@ -10,12 +10,13 @@ from torch import nn
 from beft_ext import BiasError, find_biases
 from beft_ext.models import TERMS
 
+UNGATED = (*TERMS[:3], "attention_output", "mlp_up", "mlp_down", "attention_norm", "mlp_norm")
 ATTENTION_ONLY = {"qwen2": ("query", "key", "value")}
 
 
 def test_terms_and_layers(family):
     biases = find_biases(tiny(family))
-    assert biases.terms == ATTENTION_ONLY.get(family, TERMS[:8])
+    assert biases.terms == ATTENTION_ONLY.get(family, UNGATED)
     assert biases.layers == (1 if family == "albert" else 2)
     widths = {b.term: b.width for b in biases}
     assert widths["query"] == 32

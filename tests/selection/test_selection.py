@@ -10,7 +10,7 @@ import transformers
 from conftest import CONFIGS, batch, tiny
 from safetensors.numpy import load_file
 
-from beft_ext import SelectionError, Tap, TapError, find_biases, select
+from beft_ext import SelectionError, Tap, TapError, find_biases, prepare, select
 from beft_ext.commands import demo
 from beft_ext.selection import ProbeError, dead_terms
 from beft_ext.selection.settling import chance
@@ -112,7 +112,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_nothing():
     ("options", "message"),
     [
         ({"method": "best"}, "unknown method"),
-        ({"terms": ["valu"]}, "no term 'valu'"),
+        ({"terms": ["valu"]}, "unknown term 'valu'"),
+        ({"terms": "value@2"}, "the model has 2 layers, 0 to 1"),
         ({"steps": 0}, "nothing to train"),
         ({"settle": 0.5}, "a probability"),
         ({"settle": 0.05, "method": "snr"}, "use beft or magnitude"),
@@ -141,6 +142,29 @@ def test_dead_terms_stay_out_of_the_run_unless_they_are_named():
     named = select(tiny("bert"), loader(), lr=1e-2, terms=["key", "value"])
     assert named.dead == ["key"] and named.ranking["beft"] == ["value"]
     assert not torch.equal(named.initial["0.key"], named.current["0.key"])
+
+
+def test_each_entry_of_a_set_of_terms_is_a_candidate(tmp_path):
+    model = tiny("bert")
+    found = select(model, loader(), lr=1e-2, terms="value@0+value@1+mlp_up+key@1")
+    assert found.dead == ["key@1"]
+    assert set(found.ranking["beft"]) == {"value@0", "value@1", "mlp_up"}
+    assert set(found.initial) == {"0.value", "1.value", "0.mlp_up", "1.mlp_up", "1.key"}
+    rows = {name: len(row) for name, row in found.per_layer["beft"].items()}
+    assert rows == {"value@0": 1, "value@1": 1, "mlp_up": 2, "key@1": 1}
+    for name, layer in (("value@0", 0), ("value@1", 1)):
+        b0, b = (t[f"{layer}.value"].double() for t in (found.initial, found.current))
+        want = 1 - float(b0 @ b / max(b0 @ b0, b @ b))
+        assert found.scores["beft"][name] == pytest.approx(want, rel=1e-9)
+    found.save(tmp_path)
+    prepared = prepare(model, found.best)
+    assert prepared.terms == (found.best,)
+
+
+def test_a_settled_run_counts_each_entry():
+    given = [batch(seed=i) for i in range(40)]
+    found = select(tiny("bert"), given, lr=1e-2, terms="mlp_norm@0+key@1", settle=0.4)
+    assert found.settled and found.best in ("mlp_norm@0", "key@1")
 
 
 def test_the_probe_needs_one_attention_at_a_time_and_leaves_no_trace(monkeypatch):

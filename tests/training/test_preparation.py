@@ -124,6 +124,12 @@ def test_the_mark_is_not_part_of_the_model(tmp_path):
         ("bert", {"layers": []}, "none of the layers"),
         ("llama", {"terms": "mlp_norm"}, "RMSNorm"),
         ("t5", {"terms": "mlp_norm"}, "has no term 'mlp_norm': it has query"),
+        ("bert", {"terms": "value@0-2"}, "out of range: the model has 2 layers, 0 to 1"),
+        ("bert", {"terms": "query+value@1-0"}, "'value@1-0' ends before it begins"),
+        ("bert", {"terms": ["value", "value@1"]}, "share a layer"),
+        ("bert", {"terms": "query+value@1", "layers": [0]}, "'value@1' is in none of the layers"),
+        ("t5", {"terms": "cross_value@0-1"}, "none of the layers of 'cross_value', which are 2, 3"),
+        ("phi3", {"terms": "mlp_gate@2"}, "out of range"),
     ],
 )
 def test_what_cannot_be_prepared_is_named_and_nothing_changes(name, options, message):
@@ -134,6 +140,42 @@ def test_what_cannot_be_prepared_is_named_and_nothing_changes(name, options, mes
     assert "\n" not in str(caught.value)
     assert all(p.requires_grad for p in model.parameters())
     assert list(model.state_dict()) == keys and prepared_of(model) is None
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama", "phi3"])
+def test_terms_train_in_their_layers_alone(name):
+    model = tiny(name)
+    prepared = prepare(model, ["value@1", "mlp_up@0+query"])
+    places = {(b.term, b.layer) for b in prepared.biases}
+    assert places == {("value", 1), ("mlp_up", 0), ("query", 0), ("query", 1)}
+    assert prepared.terms == ("query", "value@1", "mlp_up@0") and prepared.layers == (0, 1)
+    rows = str(prepared).splitlines()[1:4]
+    assert [r.split()[:2] for r in rows] == [["query", "2"], ["value@1", "1"], ["mlp_up@0", "1"]]
+    before = values(model)
+    train(model)
+    for name, after in model.state_dict().items():
+        changed = after != before[name]
+        for bias in (b for b in prepared.biases if b.parameter == name):
+            assert bias.view(changed).all()
+            bias.view(changed).fill_(False)
+        assert name in prepared.head or not changed.any(), name
+    restore(model)
+    assert prepare(model, prepared.terms).biases == prepared.biases
+
+
+def test_layers_of_prepare_and_of_the_terms_meet():
+    prepared = prepare(tiny("bert"), "value@0-1+query", layers=[1])
+    assert prepared.terms == ("query@1", "value@1") and prepared.layers == (1,)
+
+
+def test_one_vector_is_added_for_gate_and_up():
+    model = tiny("phi3")
+    elements = sum(p.numel() for p in model.parameters())
+    prepared = prepare(model, "mlp_gate+mlp_up@0")
+    assert prepared.added == [f"model.layers.{i}.mlp.gate_up_proj.bias" for i in range(2)]
+    assert prepared.parameters == elements + 2 * 96
+    restore(model)
+    assert sum(p.numel() for p in model.parameters()) == elements
 
 
 def test_twice_and_never():
