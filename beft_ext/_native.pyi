@@ -59,6 +59,25 @@ def bias_example_grads_cpu(
     out_stride: int,
     /,
 ) -> bool: ...
+def bias_example_grads_cuda(
+    data: int,
+    dtype: int,
+    batch: int,
+    tokens: int,
+    width: int,
+    stride_b: int,
+    stride_t: int,
+    stride_h: int,
+    offsets: int,
+    chunks: int,
+    scale: float,
+    workspace: int,
+    out: int,
+    out_dtype: int,
+    out_stride: int,
+    stream: int,
+    /,
+) -> None: ...
 def bias_adamw_step_gather(
     params: list[Tensor],
     grads: list[Tensor | None],

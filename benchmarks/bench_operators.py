@@ -1,4 +1,5 @@
-"""How near is ``bias_grad_stats`` to the memory's limit? One thread and all, against torch.
+"""How near are ``bias_grad_stats`` and ``bias_example_grads`` to the memory's limit? One thread and
+all, against torch.
 
 The limit is a plain read of the same bytes in the same rounds: the fastest of torch's flat sum, dot
 and maximum. Writes benchmarks/results/<device>/operators.json.
@@ -16,7 +17,7 @@ import torch
 from harness import Case, measure, settings, show, write
 from torch import Tensor
 
-from beft_ext.ops import backends, bias_grad_stats, set_backend
+from beft_ext.ops import backends, bias_example_grads, bias_grad_stats, set_backend
 
 ROWS, WIDTHS = (1024, 4096, 16384), (768, 4096)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -37,28 +38,49 @@ def rotation(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Callabl
     return itertools.cycle([first, *(first.clone() for _ in range(count - 1))]).__next__
 
 
-def backend_case(name: str, turn: Callable[[], Tensor], buffers: list[Tensor]) -> Case:
+def backend_case(name: str, case: Case) -> Case:
     def call() -> None:
         set_backend(name)
-        bias_grad_stats(turn(), *buffers)
+        case()
         set_backend(None)
 
     return call
+
+
+def row_cases(turn: Callable[[], Tensor], slab: Tensor, others: list[str]) -> dict[str, Case]:
+    """The examples' gradients into a part of the slab's columns."""
+    out = slab[:, : slab.shape[1] // 4]
+
+    def ours() -> None:
+        bias_example_grads(turn(), out)
+
+    name = f"rows in {str(slab.dtype)[6:]}"
+    return {
+        f"{name}, ours": ours,
+        **{f"{name}, ours, {n}": backend_case(n, ours) for n in others},
+        f"{name}, torch": lambda: peers.eager_rows(turn(), out),
+    }
 
 
 def cases(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> dict[str, Any]:
     turn = rotation(shape, dtype, device)
     target = torch.empty(shape, dtype=dtype, device=device)
     buffers = [torch.zeros(shape[-1], device=device) for _ in range(2)]
-    usable = [n for n, why in backends().items() if not why and n != "reference"]
+    slab = torch.zeros(shape[0], 4 * shape[-1], device=device)
+    usable = [n for n, why in backends().items() if not why and n not in ("reference", "cpu")]
     others = usable if device == "cuda" else []
+
+    def ours() -> None:
+        bias_grad_stats(turn(), *buffers)
+
     compiled = torch.compile(peers.eager_stats, dynamic=False)
     made: dict[str, Case] = {
-        "ours": lambda: bias_grad_stats(turn(), *buffers),
-        **{f"ours, {n}": backend_case(n, turn, buffers) for n in others if n != "cpu"},
-        "ours, reference": backend_case("reference", turn, buffers),
+        "ours": ours,
+        **{f"ours, {n}": backend_case(n, ours) for n in (*others, "reference")},
         "torch, compiled": lambda: compiled(turn(), *buffers),
         "torch, sum alone": lambda: turn().sum((0, 1)),
+        **row_cases(turn, slab, others),
+        **row_cases(turn, slab.bfloat16(), others),
         "copy": lambda: target.copy_(turn()),
         **{n: lambda f=f: f(turn().view(torch.float32).view(-1)) for n, f in READS.items()},
     }

@@ -26,6 +26,14 @@ def eager_stats(dy: Tensor, total: Tensor, squares: Tensor) -> Tensor:
     return grad
 
 
+def eager_rows(dy: Tensor, out: Tensor) -> None:
+    """``bias_example_grads`` as plain torch writes it: sum in fp32, then copy or cast."""
+    if out.dtype == torch.float32:
+        torch.sum(dy, 1, dtype=torch.float32, out=out)
+    else:
+        out.copy_(dy.sum(1, dtype=torch.float32))
+
+
 # Each of the following makes, for a model and a batch, a function that gives sum_i g_i^2 of every
 # bias by its parameter's name; g_i is the gradient of example i's own loss.
 

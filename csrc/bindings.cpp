@@ -162,6 +162,19 @@ void stats_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_
     throw std::runtime_error(std::string("bias_grad_stats on CUDA: ") + cudaGetErrorString(status));
 }
 
+void example_grads_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
+                        int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets,
+                        int64_t chunks, float scale, uintptr_t workspace, uintptr_t out,
+                        int out_dtype, int64_t out_stride, uintptr_t stream) {
+  cudaError_t status = beft_bias_example_grads_cuda(
+      pointer<const void>(data), dtype, batch, tokens, width, stride_b, stride_t, stride_h,
+      pointer<const int64_t>(offsets), chunks, scale, pointer<float>(workspace), pointer<void>(out),
+      out_dtype, out_stride, pointer<CUstream_st>(stream));
+  if (status != cudaSuccess)
+    throw std::runtime_error(std::string("bias_example_grads on CUDA: ") +
+                             cudaGetErrorString(status));
+}
+
 // As adamw_cpu; addresses of the device. workspace: 4 * block_count + segments + 1 zeros before
 // the first call.
 void adamw_cuda(const py::bytes& params, const py::bytes& grads, const py::bytes& forms,
@@ -209,6 +222,7 @@ PYBIND11_MODULE(_native, m) {
 #ifdef BEFT_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("bias_grad_stats_cuda", &stats_cuda);
+  m.def("bias_example_grads_cuda", &example_grads_cuda);
   m.def("bias_adamw_step_cuda", &adamw_cuda);
   m.attr("bias_adamw_step_limits") =
       py::make_tuple(int{beft_cuda::kMaxTensors}, int{beft_cuda::kMaxGroups});

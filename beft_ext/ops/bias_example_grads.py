@@ -117,4 +117,24 @@ def _cpu(dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor) -> None:
         raise inputs.bad_offsets(len(dy))
 
 
-_BACKENDS = {"reference": _reference, "cpu": _cpu}
+def _cuda(dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor) -> None:
+    assert dispatch.native is not None
+    layout = inputs.layout(dy, offsets)
+    chunks = inputs.chunk_count(*layout[1:4])
+    with torch.cuda.device(dy.device):
+        workspace = inputs.cuda_workspace(dy, layout[1], chunks, layout[3])
+        data, between, to = checks.addresses(dy, workspace, out)
+        stream = torch.cuda.current_stream().cuda_stream
+        dispatch.native.bias_example_grads_cuda(
+            data, *layout, chunks, scale, between, to, *_rows(out), stream
+        )
+
+
+def _triton(dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor) -> None:
+    from beft_ext.ops.triton_bias_grad_stats import bias_example_grads_triton
+
+    chunks = inputs.chunk_count(*inputs.layout(dy, offsets)[1:4])
+    bias_example_grads_triton(dy, offsets, chunks, scale, out)
+
+
+_BACKENDS = {"reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}

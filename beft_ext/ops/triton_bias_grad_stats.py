@@ -1,14 +1,16 @@
 """Bias-gradient statistics in Triton: the same two stages as csrc/cuda/bias_grad_stats.cu.
 
-Per-example bias gradients g_i[h] = sum_t dY[i,t,h] in fp32, then grad = sum_i g_i, and in
-place sum += scale * grad, sum_sq += sum_i (scale * g_i)^2.
+Per-example bias gradients g_i[h] = sum_t dY[i,t,h] in fp32. bias_grad_stats makes of them grad =
+sum_i g_i, and in place sum += scale * grad, sum_sq += sum_i (scale * g_i)^2; bias_example_grads
+the rows scale * g_i.
 
 Stage 1, grid (strips * B, chunks): a program reads one chunk of rows of one example over
-BLOCK_H columns and writes BLOCK_H sums and their errors. Stage 2, grid (strips,): a program
-reads those for BLOCK_H columns, examples in order, chunks in order, and writes the results.
+BLOCK_H columns and writes BLOCK_H sums and their errors. Stage 2, grid (strips,) for the
+statistics and (strips * B,) for the rows: a program reads those for BLOCK_H columns, examples in
+order, chunks in order, and writes the results.
 Deterministic: no atomics; row t goes to slot t mod BLOCK_T of a program, and the slots merge
 as a binary tree; the caller's number of chunks follows from (B, T, H) alone.
-Moves at least B*T*H*itemsize + 20*H bytes, plus 16*B*chunks*H for the partial sums.
+Moves at least B*T*H*itemsize bytes and 20*H, or the rows, plus 16*B*chunks*H for the partial sums.
 """
 
 import torch
@@ -103,6 +105,19 @@ def partial_sums_kernel(
 
 
 @triton.jit
+def _merged_chunks(sums, errors, chunks, width, inside, BLOCK_H: tl.constexpr):
+    """One example's compensated sums of BLOCK_H columns, and where the next example begins."""
+    total = tl.zeros((BLOCK_H,), tl.float32)
+    error = tl.zeros((BLOCK_H,), tl.float32)
+    for _ in range(0, chunks):
+        total, error = _two_sum(total, error, tl.load(sums, mask=inside, other=0.0))
+        error += tl.load(errors, mask=inside, other=0.0)
+        sums += width
+        errors += width
+    return total, error, sums, errors
+
+
+@triton.jit
 def finish_columns_kernel(
     sums,  # (B, chunks, H) fp32
     errors,  # (B, chunks, H) fp32
@@ -124,13 +139,7 @@ def finish_columns_kernel(
     squares = tl.zeros((BLOCK_H,), tl.float32)
     squares_error = tl.zeros((BLOCK_H,), tl.float32)
     for _ in range(0, batch):
-        total = tl.zeros((BLOCK_H,), tl.float32)
-        error = tl.zeros((BLOCK_H,), tl.float32)
-        for _ in range(0, chunks):
-            total, error = _two_sum(total, error, tl.load(sums, mask=inside, other=0.0))
-            error += tl.load(errors, mask=inside, other=0.0)
-            sums += width
-            errors += width
+        total, error, sums, errors = _merged_chunks(sums, errors, chunks, width, inside, BLOCK_H)
         scaled = scale * _value(total, error)
         squares, squares_error = _two_sum(squares, squares_error, scaled * scaled)
         grad_total, grad_error = _two_sum(grad_total, grad_error, total)
@@ -142,6 +151,52 @@ def finish_columns_kernel(
     tl.store(sum_out + columns, before + scale * result, mask=inside)
     before = tl.load(sum_sq_out + columns, mask=inside)
     tl.store(sum_sq_out + columns, before + _value(squares, squares_error), mask=inside)
+
+
+@triton.jit
+def finish_rows_kernel(
+    sums,  # (B, chunks, H) fp32
+    errors,  # (B, chunks, H) fp32
+    out,  # (B, H) fp32 or bf16, rows `stride` elements apart, written
+    stride,
+    scale,
+    chunks,
+    width,
+    BLOCK_H: tl.constexpr,
+):
+    strips = tl.cdiv(width, BLOCK_H)
+    example = (tl.program_id(0) // strips).to(tl.int64)
+    columns = tl.program_id(0) % strips * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = columns < width
+    at = example * chunks * width + columns
+    total, error, _, _ = _merged_chunks(sums + at, errors + at, chunks, width, inside, BLOCK_H)
+    scaled = scale * _value(total, error)
+    tl.store(out + example * stride + columns, scaled.to(out.dtype.element_ty), mask=inside)
+
+
+# Without fusion no product is contracted into TwoSum, so its errors are the exact ones.
+EXACT = {"enable_fp_fusion": False}
+
+
+def _partial_sums(
+    grad_output: torch.Tensor, example_offsets: torch.Tensor | None, chunks: int
+) -> tuple[torch.Tensor, int]:
+    """Stage 1: sums and errors, ``(2, B, chunks, H)``, and BLOCK_H. H is not 0."""
+    width = grad_output.shape[-1]
+    if example_offsets is None:
+        batch, tokens, _ = grad_output.shape
+        stride_b, stride_t, stride_h = grad_output.stride()
+    else:
+        batch, tokens = example_offsets.numel() - 1, grad_output.shape[0]
+        stride_b, (stride_t, stride_h) = 0, grad_output.stride()
+    block_h = min(MAX_BLOCK_H, max(16, triton.next_power_of_2(width)))
+    partial = torch.empty((2, batch, chunks, width), dtype=torch.float32, device=grad_output.device)
+    if batch > 0:
+        partial_sums_kernel[(triton.cdiv(width, block_h) * batch, chunks)](
+            grad_output, example_offsets, *partial, tokens, width, stride_b, stride_t, stride_h,
+            BLOCK_T=BLOCK_T, BLOCK_H=block_h, num_warps=8, **EXACT,
+        )  # fmt: skip
+    return partial, block_h
 
 
 def bias_grad_stats_triton(
@@ -162,26 +217,28 @@ def bias_grad_stats_triton(
     width = grad_output.shape[-1]
     if width == 0:
         return
-    if example_offsets is None:
-        batch, tokens, _ = grad_output.shape
-        stride_b, stride_t, stride_h = grad_output.stride()
-    else:
-        batch, tokens = example_offsets.numel() - 1, grad_output.shape[0]
-        stride_b, (stride_t, stride_h) = 0, grad_output.stride()
-    block_h = min(MAX_BLOCK_H, max(16, triton.next_power_of_2(width)))
-    strips = triton.cdiv(width, block_h)
-    sums, errors = torch.empty(
-        (2, batch, chunks, width), dtype=torch.float32, device=grad_output.device
-    )
-    # Without fusion no product is contracted into TwoSum, so its errors are the exact ones.
     with torch.cuda.device_of(grad_output):
-        if batch > 0:
-            partial_sums_kernel[(strips * batch, chunks)](
-                grad_output, example_offsets, sums, errors, tokens, width,
-                stride_b, stride_t, stride_h,
-                BLOCK_T=BLOCK_T, BLOCK_H=block_h, num_warps=8, enable_fp_fusion=False,
-            )  # fmt: skip
-        finish_columns_kernel[(strips,)](
-            sums, errors, grad, sum, sum_sq, scale, batch, chunks, width,
-            BLOCK_H=block_h, num_warps=4, enable_fp_fusion=False,
+        partial, block_h = _partial_sums(grad_output, example_offsets, chunks)
+        finish_columns_kernel[(triton.cdiv(width, block_h),)](
+            *partial, grad, sum, sum_sq, scale, partial.shape[1], chunks, width,
+            BLOCK_H=block_h, num_warps=4, **EXACT,
+        )  # fmt: skip
+
+
+def bias_example_grads_triton(
+    grad_output: torch.Tensor,
+    example_offsets: torch.Tensor | None,
+    chunks: int,
+    scale: float,
+    out: torch.Tensor,
+) -> None:
+    """Writes ``out``, ``(B, H)`` fp32 or bf16 with its columns side by side; the rest as above."""
+    if out.numel() == 0:
+        return
+    batch, width = out.shape
+    with torch.cuda.device_of(grad_output):
+        partial, block_h = _partial_sums(grad_output, example_offsets, chunks)
+        finish_rows_kernel[(triton.cdiv(width, block_h) * batch,)](
+            *partial, out, out.stride(0), scale, chunks, width,
+            BLOCK_H=block_h, num_warps=4, **EXACT,
         )  # fmt: skip

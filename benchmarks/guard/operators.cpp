@@ -31,15 +31,20 @@ std::vector<float> values(int64_t n, int dtype) {
   return x;
 }
 
-void stats(int64_t batch, int64_t tokens, int64_t width, int dtype) {
+void sums(int64_t batch, int64_t tokens, int64_t width, int dtype) {
   const std::vector<float> dy = values(batch * tokens * width, dtype);
-  std::vector<float> out(3 * width);
+  std::vector<float> out((batch + 3) * width);
   const beft::GradView view{
       dy.data(), beft::DType(dtype), batch, tokens, width, tokens * width, width, 1, nullptr};
   const std::string shape =
       std::to_string(batch) + "x" + std::to_string(tokens) + "x" + std::to_string(width);
   count("bias_grad_stats " + shape + " " + DTYPES[dtype],
         [&] { beft::bias_grad_stats_cpu(view, 16.0f, 1, &out[0], &out[width], &out[2 * width]); });
+  for (const int to : {0, 1}) {
+    const beft::RowsView rows{out.data(), beft::DType(to), width};
+    count("bias_example_grads " + shape + " " + DTYPES[dtype] + " to " + DTYPES[to],
+          [&] { beft::bias_example_grads_cpu(view, 16.0f, 1, rows); });
+  }
 }
 
 void adamw(int64_t tensors, int64_t width, int dtype, double max_grad_norm) {
@@ -59,8 +64,8 @@ void adamw(int64_t tensors, int64_t width, int dtype, double max_grad_norm) {
 
 int main() {
   for (int dtype = 0; dtype < 3; ++dtype) {
-    stats(16, 128, 768, dtype);
-    stats(3, 37, 131, dtype);
+    sums(16, 128, 768, dtype);
+    sums(3, 37, 131, dtype);
     adamw(96, 768, dtype, 0.0);
     adamw(12, 4096, dtype, 1.0);
   }

@@ -21,6 +21,7 @@ INTS = (
     "width",
     "stride_b",
     "stride_t",
+    "stride",
     "batch",
     "chunks",
     "elements",
@@ -50,6 +51,9 @@ def variants() -> Iterator[Variant]:
             )
     options = {"num_warps": 4, "enable_fp_fusion": False}
     yield "finish_columns_kernel", stats.finish_columns_kernel, wide, {}, options
+    for out in ("fp32", "bf16"):
+        kinds = {"out": f"*{out}"}
+        yield f"finish_rows_kernel {out}", stats.finish_rows_kernel, wide, kinds, options
     for kernel in (adamw.norm_kernel, adamw.step_kernel, adamw.finish_kernel):
         sizes = {"BLOCK": adamw.BLOCK, "SLOTS": adamw.SLOTS}
         constants = {k: v for k, v in sizes.items() if k in kernel.arg_names}

@@ -250,7 +250,9 @@ bool sum_chunks(const GradView& v, int threads, Partial& partial) {
   const int64_t count = partial.count();
   partial.sums.reset(new float[count * v.width]);
   const auto sum_rows = chunk_summer(v.dtype);
-  const int64_t bytes = count * CHUNK * v.width * (v.dtype == DType::f32 ? 4 : 2);
+  int64_t rows = 0;
+  for (const Chunk& c : partial.chunks) rows += c.last - c.first;
+  const int64_t bytes = rows * v.width * (v.dtype == DType::f32 ? 4 : 2);
   parallel(count, useful(threads, bytes),
            [&](int64_t i) { sum_rows(v, partial.chunks[i], &partial.sums[i * v.width]); });
   return true;

@@ -1,4 +1,5 @@
-// The entry points of bias_grad_stats and bias_example_grads on the CPU: raw pointers, strides in elements, no torch.
+// The entry points of bias_grad_stats and bias_example_grads on the CPU: raw pointers, strides in
+// elements, no torch.
 #pragma once
 #include <cstdint>
 

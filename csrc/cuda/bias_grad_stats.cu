@@ -1,12 +1,14 @@
-// Per-example bias gradients g_i[h] = sum_t dY[i,t,h], then grad = sum_i g_i, and in place
-// sum += scale * grad, sum_sq += sum_i (scale * g_i)^2.
+// Per-example bias gradients g_i[h] = sum_t dY[i,t,h], and what two operators make of them:
+// bias_grad_stats grad = sum_i g_i, and in place sum += scale * grad, sum_sq += sum_i (scale *
+// g_i)^2; bias_example_grads the rows scale * g_i.
 //
 // Stage 1, grid (strips * B, chunks): a block reads one chunk of rows of one example over one
-// strip of columns and writes one row of `partial`. Stage 2, grid (ceil(H / 32)): a block reads
-// `partial` for 32 columns and writes grad, sum and sum_sq there.
+// strip of columns and writes one row of `partial`. Stage 2 of the statistics, grid
+// (ceil(H / 32)): a block reads `partial` for 32 columns and writes grad, sum and sum_sq there.
+// Stage 2 of the rows, grid (ceil(H / 32) * ceil(B / 8)): for 32 columns of 8 examples.
 // Deterministic: no atomics; which thread adds which row, and the tree that merges threads,
 // follow from (B, chunks, T, H) alone. Vector and scalar loads add in the same order, bit for bit.
-// Moves at least B*T*H*itemsize + 20*H bytes, plus 16*B*chunks*H for `partial`.
+// Moves at least B*T*H*itemsize bytes and 20*H, or the rows, plus 16*B*chunks*H for `partial`.
 
 #include <cuda_runtime.h>
 
@@ -124,6 +126,20 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   }
 }
 
+// One example's sum of one column.
+__device__ __forceinline__ Compensated
+merged_chunks(const float2* __restrict__ partial,  // (B, chunks, H) of {sum, error}
+              int64_t example, int64_t column, int64_t chunks, int64_t width) {
+  const float2* from = partial + example * chunks * width + column;
+  Compensated sum;
+#pragma unroll 4
+  for (int64_t c = 0; c < chunks; ++c) {
+    const float2 part = from[c * width];
+    sum.merge(Compensated{part.x, part.y});
+  }
+  return sum;
+}
+
 __global__ void __launch_bounds__(kLanes* kGroups)
     finish_columns(const float2* __restrict__ partial,  // (B, chunks, H) of {sum, error}
                    int64_t batch, int64_t chunks, int64_t width, float scale,
@@ -134,25 +150,33 @@ __global__ void __launch_bounds__(kLanes* kGroups)
   Compensated totals[2];  // of g_i, and of (scale * g_i)^2
   if (column < width) {
     const beft::Rows examples = beft::chunk_rows(0, batch, kGroups, threadIdx.y);
-    for (int64_t i = examples.begin; i < examples.end; ++i) {
-      const float2* from = partial + i * chunks * width + column;
-      Compensated example;
-#pragma unroll 4
-      for (int64_t c = 0; c < chunks; ++c) {
-        const float2 part = from[c * width];
-        example.merge(Compensated{part.x, part.y});
-      }
-      beft::finish_example(example, scale, totals[0], totals[1]);
-    }
+    for (int64_t i = examples.begin; i < examples.end; ++i)
+      beft::finish_example(merged_chunks(partial, i, column, chunks, width), scale, totals[0],
+                           totals[1]);
   }
   merge_groups<2>(totals);
   if (column < width && threadIdx.y == 0)
     beft::finish_column(totals[0], totals[1], scale, grad[column], sum[column], sum_sq[column]);
 }
 
+template <typename T>
+__global__ void __launch_bounds__(kLanes* kGroups)
+    finish_rows(const float2* __restrict__ partial,  // (B, chunks, H) of {sum, error}
+                int64_t batch, int64_t chunks, int64_t width, int64_t strips, float scale,
+                T* __restrict__ out,  // (B, H), rows `stride` elements apart
+                int64_t stride) {
+  const int64_t example = blockIdx.x / strips * kGroups + threadIdx.y;
+  const int64_t column = blockIdx.x % strips * kLanes + threadIdx.x;
+  if (example >= batch || column >= width) return;
+  const Compensated sum = merged_chunks(partial, example, column, chunks, width);
+  beft_cuda::store(out + example * stride + column, beft::scaled_example(sum, scale));
+}
+
 struct Shape {
   int64_t batch, tokens, width, stride_b, stride_t, stride_h;
 };
+
+int64_t strips_of(int64_t width) { return (width + kLanes - 1) / kLanes; }
 
 template <typename T, int kVec>
 void launch_partial_sums(const void* grad_output, const Shape& s, const int64_t* example_offsets,
@@ -177,6 +201,34 @@ void partial_sums_of(const void* grad_output, const Shape& s, const int64_t* exa
   launch(grad_output, s, example_offsets, chunks, workspace, stream);
 }
 
+// Stage 1 for both operators.
+cudaError_t fill_partial(const void* grad_output, int dtype, const Shape& s,
+                         const int64_t* example_offsets, int64_t chunks, float* workspace,
+                         cudaStream_t stream) {
+  if (s.batch < 0 || s.tokens < 0 || s.width < 0 || dtype < 0 || dtype > 2 || chunks < 1)
+    return cudaErrorInvalidValue;
+  if (strips_of(s.width) > INT32_MAX / (s.batch > 0 ? s.batch : 1))
+    return cudaErrorInvalidValue;  // more blocks than a grid holds
+  if (s.width == 0 || s.batch == 0) return cudaSuccess;
+
+  using Launch = void (*)(const void*, const Shape&, const int64_t*, int64_t, float*, cudaStream_t);
+  constexpr Launch by_dtype[] = {partial_sums_of<float>, partial_sums_of<__nv_bfloat16>,
+                                 partial_sums_of<__half>};
+  by_dtype[dtype](grad_output, s, example_offsets, chunks, workspace, stream);
+  return cudaGetLastError();
+}
+
+template <typename T>
+void launch_finish_rows(const float* workspace, const Shape& s, int64_t chunks, float scale,
+                        void* out, int64_t stride, cudaStream_t stream) {
+  const int64_t strips = strips_of(s.width);
+  const dim3 grid(static_cast<unsigned>(strips * ((s.batch + kGroups - 1) / kGroups)));
+  const dim3 block(kLanes, kGroups);
+  finish_rows<T><<<grid, block, 0, stream>>>(reinterpret_cast<const float2*>(workspace), s.batch,
+                                             chunks, s.width, strips, scale, static_cast<T*>(out),
+                                             stride);
+}
+
 }  // namespace
 
 // Packed input (example_offsets not null): batch is the number of examples, tokens is N,
@@ -194,25 +246,33 @@ cudaError_t beft_bias_grad_stats_cuda(
     float* sum,        // (H,), added to
     float* sum_sq,     // (H,), added to
     cudaStream_t stream) {
-  if (batch < 0 || tokens < 0 || width < 0 || dtype < 0 || dtype > 2 || chunks < 1)
-    return cudaErrorInvalidValue;
-  if (width == 0) return cudaSuccess;
-  if ((width + kLanes - 1) / kLanes > INT32_MAX / (batch > 0 ? batch : 1))
-    return cudaErrorInvalidValue;  // more blocks than a grid holds
-
-  if (batch > 0) {
-    using Launch =
-        void (*)(const void*, const Shape&, const int64_t*, int64_t, float*, cudaStream_t);
-    constexpr Launch by_dtype[] = {partial_sums_of<float>, partial_sums_of<__nv_bfloat16>,
-                                   partial_sums_of<__half>};
-    by_dtype[dtype](grad_output, {batch, tokens, width, stride_b, stride_t, stride_h},
-                    example_offsets, chunks, workspace, stream);
-    const cudaError_t status = cudaGetLastError();
-    if (status != cudaSuccess) return status;
-  }
-  const dim3 grid(static_cast<unsigned>((width + kLanes - 1) / kLanes));
+  const cudaError_t status =
+      fill_partial(grad_output, dtype, {batch, tokens, width, stride_b, stride_t, stride_h},
+                   example_offsets, chunks, workspace, stream);
+  if (status != cudaSuccess || width == 0) return status;
+  const dim3 grid(static_cast<unsigned>(strips_of(width)));
   const dim3 block(kLanes, kGroups);
   finish_columns<<<grid, block, 0, stream>>>(reinterpret_cast<const float2*>(workspace), batch,
                                              chunks, width, scale, grad, sum, sum_sq);
+  return cudaGetLastError();
+}
+
+// As above, but for what is written.
+cudaError_t beft_bias_example_grads_cuda(const void* grad_output, int dtype, int64_t batch,
+                                         int64_t tokens, int64_t width, int64_t stride_b,
+                                         int64_t stride_t, int64_t stride_h,
+                                         const int64_t* example_offsets, int64_t chunks,
+                                         float scale, float* workspace,
+                                         void* out,           // (B, H), written
+                                         int out_dtype,       // 0 fp32, 1 bf16
+                                         int64_t out_stride,  // elements from one row to the next
+                                         cudaStream_t stream) {
+  if (out_dtype < 0 || out_dtype > 1) return cudaErrorInvalidValue;
+  const Shape shape{batch, tokens, width, stride_b, stride_t, stride_h};
+  const cudaError_t status =
+      fill_partial(grad_output, dtype, shape, example_offsets, chunks, workspace, stream);
+  if (status != cudaSuccess || width == 0 || batch == 0) return status;
+  auto launch = out_dtype == 0 ? launch_finish_rows<float> : launch_finish_rows<__nv_bfloat16>;
+  launch(workspace, shape, chunks, scale, out, out_stride, stream);
   return cudaGetLastError();
 }

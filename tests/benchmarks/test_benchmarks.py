@@ -11,7 +11,7 @@ import torch
 from conftest import batch, tiny
 
 from beft_ext import find_biases, select
-from beft_ext.ops import bias_grad_stats
+from beft_ext.ops import bias_example_grads, bias_grad_stats
 from beft_ext.scores import beft_score
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,10 +134,15 @@ def test_a_peer_that_fails_is_shown_with_its_reason():
     assert found["broken"] == {"missing": "IndexError: list index out of range"}
 
 
-def test_the_eager_operator_is_the_same():
+def test_the_eager_operators_are_the_same():
     import peers
 
     dy = torch.randn(3, 5, 7)
+    for dtype in (torch.float32, torch.bfloat16):
+        slabs = [torch.zeros(3, 10, dtype=dtype) for _ in range(2)]
+        peers.eager_rows(dy, slabs[0][:, 2:9])
+        bias_example_grads(dy, slabs[1][:, 2:9])
+        torch.testing.assert_close(*slabs)
     a, b = [torch.zeros(7) for _ in range(2)], [torch.zeros(7) for _ in range(2)]
     torch.testing.assert_close(peers.eager_stats(dy, *a), bias_grad_stats(dy, *b))
     torch.testing.assert_close(a, b)

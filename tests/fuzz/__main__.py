@@ -24,16 +24,16 @@ from pathlib import Path
 import torch
 from draw import Draw, Fault, Refused
 from optimizer import optimizer_round
-from stats import stats_round
+from stats import rows_round, stats_round
 from steps import step_round
 
 ROUND_SECONDS = 60  # a round that takes longer hangs
-ROUNDS = [stats_round, step_round, optimizer_round]
+ROUNDS = [stats_round, rows_round, step_round, optimizer_round]
 KERNELS = [0]  # how often a compiled kernel was called
 
 
 def count_kernels() -> None:
-    for name in ("bias_grad_stats", "bias_adamw_step"):
+    for name in ("bias_grad_stats", "bias_example_grads", "bias_adamw_step"):
         backends = sys.modules[f"beft_ext.ops.{name}"]._BACKENDS
 
         def counted(*arguments, run=backends["cpu"]):  # type: ignore[no-untyped-def]

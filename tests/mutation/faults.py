@@ -23,7 +23,8 @@ class Fault:
 SELECTION = ("selection",)
 TAP = ("test_tap.py", "test_layouts.py", *SELECTION)
 OPTIM = ("training/test_optim.py", "ops/test_bias_adamw_step.py")
-STATS = ("ops/test_bias_grad_stats.py", "ops/test_cuda_sources.py")
+ROWS = ("ops/test_bias_grad_stats.py", "ops/test_bias_example_grads.py")
+STATS = (*ROWS, "ops/test_cuda_sources.py")
 CUDA = ("ops/test_cuda_sources.py",)
 TRITON = ("ops/test_triton.py",)
 ADAPTERS = ("adapters",)
@@ -312,21 +313,40 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("        and not tensor.is_neg()\n", ""),
             ("        tensor.dtype is dtype\n        and tensor", "        tensor"),
             ("        and tensor.device == device\n", ""),
+            ("begin < other_end and other_begin < end", "True"),
+        ],
+    ),
+    "beft_ext/ops/grad_output.py": (
+        ROWS,
+        [
+            ("inside = offsets[0] >= 0 and", "inside ="),
+            ("not inside or bool((offsets.diff() < 0).any())", "not inside"),
+            ("or set(map(type, (grad_output, *written))) != {Tensor}", "or False"),
+        ],
+    ),
+    "beft_ext/ops/bias_example_grads.py": (
+        ("ops/test_bias_example_grads.py",),
+        [
+            ("    if checks.overlap(out, dy):", "    if False:"),
+            ("        or not _in_rows(out)\n", ""),
+            ("row >= width)", "row >= 1)"),
+            ("        or out.is_neg()\n", ""),
+            ("    torch.autograd.graph.increment_version(out)\n", ""),
+            ("backend(grad_output.resolve_neg(),", "backend(grad_output,"),
         ],
     ),
     "beft_ext/ops/bias_grad_stats.py": (
         ("ops/test_bias_grad_stats.py",),
         [
-            ("inside = offsets[0] >= 0 and", "inside ="),
-            ("not inside or bool((offsets.diff() < 0).any())", "not inside"),
-            ("    if torch._C._overlaps(grad_sum, grad_sum_sq):", "    if False:"),
+            ("    if checks.overlap(grad_sum, grad_sum_sq):", "    if False:"),
             ("    torch.autograd.graph.increment_version((grad_sum, grad_sum_sq))\n", ""),
             ("backend(grad_output.resolve_neg(),", "backend(grad_output,"),
         ],
     ),
     "beft_ext/ops/reference.py": (
-        ("ops/test_bias_grad_stats.py", *OPTIM),
+        (*ROWS, *OPTIM),
         [
+            ("example_offsets) * scale)", "example_offsets))"),
             ("grad_sum.add_(total, alpha=scale)", "grad_sum.add_(total)"),
             ("min(1.0, max_norm / (norm + 1e-6))", "max_norm / (norm + 1e-6)"),
             ("theta - alpha * (m_hat", "theta - (m_hat"),
@@ -342,6 +362,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("tl.minimum(tl.maximum(tl.load(example_offsets + example + 1), 0), tokens)",
              "tl.load(example_offsets + example + 1)"),
             ("before + scale * result", "before + result"),
+            ("out + example * stride + columns", "out + example * width + columns"),
         ],
     ),
     "beft_ext/ops/triton_bias_adamw_step.py": (
@@ -392,8 +413,10 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         ],
     ),
     "csrc/cpu/bias_grad_stats.cpp": (
-        ("ops/test_bias_grad_stats.py",),
+        ROWS,
         [
+            ("chunk != p.chunks.end() && chunk->example == id", "chunk != p.chunks.end()"),
+            ("at = id * out.stride + first", "at = id * p.width + first"),
             ("add_eight<T>(data + t * st, st, sh, cols, out)",
              "add_eight<T>(data + t * st, st, 1, cols, out)"),
             ("  if (cols > 2 * pairs) sum_strip<BF16>", "  if (false) sum_strip<BF16>"),
@@ -416,7 +439,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("(s.tokens <= 1 || s.stride_t % kVec == 0)", "true"),
             ("        mine[v].merge(Compensated{other.x, other.y});",
              "        mine[v].add(other.x);"),
-            ("        example.merge(Compensated{part.x, part.y});", "        example.add(part.x);"),
+            ("    sum.merge(Compensated{part.x, part.y});", "    sum.add(part.x);"),
+            ("out + example * stride + column", "out + example * width + column"),
             ("(one_example || s.stride_b % kVec == 0)", "true"),
             ("within(example_offsets[example + 1], tokens) : tokens",
              "example_offsets[example + 1] : tokens"),

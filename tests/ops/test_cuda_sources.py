@@ -28,7 +28,8 @@ def output_of(*command):
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [
-        ("bias_grad_stats.cu", 7),  # two load widths for three dtypes, and the second stage
+        # Two load widths for three dtypes, and the second stages: columns, and rows of two dtypes.
+        ("bias_grad_stats.cu", 9),
         ("bias_adamw_step.cu", 4),  # norm and step, for few tensors and for many
     ],
 )
@@ -167,6 +168,52 @@ template <typename T> bool right(const Case& c, int dtype) {
   return std::memcmp(runs[0].data(), runs[1].data(), runs[0].size() * sizeof(float)) == 0;
 }
 
+// The rows of the same case, in a slab with a column beside them; those of bf16 are those of fp32,
+// rounded.
+template <typename T> bool right_rows(const Case& c, int dtype) {
+  const double unit = std::ldexp(1.0, -24);
+  const bool packed = !c.offsets.empty();
+  const int64_t* offsets = packed ? c.offsets.data() : nullptr;
+  const float scale = -0.625f;
+  const int64_t size = 1 + (packed ? 0 : c.b * std::abs(c.sb)) + c.t * c.st + c.h * c.sh;
+  std::vector<uint4> storage((size + 1) * sizeof(T) / 16 + 1);
+  T* x = reinterpret_cast<T*>(storage.data());
+  unsigned state = 7;
+  for (int64_t i = 0; i < size; ++i) {
+    state = state * 1664525u + 1013904223u;
+    x[i] = T(float(state >> 8) / 16777216.0f - 0.4f);
+  }
+  const int64_t stride = c.h + 1;
+  std::vector<float> work(2 * c.b * c.chunks * c.h + 2, NAN), rows(c.b * stride, 7.0f);
+  std::vector<__nv_bfloat16> halves(c.b * stride, __nv_bfloat16(7.0f));
+  for (int half = 0; half < 2; ++half) {
+    void* out = half ? static_cast<void*>(halves.data()) : rows.data();
+    if (beft_bias_example_grads_cuda(x, dtype, c.b, c.t, c.h, c.sb, c.st, c.sh, offsets, c.chunks,
+                                     scale, work.data(), out, half, stride, nullptr))
+      return false;
+  }
+  for (int64_t i = 0; i < c.b; ++i) {
+    if (rows[i * stride + c.h] != 7.0f || float(halves[i * stride + c.h]) != 7.0f) return false;
+    const int64_t first = packed ? clamp(c.offsets[i], c.t) : 0;
+    const int64_t last = packed ? clamp(c.offsets[i + 1], c.t) : c.t;
+    for (int64_t h = 0; h < c.h; ++h) {
+      double g = 0, magnitude = 0;
+      for (int64_t t = first; t < last; ++t) {
+        const double value = float(x[(packed ? 0 : i * c.sb) + t * c.st + h * c.sh]);
+        g += value;
+        magnitude += std::fabs(value);
+      }
+      const float row = rows[i * stride + h];
+      if (!(std::fabs(row - scale * g) <= 4 * unit * magnitude) ||
+          float(halves[i * stride + h]) != float(__nv_bfloat16(row))) {
+        std::printf("row %ld column %ld: %g, not %g\n", long(i), long(h), row, scale * g);
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
 // One column of values, by as many chunks: all but the errors of TwoSum cancel.
 bool near(const std::vector<float>& column, int64_t chunks, double want, double bound) {
   std::vector<float> work(2 * chunks + 2), out(3);
@@ -212,8 +259,10 @@ int main() {
   };
   int wrong = !cancelling() + !overflowing();
   for (size_t i = 0; i < cases.size(); ++i) {
-    const bool ok[] = {right<float>(cases[i], 0), right<__nv_bfloat16>(cases[i], 1),
-                       right<__half>(cases[i], 2)};
+    const Case& c = cases[i];
+    const bool ok[] = {right<float>(c, 0) && right_rows<float>(c, 0),
+                       right<__nv_bfloat16>(c, 1) && right_rows<__nv_bfloat16>(c, 1),
+                       right<__half>(c, 2) && right_rows<__half>(c, 2)};
     for (int d = 0; d < 3; ++d)
       if (!ok[d]) std::printf("case %zu dtype %d is wrong\n", i, d), ++wrong;
   }

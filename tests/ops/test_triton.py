@@ -55,12 +55,18 @@ for name, (shape, dtype, layout, offsets, chunks) in cases.items():
     start = torch.randn(2, shape[-1])
     if offsets is not None:
         offsets = torch.tensor(offsets)
-    runs = []
+    runs, rows = [], []
+    batch = len(x) if offsets is None else len(offsets) - 1
     for _ in range(2):
         grad, (total, squares) = torch.full((shape[-1],), torch.nan), start.clone()
         kernels.bias_grad_stats_triton(x, offsets, chunks, scale, grad, total, squares)
         runs.append(torch.stack([grad, total, squares]).numpy())
-    np.savez(f"{folder}/{name}.npz", x=x.double().numpy(), start=start.double().numpy(), runs=runs)
+    for kind in (torch.float32, torch.float32, torch.bfloat16):
+        slab = torch.full((batch, shape[-1] + 3), torch.nan, dtype=kind)
+        kernels.bias_example_grads_triton(x, offsets, chunks, scale, slab[:, 1:-2])
+        rows.append(slab.float().numpy())
+    np.savez(f"{folder}/{name}.npz", x=x.double().numpy(), start=start.double().numpy(), runs=runs,
+             rows=rows)
 """
 )
 
@@ -102,6 +108,15 @@ def interpreted(tmp_path_factory):
     return folder
 
 
+def sums(x, offsets):
+    """Of each example, and of its absolute values, which errors are measured by: (B, H) each."""
+    edges = np.clip(offsets, 0, len(x)) if offsets else None
+    examples = [x[a:b] for a, b in itertools.pairwise(edges)] if offsets else list(x)
+    shape = len(examples), x.shape[-1]
+    plain = np.array([e.sum(axis=0) for e in examples]).reshape(shape)
+    return plain, np.array([np.abs(e).sum(axis=0) for e in examples]).reshape(shape)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_interpreted_kernels_match_float64(interpreted, name):
     (*_, offsets, _) = CASES[name]
@@ -114,10 +129,7 @@ def test_interpreted_kernels_match_float64(interpreted, name):
         # The errors of TwoSum carry the sum: the values themselves cancel.
         assert (np.abs(run[0] - x.sum((0, 1))) <= 2 * UNIT * np.abs(x.sum((0, 1)))).all()
         return
-    edges = np.clip(offsets, 0, len(x)) if offsets else None
-    examples = [x[a:b] for a, b in itertools.pairwise(edges)] if offsets else list(x)
-    per_example = np.array([e.sum(axis=0) for e in examples]).reshape(len(examples), width)
-    magnitude = np.array([np.abs(e).sum(axis=0) for e in examples]).reshape(len(examples), width)
+    per_example, magnitude = sums(x, offsets)
 
     # A compensated sum errs by about one unit of the sum of absolute values at the very most;
     # squaring doubles that, and each product and addition after it rounds once.
@@ -135,6 +147,28 @@ def test_interpreted_kernels_match_float64(interpreted, name):
     assert (np.abs(run[2] - (squares_before + squares.sum(axis=0))) <= squares_bound).all()
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted_rows_match_float64(interpreted, name):
+    (*_, offsets, _) = CASES[name]
+    saved = np.load(interpreted / f"{name}.npz")
+    x, (slab, again, rounded) = saved["x"], saved["rows"]
+    assert slab.tobytes() == again.tobytes()
+    # Nothing beside the rows is written.
+    assert np.isnan(slab[:, [0, -2, -1]]).all() and np.isnan(rounded[:, [0, -2, -1]]).all()
+    rows, rounded = slab[:, 1:-2], rounded[:, 1:-2]
+    # Triton's interpreter cuts bits off where its compiler rounds: at most one last place.
+    exact = rows[np.isfinite(rows)]
+    assert (np.abs(rounded[np.isfinite(rows)] - exact) <= 2.0**-7 * np.abs(exact)).all()
+    if name.startswith("special"):
+        assert (rows[:, -1] == -np.inf).all()  # 3 * 3e38 * SCALE
+        x, rows = x[..., :-1], rows[:, :-1]
+    want, magnitude = sums(x, offsets)
+    if name.startswith("special"):
+        magnitude = np.abs(want)  # the errors of TwoSum carry the sum
+    # One unit for the compensated sum, one for its value, one each for scale and product.
+    assert (np.abs(rows - SCALE * want) <= 4 * UNIT * abs(SCALE) * magnitude).all()
+
+
 COMPILER = (
     LOAD
     + """
@@ -145,13 +179,16 @@ from triton.compiler import ASTSource
 
 capability, dtype, packed = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "packed"
 
-def compiled_bytes(kernel, pointers, scalars, constants, warps):
+def compiled(kernel, pointers, scalars, constants, warps):
     kinds = {**pointers, **scalars, **dict.fromkeys(constants, "constexpr")}
     signature = {name: kinds[name] for name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants)
     options = {"num_warps": warps, "enable_fp_fusion": False}
-    return len(triton.compile(source, target=GPUTarget("cuda", capability, 32),
-                              options=options).asm["cubin"])
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options=options).asm
+
+def compiled_bytes(*kernel):
+    return len(compiled(*kernel)["cubin"])
 
 pointers = {"grad_output": f"*{dtype}", "sums": "*fp32", "errors": "*fp32"}
 constants = {"stride_h": 1, "BLOCK_T": kernels.BLOCK_T, "BLOCK_H": kernels.MAX_BLOCK_H}
@@ -166,7 +203,13 @@ pointers = dict.fromkeys(["sums", "errors", "grad", "sum_out", "sum_sq_out"], "*
 ints = dict.fromkeys(["batch", "chunks", "width"], "i32")
 second = compiled_bytes(kernels.finish_columns_kernel, pointers, {**ints, "scale": "fp32"},
                         {"BLOCK_H": kernels.MAX_BLOCK_H}, 4)
-print(json.dumps([first, second]))
+
+ints = {**dict.fromkeys(["chunks", "width", "stride"], "i32"), "scale": "fp32"}
+rows = [compiled(kernels.finish_rows_kernel,
+                 {"sums": "*fp32", "errors": "*fp32", "out": f"*{kind}"},
+                 ints, {"BLOCK_H": kernels.MAX_BLOCK_H}, 4) for kind in ("fp32", "bf16")]
+assert "cvt.rn.bf16" in rows[1]["ptx"]  # to nearest, ties to even
+print(json.dumps([first, second, *(len(row["cubin"]) for row in rows)]))
 """
 )
 

@@ -25,12 +25,40 @@ struct Tensor {
     const int64_t size = dtype ? 2 : 4;
     for (int64_t i = 0; i < n; ++i) std::memcpy(&bytes[i * size], &half[dtype], size);
   }
+  float at(int64_t i, int64_t dtype) const {  // fp32 or bf16
+    uint32_t bits = 0;
+    char* high = reinterpret_cast<char*>(&bits) + (dtype ? 2 : 0);
+    std::memcpy(high, &bytes[i * (dtype ? 2 : 4)], dtype ? 2 : 4);
+    return beft::bits_as<float>(bits);
+  }
   std::unique_ptr<char[]> bytes;
 };
 
 struct Layout {
   int64_t batch, tokens, width, stride_b, stride_t, stride_h;
 };
+
+// The same examples as rows of a slab that has two columns beside them.
+void rows(const beft::GradView& view, bool fit) {
+  for (const int64_t dtype : {0, 1}) {
+    const int64_t stride = view.width + 2;
+    const Tensor slab(view.batch ? view.batch * stride - 2 : 0, dtype);
+    const beft::RowsView out{slab.bytes.get(), beft::DType(dtype), stride};
+    for (int threads : {1, 2, 3, 8}) {
+      ++calls;
+      check(beft::bias_example_grads_cpu(view, 16.0f, threads, out) == fit, "rows: offsets");
+      for (int64_t i = 0; i < view.batch; ++i) {
+        const int64_t length = view.offsets ? view.offsets[i + 1] - view.offsets[i] : view.tokens;
+        for (int64_t h = 0; h < view.width; ++h) {
+          const float want = fit ? 8.0f * float(length) : 0.5f;
+          check(slab.at(i * stride + h, dtype) == want, "a row is wrong");
+        }
+        for (int64_t h = view.width; i + 1 < view.batch && h < stride; ++h)
+          check(slab.at(i * stride + h, dtype) == 0.5f, "a column beside the rows was written");
+      }
+    }
+  }
+}
 
 void stats(const Layout& l, int dtype, const std::vector<int64_t>& offsets, bool fit = true) {
   const bool packed = !offsets.empty();
@@ -63,6 +91,7 @@ void stats(const Layout& l, int dtype, const std::vector<int64_t>& offsets, bool
     if (threads == 1) first = all;
     check(all == first, "threads changed a result");
   }
+  if (l.batch < 1000) rows(view, fit);
 }
 
 void step(int64_t tensors, int64_t width, int64_t dtype, double max_grad_norm) {
