@@ -126,9 +126,10 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ("            parameter.grad = None", "            pass"),
             ("max(4, p.element_size())", "p.element_size()"),
-            ("parameters=total + sum(b.width for b in added)", "parameters=total"),
+            ("list(dict.fromkeys(p.bias.module for p in chosen if not p.has_bias))",
+             "[p.bias.module for p in chosen if not p.has_bias]"),
             ("(prepared.required.get(name, as_before))", "(True)"),
-            ("and p.bias.layer in chosen_layers", ""),
+            ("and p.bias.layer in inside", ""),
             ("        for bias in biases:\n            bias.view(inside)",
              "        for bias in biases[:1]:\n            bias.view(inside)"),
             ("model.get_submodule(name.removesuffix(\".bias\")).bias = None", "pass"),
@@ -220,6 +221,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("    model.eval()\n", ""),
             ("elif values[\"beft\"] > 1", "elif values[\"beft\"] > 2"),
             ("key=lambda t: -values[t]", "key=lambda t: values[t]"),
+            ("[b for b in lack if b in names]", "lack"),
+            ("setdefault(names[bias], [])", "setdefault(bias.term, [])"),
         ],
     ),
     "beft_ext/selection/run.py": (
@@ -254,6 +257,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("(errors[first] + errors[other])", "errors[first]"),
             (" * steps / examples\n", "\n"),
             (" * run.rate_sq", ""),
+            ("self.names.get(bias, bias.term)", "bias.term"),
         ],
     ),
     "beft_ext/models/find.py": (
@@ -270,6 +274,24 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
              "if False:\n            continue"),
         ],
     ),
+    "beft_ext/models/find.py#gates": (
+        ("adapters/test_adapters.py",),
+        [
+            ('("mlp_gate", 1, 0, width // 2), ("mlp_up", 1, width // 2, width)',
+             '("mlp_up", 1, 0, width // 2), ("mlp_gate", 1, width // 2, width)'),
+        ],
+    ),
+    "beft_ext/models/terms.py": (
+        ("models/test_terms.py",),
+        [
+            ("self.first <= bias.layer <= self.last", "self.first <= bias.layer < self.last"),
+            ("min(self.last or 0, other.last or 0)", "max(self.last or 0, other.last or 0)"),
+            ("    if first > last:", "    if first >= last:"),
+            ("entry.last >= layers", "entry.last > layers"),
+            ("if all(taken.values()):", "if any(taken.values()):"),
+            ("dict.fromkeys(map(_entry", "list(map(_entry"),
+        ],
+    ),
     "beft_ext/models/added.py": (
         (*MODELS, *ADAPTERS),
         [
@@ -279,6 +301,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
              "dtype = torch.get_default_dtype()"),
             ("output.bias.double() + constant", "output.bias.double() - constant"),
             ("    source.bias = None\n", ""),
+            ("any(_holds(model, n, modules) for n in classes)", "True"),
         ],
     ),
     "beft_ext/models/wrappers.py": (
