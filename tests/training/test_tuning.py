@@ -69,6 +69,17 @@ def test_without_decay_the_rate_stays(tmp_path):
         assert torch.allclose(a, b, atol=1e-5)
 
 
+def test_the_recipe_clips(tmp_path):
+    """Gradients far below AdamW's eps of 1e-8 move nothing by more than their share of it."""
+    model = prepared()
+    before = [p.detach().clone() for p in model.parameters()]
+    recipe = Recipe(epochs=1, lr=1e-2, max_grad_norm=1e-12)
+    tune(model, loader(), falling_loss, tmp_path, recipe)
+    for p, b in zip(model.parameters(), before, strict=True):
+        rounding = len(loader()) * torch.finfo(p.dtype).eps * b.abs()
+        assert ((p - b).abs() <= len(loader()) * 1e-2 * 1e-12 / 1e-8 + rounding).all()
+
+
 class Numbered(list):
     numbers = ()
 
