@@ -87,6 +87,19 @@ def test_scores_are_those_of_the_definitions():
         assert score.grad_norm == pytest.approx(float(p.grad.norm()), rel=1e-5)
 
 
+def test_a_bias_without_a_gradient_keeps_its_scores():
+    ours = params()
+    optimizer = BiasAdamW([(f"p{i}", p) for i, p in enumerate(ours)], lr=1e-2)
+    give_grads(ours, 0)
+    optimizer.step()
+    before = optimizer.scores()
+    give_grads(ours, 1)
+    ours[1].grad = None
+    optimizer.step()
+    same = {name for name, score in optimizer.scores().items() if score == before[name]}
+    assert same == {"p1"}
+
+
 def test_groups_schedulers_and_missing_gradients():
     ours, theirs = params(), params()
     made = []

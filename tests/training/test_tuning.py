@@ -54,11 +54,11 @@ def test_trains_only_what_requires_grad_and_logs_each_epoch(tmp_path):
 def test_without_decay_the_rate_stays(tmp_path):
     """Oracle: torch's AdamW in a loop of its own, the rate never touched."""
     ours, oracle = prepared(), prepared()
-    recipe = Recipe(epochs=1, lr=1e-2, warmup=0.0, decay=False)
+    recipe = Recipe(epochs=1, lr=1e-2, warmup=0.0, weight_decay=0.1, decay=False)
     tune(ours, loader(), falling_loss, tmp_path, recipe)
     torch.manual_seed(recipe.seed)
     parameters = [p for p in oracle.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
     oracle.train()
     for inputs in loader():
         optimizer.zero_grad()
@@ -67,6 +67,30 @@ def test_without_decay_the_rate_stays(tmp_path):
         optimizer.step()
     for a, b in zip(ours.parameters(), oracle.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_the_recipe_clips(tmp_path):
+    """Gradients far below AdamW's eps of 1e-8 move nothing by more than their share of it."""
+    model = prepared()
+    before = [p.detach().clone() for p in model.parameters()]
+    recipe = Recipe(epochs=1, lr=1e-2, max_grad_norm=1e-12)
+    tune(model, loader(), falling_loss, tmp_path, recipe)
+    for p, b in zip(model.parameters(), before, strict=True):
+        rounding = len(loader()) * torch.finfo(p.dtype).eps * b.abs()
+        assert ((p - b).abs() <= len(loader()) * 1e-2 * 1e-12 / 1e-8 + rounding).all()
+
+
+class Numbered(list):
+    numbers = ()
+
+    def set_epoch(self, number):
+        self.numbers += (number,)
+
+
+def test_a_loader_is_told_the_number_of_each_epoch(tmp_path):
+    told = Numbered(loader())
+    tune(prepared(), told, falling_loss, tmp_path, RECIPE)
+    assert told.numbers == (0, 1, 2)
 
 
 class Killed(Exception):
