@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from beft_ext.selection import Selection, read_selection
+from beft_ext.selection import Audition, Selection, read_selection
 
 
 def model_card(
@@ -15,9 +15,11 @@ def model_card(
     what: str,
     reason: str | None,
     selection: Selection | str | Path | None = None,
+    audition: Audition | None = None,
 ) -> str:
     """Markdown with the hub's metadata. what: the summary of what was trained; reason: why PEFT
-    cannot load it, or None; selection: the run's result or its ``selection.json``.
+    cannot load it, or None; selection: the run's result or its ``selection.json``; audition: the
+    race that the term or its rate won.
 
     Raises SelectionError where that file is not one that ``Selection.save`` wrote.
     """
@@ -46,6 +48,9 @@ def model_card(
             selection = read_selection(Path(selection))
         lines += ["", "## Selection", "", f"Ranked by '{selection.method}':", ""]
         lines += [_code(str(selection))]
+    if audition is not None:
+        lines += ["", "## Audition", "", "Raced by the loss on training rows held out:", ""]
+        lines += [_code(str(audition))]
     return "\n".join(lines) + "\n"
 
 

@@ -235,12 +235,13 @@ class _Track:
         rows = [sum(len(_first(held, s)) for _, held in self.splits) for s in shares]
         judging = JUDGING * sum(n * k for n, k in zip(counts, rows, strict=True))
         # Of one step in the first rung, two in the second, and so on.
-        training = sum(n * 2**r for r, n in enumerate(counts)) * self.batches.size * self.folds
+        size = min(self.batches.size, len(self.splits[0][0]))
+        training = sum(n * 2**r for r, n in enumerate(counts)) * size * self.folds
         steps = (budget * total - judging) / training
         if steps < 1:
             least = math.ceil((judging + training) / total * 10) / 10
             raise AuditionError(
-                f"a budget of {budget:g} epochs of {total} rows is too small for a race of {racers} "
+                f"a budget of {budget:g} epochs of {total} rows is too small for {racers} racers "
                 f"(contenders times rates): give {least:g} or more"
             )
         longest = self.recipe.epochs * len(self.batches.part(self.splits[0][0]))

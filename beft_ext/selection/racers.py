@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from beft_ext.errors import BeftError
+from beft_ext.files import DIGEST, UNSEALED, digest, save_json
 
 
 class AuditionError(BeftError, ValueError):
@@ -123,6 +124,10 @@ class Audition:
         found = {"best": self.best, "lr": self.lr, "sure": self.sure, "edge": self.edge}
         return found | asdict(self)
 
+    def save(self, path: str | Path) -> None:
+        """Write the record as JSON, with a digest; ``read_audition`` reads it."""
+        save_json(path, self.record() | {DIGEST: UNSEALED})
+
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Audition:
         """From a ``record``. Raises AuditionError."""
@@ -140,11 +145,13 @@ class Audition:
 
 
 def read_audition(path: Path) -> Audition:
-    """From a JSON file of ``Audition.record``. Raises AuditionError."""
+    """From a file of ``Audition.save``. Raises AuditionError where it is damaged, or another's."""
     try:
+        if digest(path, AuditionError) is None:
+            raise AuditionError("it carries no digest")
         return Audition.of(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise AuditionError(f"{path} cannot be read: {error}; hold the audition anew") from error
+        raise AuditionError(f"{path} cannot be read ({error}): hold the audition anew") from error
 
 
 def paired(rival: Tensor, first: Tensor, trained: int) -> tuple[float, float]:
