@@ -161,7 +161,7 @@ def _add_run(
     if race:
         parser.add_argument(
             "--lr",
-            type=lambda text: None if text == "auto" else float(text),
+            type=_rate,
             default=1e-3,
             metavar="auto|LR",
             help="auto: raced on held-out training rows",
@@ -178,6 +178,11 @@ def _add_run(
     parser.add_argument("--warmup", type=float, default=warmup)
     parser.add_argument("--clip", type=float, default=1.0, dest="max_grad_norm", metavar="NORM")
     parser.add_argument("--group-by-length", action="store_true", help="batches of like lengths")
+
+
+def _rate(text: str) -> float | None:
+    """None for 'auto'."""
+    return None if text == "auto" else float(text)
 
 
 def _source(arguments: argparse.Namespace) -> Any:

@@ -6,8 +6,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
 from beft_ext.commands.workflow import EVALUATION_BATCH, RACE, Settings, raced
 from beft_ext.files import locked, save_json, whole_file
-from beft_ext.selection import SETTLE, automatic, select
+from beft_ext.selection import SETTLE, automatic, made_by, select
 from beft_ext.tasks import Batches, Example, Objective, PromptObjective, subset
 from beft_ext.training.optim import BiasAdamW
 from beft_ext.training.preparation import prepare
@@ -135,20 +134,18 @@ class Comparison:
             chosen = self._selected(model, objective, loader, seed)
             prepare(model, chosen)
         adapted = way.setup(model, seed)
-        recipe = replace(settings.recipe(decay=self.decay), lr=way.lr or settings.lr)
+        recipe = settings.recipe(decay=self.decay)
+        recipe = replace(recipe, lr=self.rates.get(name, way.lr or settings.lr))
+        if settings.budget is not None and name not in self.rates:
 
-        @contextmanager
-        def fresh() -> Iterator[nn.Module]:
-            spec = replace(self.spec, seed=seed)
-            again, _ = spec.load(self.source.task, classes, shots)
-            if chosen is not None:
-                prepare(again, chosen)
-            yield way.setup(again, seed)
+            def fresh() -> nn.Module:
+                spec = replace(self.spec, seed=seed)
+                again, _ = spec.load(self.source.task, classes, shots)
+                if chosen is not None:
+                    prepare(again, chosen)
+                return way.setup(again, seed)
 
-        if name in self.rates:
-            recipe = replace(recipe, lr=self.rates[name])
-        elif settings.budget is not None:
-            given = (folder / RACE, name, fresh, loader, objective, settings, recipe)
+            given = (folder / RACE, name, made_by(fresh), loader, objective, settings, recipe)
             recipe = replace(recipe, lr=raced(*given, resume=True).lr)
         begun = time.perf_counter()
         loader.set_epoch(0)  # the same batch for every method

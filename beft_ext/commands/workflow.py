@@ -63,7 +63,8 @@ class Settings:
     @classmethod
     def of(cls, arguments: Any) -> Settings:
         """From an argparse namespace. Raises WorkflowError for a number out of range."""
-        given = {f.name: getattr(arguments, f.name, f.default) for f in fields(cls)}
+        names = {f.name for f in fields(cls)}
+        given = {name: value for name, value in vars(arguments).items() if name in names}
         if given["lr"] is None:  # 'auto'
             given |= {"lr": cls.lr, "budget": arguments.audition_budget}
         made = cls(**given)
@@ -176,7 +177,8 @@ def run_tune(
     **options: bool,
 ) -> None:
     """``beft-ext tune``: ``out`` gets adapter/, log.jsonl, learning_curve.png, for terms 'auto'
-    selection/, and for a rate that is raced audition.json. Prints what trains and each evaluation. options: of Recipe."""
+    selection/, and for a rate that is raced audition.json. Prints what trains and each
+    evaluation. options: of Recipe."""
     from beft_ext.adapters import save_adapter
     from beft_ext.plots import draw, learning_curve
     from beft_ext.training.preparation import prepare

@@ -1,6 +1,12 @@
 """Which term to train: one short run, its scores, and the decision; at which rate: a race."""
 
-from beft_ext.selection.auditioning import Contender, audition, rates_around, terms_of
+from beft_ext.selection.auditioning import (
+    Contender,
+    audition,
+    made_by,
+    rates_around,
+    terms_of,
+)
 from beft_ext.selection.choice import SETTLE, automatic
 from beft_ext.selection.dead import ProbeError, dead_terms
 from beft_ext.selection.racers import Audition, AuditionError, Racer, read_audition
@@ -22,6 +28,7 @@ __all__ = [
     "audition",
     "automatic",
     "dead_terms",
+    "made_by",
     "rates_around",
     "read_audition",
     "read_selection",

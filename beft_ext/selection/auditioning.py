@@ -16,7 +16,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import count, islice, pairwise
 from typing import Any, Protocol
 
@@ -89,6 +89,11 @@ def terms_of(model: nn.Module, terms: str | Sequence[str]) -> Contender:
                 restore(model)
 
     return contender
+
+
+def made_by(make: Callable[[], nn.Module]) -> Contender:
+    """As a contender: a model that is made anew each time, and ready to be trained."""
+    return lambda: nullcontext(make())
 
 
 def losses_of(model: nn.Module, batch: Batch) -> Tensor:
