@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import NormalDist
@@ -83,7 +83,12 @@ class Audition:
     @property
     def sure(self) -> float:
         """Probability, at least, that no rival is better: one-sided normal, summed over rivals."""
-        return max(0.0, 1 - sum(_better(r) for r in self.racers[1:]))
+        return _sure(self.racers[1:])
+
+    @property
+    def sure_of_contender(self) -> float:
+        """The same of the other contenders alone, at any of their rates."""
+        return _sure(r for r in self.racers if r.contender != self.best)
 
     @property
     def edge(self) -> str | None:
@@ -121,8 +126,8 @@ class Audition:
 
     def record(self) -> dict[str, Any]:
         """For JSON; ``Audition.of`` reads it."""
-        found = {"best": self.best, "lr": self.lr, "sure": self.sure, "edge": self.edge}
-        return found | asdict(self)
+        told = ("best", "lr", "sure", "sure_of_contender", "edge")
+        return {name: getattr(self, name) for name in told} | asdict(self)
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, with a digest; ``read_audition`` reads it."""
@@ -164,6 +169,10 @@ def paired(rival: Tensor, first: Tensor, trained: int) -> tuple[float, float]:
     differences = rival - first
     variance = float(differences.var()) * (1 / len(differences) + 1 / trained)
     return float(differences.mean()), math.sqrt(variance)
+
+
+def _sure(rivals: Iterable[Racer]) -> float:
+    return max(0.0, 1 - sum(map(_better, rivals)))
 
 
 def _better(rival: Racer) -> float:

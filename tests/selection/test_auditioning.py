@@ -6,7 +6,18 @@ import pytest
 import torch
 from conftest import batch, tiny
 
-from beft_ext import AuditionError, audition, prepare, rates_around, terms_of
+from beft_ext import (
+    AuditionError,
+    audition,
+    load_adapter,
+    made_by,
+    prepare,
+    rates_around,
+    restore,
+    save_adapter,
+    set_adapter,
+    terms_of,
+)
 from beft_ext.models import state as records
 from beft_ext.selection import Audition, read_audition
 from beft_ext.selection.auditioning import FIFTHS, FOLDED, JUDGING, losses_of
@@ -73,6 +84,7 @@ def test_of_a_dead_contender_and_an_absurd_rate_the_right_one_is_left():
     contenders = {"dead": alone(model, "key.bias"), "mlp_up": terms_of(model, "mlp_up")}
     found = audition(contenders, rows(), (1e-1, 1e30), recipe=RECIPE, budget=40)
     assert (found.best, found.lr) == ("mlp_up", 1e-1) and found.sure > 0.95
+    assert found.sure_of_contender >= found.sure
     first, *others = found.racers
     assert first.fate == "won" and first.behind == 0
     assert "diverged: " in next(r.fate for r in others if r.lr == 1e30 and r.contender == "mlp_up")
@@ -110,6 +122,19 @@ def test_a_model_that_is_prepared_is_refused_and_stays_so():
     with pytest.raises(Exception, match="prepared already"):
         race(model)
     assert same(before, snapshot(model))
+
+
+def test_adapters_that_are_loaded_stay_loaded(tmp_path):
+    model = tiny("bert")
+    prepare(model, "value")
+    save_adapter(model, tmp_path)
+    restore(model)
+    load_adapter(model, tmp_path)
+    set_adapter(model, None)
+    before = snapshot(model)
+    race(model)
+    assert same(before, snapshot(model))
+    set_adapter(model, "default")
 
 
 def test_the_same_seed_is_the_same_outcome_to_the_bit():
@@ -177,6 +202,16 @@ def test_of_many_rows_a_fifth_judges():
     found = audition(contenders, rows(FOLDED + 10), (1e-2,), recipe=RECIPE, budget=1)
     assert found.folds == 1 and found.rungs[0].rows == (FOLDED + 10) // FIFTHS
     assert found.sure == 1 and found.edge is None  # without a rival, without another rate
+
+
+def test_a_model_that_is_made_anew_races_as_one_in_place():
+    def fresh():
+        model = tiny("bert")
+        prepare(model, "value")
+        return model
+
+    found = audition({"value": made_by(fresh)}, rows(), (1e-3, 1e-2), recipe=RECIPE, budget=8.0)
+    assert found == race()
 
 
 def test_racers_start_alike():
