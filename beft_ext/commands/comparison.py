@@ -134,9 +134,9 @@ class Comparison:
             chosen = self._selected(model, objective, loader, seed)
             prepare(model, chosen)
         adapted = way.setup(model, seed)
-        recipe = settings.recipe(decay=self.decay)
+        recipe, budget = settings.recipe(decay=self.decay), settings.budget
         recipe = replace(recipe, lr=self.rates.get(name, way.lr or settings.lr))
-        if settings.budget is not None and name not in self.rates:
+        if budget is not None and name not in self.rates:
 
             def fresh() -> nn.Module:
                 spec = replace(self.spec, seed=seed)
@@ -145,8 +145,9 @@ class Comparison:
                     prepare(again, chosen)
                 return way.setup(again, seed)
 
-            given = (folder / RACE, name, made_by(fresh), loader, objective, settings, recipe)
-            recipe = replace(recipe, lr=raced(*given, resume=True).lr)
+            path, contender = folder / RACE, made_by(fresh)
+            race = raced(path, name, contender, loader, objective, recipe, budget, resume=True)
+            recipe = replace(recipe, lr=race.lr)
         begun = time.perf_counter()
         loader.set_epoch(0)  # the same batch for every method
         peak = _step_peak(adapted, objective, next(iter(loader)), recipe.lr)

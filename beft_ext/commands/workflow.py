@@ -133,13 +133,12 @@ def raced(
     contender: Contender,
     loader: Batches,
     objective: Objective,
-    settings: Settings,
     recipe: Recipe,
-    *,
+    budget: float,
     resume: bool,
 ) -> Audition:
-    """The rate for ``contender``, of those around ``recipe.lr``. ``path`` keeps the race; where
-    a run is resumed, it is read from there."""
+    """The race of ``contender`` at the rates around ``recipe.lr``. ``path`` keeps it; where a run
+    is resumed, it is read from there."""
     if resume and path.is_file():
         found = read_audition(path)
         if found.best == name:
@@ -151,8 +150,8 @@ def raced(
         loss=objective.loss,
         losses=lambda model, batch: objective.observe(model, batch).means,
         recipe=recipe,
-        budget=settings.budget or 0.0,
-        seed=settings.seed,
+        budget=budget,
+        seed=recipe.seed,
         progress=sys.stderr.isatty(),
     )
     found.save(path)
@@ -188,24 +187,14 @@ def run_tune(
     loader = settings.batches(objective, train)
     held_out = objective.held_out(validation, EVALUATION_BATCH)
     _tell(objective)
-    selected = None
-    if terms == "auto":
-        selected = out / "selection" / "selection.json"
-        if not (resume and selected.is_file()):
-            once = replace(settings, epochs=1, warmup=0.0)
-            found = _select(model, objective, loader, once, settle=SETTLE)
-            print(found)
-            found.save(selected.parent)
-        term, reason = automatic(read_selection(selected))
-        print(f"\nauto: '{term}': {reason}\n")
-        chosen = [term]
-    else:
-        chosen = list(find_biases(model).terms) if terms == "all" else terms.split(",")
-    recipe, race = settings.recipe(**options), None
-    if settings.budget is not None:
-        name, path = chosen[0] if terms == "auto" else terms, out / RACE
-        given = (path, name, terms_of(model, chosen), loader, objective, settings, recipe)
-        race = raced(*given, resume=resume)
+    selected = out / "selection" / "selection.json" if terms == "auto" else None
+    if selected is not None:
+        terms = _automatic(model, objective, loader, settings, selected, resume)
+    chosen = list(find_biases(model).terms) if terms == "all" else terms.split(",")
+    recipe, race, budget = settings.recipe(**options), None, settings.budget
+    if budget is not None:
+        contender = terms_of(model, chosen)
+        race = raced(out / RACE, terms, contender, loader, objective, recipe, budget, resume)
         print(f"{race}\n")
         recipe = replace(recipe, lr=race.lr)
     print(prepare(model, chosen), "\n")
@@ -226,6 +215,25 @@ def run_tune(
     save_adapter(model, out / "adapter", selection=selected, audition=race)
     draw(learning_curve, progress.history, task.metric, out / "learning_curve.png")
     print(f"\nthe adapter is in {out / 'adapter'}")
+
+
+def _automatic(
+    model: nn.Module,
+    objective: Objective,
+    loader: Batches,
+    settings: Settings,
+    path: Path,
+    resume: bool,
+) -> str:
+    """The term that is selected. ``path`` keeps the selection; a resumed run reads it there."""
+    if not (resume and path.is_file()):
+        once = replace(settings, epochs=1, warmup=0.0)
+        found = _select(model, objective, loader, once, settle=SETTLE)
+        print(found)
+        found.save(path.parent)
+    term, reason = automatic(read_selection(path))
+    print(f"\nauto: '{term}': {reason}\n")
+    return term
 
 
 def run_evaluate(

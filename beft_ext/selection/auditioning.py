@@ -121,8 +121,8 @@ def audition(
         rates: rising; for all contenders, or for each by its name. ``rates_around()`` by default.
         loss: what is minimised, of a model and a batch.
         losses: of each example ``(B,)``, what judges.
-        recipe: of the training that the race is for; its ``lr`` does not matter. No racer trains
-            for longer than this would.
+        recipe: of the training that the race is for; ``lr``, ``compile`` and ``graphs`` do not
+            matter. No racer trains for longer than this would.
         budget: cost of the whole race at most, in passes over all rows. A row that judges costs
             a third of one that trains.
         seed: of the parts, the batches' order and dropout. The same seed gives the same outcome
