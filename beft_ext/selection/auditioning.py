@@ -386,8 +386,8 @@ def _check_rows(batches: Rows) -> None:
     rows = batches.rows
     if len(rows) < FEWEST:
         raise AuditionError(f"an audition needs {FEWEST} rows at least, but there are {len(rows)}")
-    labels = next(iter(batches.part([0])))["labels"]
-    if labels.ndim == 1 and len({row.label for row in rows}) == 1:
+    labels = next(iter(batches.part([0]))).get("labels")
+    if labels is not None and labels.ndim == 1 and len({row.label for row in rows}) == 1:
         raise AuditionError(
             f"every row has the label {rows[0].label:g}: there is nothing to be learnt from them"
         )

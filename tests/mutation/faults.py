@@ -62,7 +62,6 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("divisor = _given(batch) or float", "divisor = float"),
             ("self.losses / self.counts.clamp(min=1)", "self.losses / self.counts"),
             ("residuals = outputs - labels", "residuals = labels - outputs"),
-            ("0.0 if math.isnan(difference) else difference", "difference"),
             ("best = min(readings, key=off, default=None)", "best = (readings or [None])[0]"),
             ("right.ne(IGNORED).to(losses)", "torch.ones_like(losses)"),
         ],

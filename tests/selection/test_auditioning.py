@@ -174,12 +174,14 @@ def test_every_row_judges_once_and_trains_no_racer_that_it_judges():
     trained, judged = [], []
 
     def loss(model, batch):
+        assert model.training
         if judged:  # the next fold
             check()
         trained.extend(batch["input_ids"][:, -1].tolist())
         return model_loss(model, batch)
 
     def losses(model, batch):
+        assert not model.training
         judged.extend(batch["input_ids"][:, -1].tolist())
         return losses_of(model, batch)
 
@@ -230,6 +232,12 @@ def test_racers_start_alike():
         assert [ids for ids, _ in run] == [ids for ids, _ in runs[0]]
         # At 1e-12 a bias of 0.1 does not move in fp32; the head's zeros move by 1e-12.
         assert [x for _, x in run] == pytest.approx([x for _, x in runs[0]], abs=1e-6)
+
+
+def test_a_racer_does_not_feel_those_before_it():
+    both, alone = race(rates=(1e-2, 1e-1), budget=8.0), race(rates=(1e-1,), budget=4.0)
+    assert both.rungs[0].steps == alone.rungs[0].steps
+    assert alone.racers[0].loss in [r.loss for r in both.racers if r.lr == 1e-1]
 
 
 def test_no_racer_trains_for_longer_than_the_run_that_it_is_for():
