@@ -22,10 +22,16 @@ if TYPE_CHECKING:  # for type checkers; `X as X` marks a name as exported
         find_biases as find_biases,
     )
     from beft_ext.selection import (
+        Audition as Audition,
+        AuditionError as AuditionError,
         ProbeError as ProbeError,
         Selection as Selection,
         SelectionError as SelectionError,
+        audition as audition,
+        made_by as made_by,
+        rates_around as rates_around,
         select as select,
+        terms_of as terms_of,
     )
     from beft_ext.tap import (
         Tap as Tap,
@@ -53,10 +59,16 @@ _HOMES = {
     "BiasError": "models",
     "BiasMap": "models",
     "find_biases": "models",
+    "Audition": "selection",
+    "AuditionError": "selection",
     "ProbeError": "selection",
     "Selection": "selection",
     "SelectionError": "selection",
+    "audition": "selection",
+    "made_by": "selection",
+    "rates_around": "selection",
     "select": "selection",
+    "terms_of": "selection",
     "Tap": "tap",
     "TapError": "tap",
     "AdapterError": "adapters",

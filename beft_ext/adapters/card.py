@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from beft_ext.selection import Selection, read_selection
+from beft_ext.selection import Audition, Selection, read_selection
 
 
 def model_card(
@@ -15,6 +15,7 @@ def model_card(
     what: str,
     reason: str | None,
     selection: Selection | str | Path | None = None,
+    audition: Audition | None = None,
 ) -> str:
     """Markdown with the hub's metadata.
 
@@ -22,6 +23,7 @@ def model_card(
         what: the summary of what was trained.
         reason: why PEFT cannot load the adapter, or None.
         selection: the run's result or its ``selection.json``.
+        audition: the race that the term or its rate won.
     Raises:
         SelectionError: that file is not one that ``Selection.save`` wrote.
     """
@@ -50,6 +52,9 @@ def model_card(
             selection = read_selection(Path(selection))
         lines += ["", "## Selection", "", f"Ranked by '{selection.method}':", ""]
         lines += [_code(str(selection))]
+    if audition is not None:
+        lines += ["", "## Audition", "", "Raced by the loss on training rows held out:", ""]
+        lines += [_code(str(audition))]
     return "\n".join(lines) + "\n"
 
 

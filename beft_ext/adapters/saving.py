@@ -24,7 +24,7 @@ from beft_ext.adapters.contents import (
 from beft_ext.adapters.hub import Upload
 from beft_ext.files import JsonObject
 from beft_ext.models import state, wrappers
-from beft_ext.selection import Selection, SelectionError
+from beft_ext.selection import Audition, Selection, SelectionError
 from beft_ext.training.preparation import Prepared, prepared_of
 
 
@@ -33,6 +33,7 @@ def save_adapter(
     folder: str | Path,
     selection: Selection | str | Path | None = None,
     *,
+    audition: Audition | None = None,
     push_to_hub: bool = False,
     **hub: Any,
 ) -> str | None:
@@ -49,6 +50,7 @@ def save_adapter(
             the format of PEFT 0.21.
         selection: a Selection or its ``selection.json``, whose table the README shows; None for a
             README without one.
+        audition: the race of terms or rates, whose table the README shows too.
         push_to_hub: upload these three files too, as one commit.
         hub: ``repo_id`` (by default the folder's name), ``token``, ``private``,
             ``commit_message``, ``revision`` and ``create_pr``, as in transformers.
@@ -79,7 +81,7 @@ def save_adapter(
     if reason is not None:
         facts["not_in_peft"] = reason
     try:
-        card = model_card(model, what, reason, selection)
+        card = model_card(model, what, reason, selection, audition)
     except SelectionError as error:
         raise AdapterError(str(error)) from error
     write(folder, model, contents, facts, card)

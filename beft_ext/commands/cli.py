@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     select.set_defaults(run=_select)
     tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")
     _add_data(tune)
-    _add_run(tune, epochs=10, warmup=0.06)
+    _add_run(tune, epochs=10, warmup=0.06, race=True)
     tune.add_argument(
         "--terms",
         type=_set_of_terms,
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.set_defaults(run=_evaluate)
     compare = verbs.add_parser("compare", help="methods side by side on one task")
     _add_data(compare)
-    _add_run(compare, epochs=10, warmup=0.06)
+    _add_run(compare, epochs=10, warmup=0.06, race=True)
     compare.add_argument(
         "--methods",
         default="head,auto,value,all-biases,random-mask,lora,full",
@@ -168,15 +168,39 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
 
 
-def _add_run(parser: argparse.ArgumentParser, epochs: int, warmup: float) -> None:
+def _add_run(
+    parser: argparse.ArgumentParser, epochs: int, warmup: float, race: bool = False
+) -> None:
+    """race: whether the rate may be found by an audition."""
     parser.add_argument("--out", required=True, type=Path, metavar="DIR")
     parser.add_argument("--train-size", type=int, metavar="N")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    if race:
+        parser.add_argument(
+            "--lr",
+            type=_rate,
+            default=1e-3,
+            metavar="auto|LR",
+            help="auto: raced on held-out training rows",
+        )
+        parser.add_argument(
+            "--audition-budget",
+            type=float,
+            default=3.0,
+            metavar="EPOCHS",
+            help="what --lr auto may cost, in epochs' time (default: 3)",
+        )
+    else:
+        parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=float, default=warmup)
     parser.add_argument("--clip", type=float, default=1.0, dest="max_grad_norm", metavar="NORM")
     parser.add_argument("--group-by-length", action="store_true", help="batches of like lengths")
+
+
+def _rate(text: str) -> float | None:
+    """None for 'auto'."""
+    return None if text == "auto" else float(text)
 
 
 def _source(arguments: argparse.Namespace) -> Source:

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from beft_ext.commands.loading import ModelSpec, Source, WorkflowError, classes_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
-from beft_ext.commands.workflow import EVALUATION_BATCH, Settings
+from beft_ext.commands.workflow import EVALUATION_BATCH, RACE, Settings, raced
 from beft_ext.files import JsonObject, locked, save_json, whole_file
-from beft_ext.selection import SETTLE, automatic, select
+from beft_ext.selection import SETTLE, automatic, made_by, select
 from beft_ext.tasks import Batches, Example, Objective, PromptObjective, subset
 from beft_ext.training.optim import BiasAdamW
 from beft_ext.training.preparation import prepare
@@ -31,7 +31,8 @@ RUNS = "runs.jsonl"
 class Outcome:
     """One method with one seed. seconds: of training and evaluation, selection included;
     peak: bytes of one training step beyond the model; kept: bytes of the files that hold what
-    was trained; chosen: the term that 'auto' selected; failure: why there is no result."""
+    was trained; chosen: the term that 'auto' selected; lr: the rate that it trained at; failure:
+    why there is no result."""
 
     method: str
     seed: int
@@ -41,13 +42,15 @@ class Outcome:
     peak: int | None = None
     kept: int = 0
     chosen: str | None = None
+    lr: float | None = None
     failure: str | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What is compared on what. settings.lr: of methods without a usual rate of their own;
-    rates: for methods by name, before those. decay: rates fall to zero; without, they stay.
+    """What is compared on what. settings.lr: of methods without a usual rate of their own; where
+    settings has a budget, rates around these are raced for each method. rates: for methods by
+    name, as they are. decay: rates fall to zero; without, they stay.
     evaluated: number of validation examples, drawn with seed 0; all of them by default."""
 
     source: Source
@@ -99,8 +102,9 @@ class Comparison:
         found["files"] = " ".join(str(f) for f in files if f) or None
         settings = asdict(replace(self.settings, seed=0)) | asdict(replace(self.spec, seed=0))
         settings["clip"] = settings.pop("max_grad_norm")  # as on the command line, and in old files
-        if not settings["new_head"]:
-            del settings["new_head"]  # old files do not know it
+        for key in ("new_head", "budget"):  # old files do not know them
+            if not settings[key]:
+                del settings[key]
         own = {"rates": dict(self.rates), "decay": self.decay, "evaluated": self.evaluated}
         return found | settings | own
 
@@ -129,10 +133,23 @@ class Comparison:
             chosen = self._selected(model, objective, loader, seed)
             prepare(model, chosen)
         adapted = way.setup(model, seed)
-        lr = self.rates.get(name, way.lr or settings.lr)
+        recipe, budget = settings.recipe(decay=self.decay), settings.budget
+        recipe = replace(recipe, lr=self.rates.get(name, way.lr or settings.lr))
+        if budget is not None and name not in self.rates:
+
+            def fresh() -> nn.Module:
+                spec = replace(self.spec, seed=seed)
+                again, _ = spec.load(self.source.task, classes, shots)
+                if chosen is not None:
+                    prepare(again, chosen)
+                return way.setup(again, seed)
+
+            path, contender = folder / RACE, made_by(fresh)
+            race = raced(path, name, contender, loader, objective, recipe, budget, resume=True)
+            recipe = replace(recipe, lr=race.lr)
         begun = time.perf_counter()
         loader.set_epoch(0)  # the same batch for every method
-        peak = _step_peak(adapted, objective, next(iter(loader)), lr)
+        peak = _step_peak(adapted, objective, next(iter(loader)), recipe.lr)
         aside = time.perf_counter() - begun
         metric = self.source.task.metric
         tune(
@@ -140,7 +157,7 @@ class Comparison:
             loader,
             lambda m: objective.evaluate(m, held_out, validation)[metric],
             folder,
-            replace(settings.recipe(decay=self.decay), lr=lr),
+            recipe,
             loss=objective.loss,
             metric=metric,
             resume=True,
@@ -149,7 +166,8 @@ class Comparison:
         metrics = objective.evaluate(adapted, held_out, validation)
         (folder / CHECKPOINT).unlink(missing_ok=True)
         kept = kept_bytes(adapted)
-        return Outcome(name, seed, metrics, trained(adapted), seconds, peak, kept, chosen)
+        found = trained(adapted)
+        return Outcome(name, seed, metrics, found, seconds, peak, kept, chosen, recipe.lr)
 
     def _selected(self, model: nn.Module, objective: Objective, loader: Batches, seed: int) -> str:
         lr, clip, loss = self.settings.lr, self.settings.max_grad_norm, objective.loss
@@ -215,13 +233,14 @@ def summarize(outcomes: Sequence[Outcome], metrics: Sequence[str]) -> list[JsonO
             values = [v for o in fine if (v := getattr(o, key)) is not None]
             row[key] = statistics.median(values) if values else None
         row["chosen"] = sorted({o.chosen for o in fine if o.chosen})
+        row["rates"] = sorted({o.lr for o in fine if o.lr})
         rows.append(row)
     return rows
 
 
 def table(rows: Sequence[JsonObject], metrics: Sequence[str]) -> str:
     """``summarize``'s rows as a Markdown table."""
-    heads = ["method", *metrics, "seeds", "trained", "seconds", "peak MiB", "kept KiB"]
+    heads = ["method", *metrics, "seeds", "rate", "trained", "seconds", "peak MiB", "kept KiB"]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for row in rows:
         name = row["method"] + (f" ({', '.join(row['chosen'])})" if row["chosen"] else "")
@@ -233,7 +252,14 @@ def table(rows: Sequence[JsonObject], metrics: Sequence[str]) -> str:
             spread = row[f"{metric}_sd"]
             cells.append(f"{row[metric]:.4f}" + (f" ± {spread:.4f}" if spread is not None else ""))
         peak = "" if row["peak"] is None else f"{row['peak'] / 2**20:.1f}"
-        cells += [str(row["seeds"]), f"{row['parameters']:,.0f}", f"{row['seconds']:.1f}", peak]
+        rates = ", ".join(f"{rate:.2g}" for rate in row["rates"])
+        cells += [
+            str(row["seeds"]),
+            rates,
+            f"{row['parameters']:,.0f}",
+            f"{row['seconds']:.1f}",
+            peak,
+        ]
         cells.append(f"{row['kept'] / 1024:,.1f}")
         lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)

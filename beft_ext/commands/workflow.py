@@ -23,17 +23,33 @@ from beft_ext.commands.loading import (
 )
 from beft_ext.files import JsonObject, whole_files
 from beft_ext.models import find_biases
-from beft_ext.selection import SETTLE, Selection, automatic, read_selection, select
+from beft_ext.selection import (
+    SETTLE,
+    Audition,
+    Contender,
+    Selection,
+    audition,
+    automatic,
+    rates_around,
+    read_audition,
+    read_selection,
+    select,
+    terms_of,
+)
 from beft_ext.tasks import Batches, Example, Objective, subset
 from beft_ext.tasks.metrics import measure
 from beft_ext.training.tuning import CHECKPOINT, Recipe, tune
 
 EVALUATION_BATCH = 64
+RACE = "audition.json"
 
 
 @dataclass(frozen=True)
 class Settings:
-    """The arguments that select and tune share, named as on the command line."""
+    """The arguments that select and tune share, named as on the command line.
+
+    budget: of the audition that finds the rate, in epochs' time; None for ``lr`` as it is.
+    """
 
     train_size: int | None = None
     batch_size: int = 16
@@ -43,11 +59,16 @@ class Settings:
     max_grad_norm: float = 1.0
     group_by_length: bool = False
     seed: int = 0
+    budget: float | None = None
 
     @classmethod
     def of(cls, arguments: Namespace) -> Settings:
         """From an argparse namespace. Raises WorkflowError for a number out of range."""
-        made = cls(**{f.name: getattr(arguments, f.name) for f in fields(cls)})
+        names = {f.name for f in fields(cls)}
+        given = {name: value for name, value in vars(arguments).items() if name in names}
+        if given["lr"] is None:  # 'auto'
+            given |= {"lr": cls.lr, "budget": arguments.audition_budget}
+        made = cls(**given)
         for name in ("batch_size", "epochs"):
             if getattr(made, name) < 1:
                 raise WorkflowError(f"--{name.replace('_', '-')} must be at least 1")
@@ -55,6 +76,8 @@ class Settings:
             raise WorkflowError(f"--lr must be a positive number, but is {made.lr}")
         if not 0 <= made.warmup <= 1 or not 0 <= made.max_grad_norm < math.inf:
             raise WorkflowError("--warmup must be within 0 and 1, --clip 0 (none) or more")
+        if made.budget is not None and not 0 < made.budget < math.inf:
+            raise WorkflowError(f"--audition-budget must be positive, but is {made.budget}")
         return made
 
     def recipe(self, **options: bool) -> Recipe:
@@ -114,6 +137,37 @@ def _select(
     )
 
 
+def raced(
+    path: Path,
+    name: str,
+    contender: Contender,
+    loader: Batches,
+    objective: Objective,
+    recipe: Recipe,
+    budget: float,
+    resume: bool,
+) -> Audition:
+    """The race of ``contender`` at the rates around ``recipe.lr``. ``path`` keeps it; where a run
+    is resumed, it is read from there."""
+    if resume and path.is_file():
+        found = read_audition(path)
+        if found.best == name:
+            return found
+    found = audition(
+        {name: contender},
+        loader,
+        rates_around(recipe.lr),
+        loss=objective.loss,
+        losses=lambda model, batch: objective.observe(model, batch).means,
+        recipe=recipe,
+        budget=budget,
+        seed=recipe.seed,
+        progress=sys.stderr.isatty(),
+    )
+    found.save(path)
+    return found
+
+
 def _tell(objective: Objective) -> None:
     """How many examples were left out or shortened."""
     for what, count in objective.notes.items():
@@ -131,8 +185,9 @@ def run_tune(
     save_every: int = 50,
     **options: bool,
 ) -> None:
-    """``beft-ext tune``: ``out`` gets adapter/, log.jsonl, learning_curve.png and, for terms
-    'auto', selection/. Prints what trains and each evaluation. options: of Recipe."""
+    """``beft-ext tune``: ``out`` gets adapter/, log.jsonl, learning_curve.png, for terms 'auto'
+    selection/, and for a rate that is raced audition.json. Prints what trains and each
+    evaluation. options: of Recipe."""
     from beft_ext.adapters import save_adapter
     from beft_ext.plots import draw, learning_curve
     from beft_ext.training.preparation import prepare
@@ -142,26 +197,23 @@ def run_tune(
     loader = settings.batches(objective, train)
     held_out = objective.held_out(validation, EVALUATION_BATCH)
     _tell(objective)
-    selected = None
-    if terms == "auto":
-        selected = out / "selection" / "selection.json"
-        if not (resume and selected.is_file()):
-            once = replace(settings, epochs=1, warmup=0.0)
-            found = _select(model, objective, loader, once, SETTLE)
-            print(found)
-            found.save(selected.parent)
-        term, reason = automatic(read_selection(selected))
-        print(f"\nauto: '{term}': {reason}\n")
-        chosen = [term]
-    else:
-        chosen = list(find_biases(model).terms) if terms == "all" else [terms]
+    selected = out / "selection" / "selection.json" if terms == "auto" else None
+    if selected is not None:
+        terms = _automatic(model, objective, loader, settings, selected, resume)
+    chosen = list(find_biases(model).terms) if terms == "all" else [terms]
+    recipe, race, budget = settings.recipe(**options), None, settings.budget
+    if budget is not None:
+        contender = terms_of(model, chosen)
+        race = raced(out / RACE, terms, contender, loader, objective, recipe, budget, resume)
+        print(f"{race}\n")
+        recipe = replace(recipe, lr=race.lr)
     print(prepare(model, chosen), "\n")
     progress = tune(
         model,
         loader,
         lambda m: objective.evaluate(m, held_out, validation)[task.metric],
         out,
-        settings.recipe(**options),
+        recipe,
         loss=objective.loss,
         metric=task.metric,
         resume=resume,
@@ -170,9 +222,28 @@ def run_tune(
     )
     for record in progress.history:
         print("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
-    save_adapter(model, out / "adapter", selection=selected)
+    save_adapter(model, out / "adapter", selection=selected, audition=race)
     draw(learning_curve, progress.history, task.metric, out / "learning_curve.png")
     print(f"\nthe adapter is in {out / 'adapter'}")
+
+
+def _automatic(
+    model: nn.Module,
+    objective: Objective,
+    loader: Batches,
+    settings: Settings,
+    path: Path,
+    resume: bool,
+) -> str:
+    """The term that is selected. ``path`` keeps the selection; a resumed run reads it there."""
+    if not (resume and path.is_file()):
+        once = replace(settings, epochs=1, warmup=0.0)
+        found = _select(model, objective, loader, once, settle=SETTLE)
+        print(found)
+        found.save(path.parent)
+    term, reason = automatic(read_selection(path))
+    print(f"\nauto: '{term}': {reason}\n")
+    return term
 
 
 def run_evaluate(
@@ -258,6 +329,8 @@ def tune_stands(out: Path) -> str:
     """What an interrupted ``beft-ext tune`` has written, and how to go on."""
     if (out / CHECKPOINT).is_file():
         return f"{out / CHECKPOINT} is whole: the same command with --resume goes on from it"
+    if (out / RACE).is_file():
+        return f"{out / RACE} is whole: the same command with --resume trains at its rate"
     if (out / "selection" / "selection.json").is_file():
         return f"{out / 'selection'} is whole: the same command with --resume trains what it chose"
     return "nothing was written yet: start again"

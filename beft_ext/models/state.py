@@ -6,6 +6,8 @@ the model inside of any wrapper, and is gone when its last record is.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
@@ -53,6 +55,16 @@ def claims(model: nn.Module) -> list[str]:
 def clear(model: nn.Module) -> None:
     """Take every record away."""
     _keep(model, {})
+
+
+@contextmanager
+def kept(model: nn.Module) -> Iterator[None]:
+    """Whatever is put on the model or taken away in between, it has the same records again."""
+    before = _records(model)
+    try:
+        yield
+    finally:
+        _keep(model, before)
 
 
 def _records(model: nn.Module) -> dict[type[Record], Record]:

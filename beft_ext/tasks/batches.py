@@ -40,13 +40,18 @@ class Batches:
         by_length: bool = False,
     ) -> None:
         self.rows, self.collate = rows, collate
-        self._size, self._seed, self._by_length, self._passes = size, seed, by_length, 0
+        self.size, self._seed, self._by_length, self._passes = size, seed, by_length, 0
 
     def __len__(self) -> int:
         counts: dict[int, int] = {}
         for row in self.rows:
             counts[row.parts] = counts.get(row.parts, 0) + 1
-        return sum(-(-n // self._size) for n in counts.values())
+        return sum(-(-n // self.size) for n in counts.values())
+
+    def part(self, indices: Sequence[int], seed: int | None = None) -> Batches:
+        """Batches of some of the rows, which ``plan`` counts from 0 in the order of ``indices``."""
+        rows = [self.rows[i] for i in indices]
+        return Batches(rows, self.collate, self.size, seed, self._by_length)
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is number ``epoch``, as with torch's DistributedSampler."""
@@ -64,7 +69,7 @@ class Batches:
             generator.manual_seed(self._seed * 1_000_003 + self._passes)
             order = torch.randperm(len(order), generator=generator).tolist()
             self._passes += 1
-        window = len(order) if self._seed is None else SORTED_BATCHES * self._size
+        window = len(order) if self._seed is None else SORTED_BATCHES * self.size
         groups: dict[int, list[int]] = {}
         for i in order:
             groups.setdefault(self.rows[i].parts, []).append(i)
@@ -72,7 +77,7 @@ class Batches:
         for group in groups.values():
             if self._by_length or self._seed is None:
                 group = [i for part in _split(group, window) for i in self._longest_first(part)]
-            batches += _split(group, self._size)
+            batches += _split(group, self.size)
         if self._seed is not None and (self._by_length or len(groups) > 1):
             shuffled = torch.randperm(len(batches), generator=generator).tolist()
             batches = [batches[i] for i in shuffled]

@@ -7,7 +7,6 @@ and alone; its divisor is the one among the known ones that makes the gradients 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -95,8 +94,8 @@ def model_observe(model: nn.Module, batch: Batch) -> Observed:
 
     def off(reading: Observed) -> float:
         divisor = _given(batch) or float(reading.counts.sum())
-        difference = float((reading.losses.sum() / divisor - loss).detach().abs())
-        return 0.0 if math.isnan(difference) else difference  # a loss that is not finite
+        # NaN where the loss is not finite: below, that counts as none.
+        return float((reading.losses.sum() / divisor - loss).detach().abs())
 
     best = min(readings, key=off, default=None)
     if best is None or off(best) > _rounding(loss.detach(), logits.detach()):

@@ -75,6 +75,22 @@ def test_what_is_there_is_not_run_again(tiny_folder, tmp_path, capsys):
     assert "holds another comparison: its clip is 1.0" in capsys.readouterr().err
 
 
+def test_rates_are_raced_for_each_method_but_those_that_are_given(tiny_folder, tmp_path, capsys):
+    pytest.importorskip("peft", reason="peft is not installed")
+    more = ["--lr", "auto", "--audition-budget", "6", "--rates", "head=5e-3", "--seeds", "1"]
+    more += ["--train-size", "32"]
+    assert compare(tiny_folder, tmp_path, ["head", "auto", "lora", "full"], *more) == 0
+    lines = [json.loads(x) for x in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    rates = {x["method"]: x["lr"] for x in lines}
+    assert rates["head"] == 5e-3 and rates["full"] in (1e-5, 2e-5, 2e-5 * 3)
+    assert not (tmp_path / "head-0" / "audition.json").exists()
+    for name, center in (("auto", 1e-3), ("lora", 5e-4)):
+        raced = json.loads((tmp_path / f"{name}-0" / "audition.json").read_text())
+        assert raced["lr"] == rates[name] and raced["rates"][name][1] == center
+    assert compare(tiny_folder, tmp_path, ["head"], *more[:2], "--train-size", "32") == 2
+    assert "its budget is 6.0, here it is 3.0" in capsys.readouterr().err
+
+
 def test_what_failed_is_tried_again_and_nothing_at_all_is_an_error(
     tiny_folder, tmp_path, capsys, monkeypatch
 ):

@@ -88,6 +88,8 @@ def test_resuming_what_is_done_changes_nothing(tiny_folder, tuned):
         (["tune", "--lr", "0"], "--lr"),
         (["tune", "--lr", "nan"], "--lr"),
         (["tune", "--batch-size", "0"], "--batch-size"),
+        (["tune", "--lr", "auto", "--audition-budget", "nan"], "--audition-budget"),
+        (["tune", "--lr", "auto", "--terms", "value", "--audition-budget", "0.1"], "give 0.3"),
         (["evaluate", "--adapter", "nowhere"], "nowhere"),
         (["merge", "--adapter", "nowhere"], "nowhere"),
     ],
@@ -99,6 +101,45 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_folder, tmp_path, capsys, ar
     assert main(full) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("beft-ext: ") and message in error
+
+
+def test_a_rate_is_raced_once_and_kept(tiny_folder, tmp_path, capsys, monkeypatch):
+    args = ["tune", "--model", tiny_folder, *FILES, "--train-size", "64", "--epochs", "1"]
+    args += ["--terms", "query,value", "--out", str(tmp_path), "--lr", "auto"]
+    assert main(args) == 0
+    raced = json.loads((tmp_path / "audition.json").read_text())
+    assert raced["best"] == "query,value" and raced["epochs"] <= 3
+    assert raced["rates"] == {"query,value": [1e-3 / 3, 1e-3, 3e-3]}
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "## Audition" in card and "raced to the end" in card
+    assert "no rival is better" in capsys.readouterr().out
+
+    def again(*_, **__):
+        raise AssertionError("raced again")
+
+    before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
+    monkeypatch.setattr("beft_ext.commands.workflow.audition", again)
+    assert main([*args, "--resume"]) == 0
+    assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
+    monkeypatch.undo()
+    # The checkpoint is of the rate that won: another one is another run.
+    other = next(r for r in raced["rates"]["query,value"] if r != raced["lr"])
+    assert main([*args[:-1], str(other), "--resume"]) == 2
+    assert f"its lr is {raced['lr']}" in capsys.readouterr().err
+
+
+def test_validation_rows_do_not_race(tiny_folder, tmp_path, monkeypatch):
+    seen = []
+    race = "beft_ext.commands.workflow.audition"
+
+    def watched(contenders, batches, *more, **options):
+        seen.extend(tuple(r.fields[0]["input_ids"]) for r in batches.rows)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(race, watched)
+    args = ["--train-size", "64", "--epochs", "1", "--terms", "value", "--lr", "auto"]
+    assert main(["tune", "--model", tiny_folder, *FILES, *args, "--out", str(tmp_path)]) == 130
+    assert len(seen) == 64
 
 
 def test_a_validation_file_is_asked_for(tiny_folder, tmp_path, capsys):

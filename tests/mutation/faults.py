@@ -21,6 +21,7 @@ class Fault:
 
 
 SELECTION = ("selection",)
+AUDITION = ("selection/test_auditioning.py",)
 TAP = ("test_tap.py", "test_layouts.py", *SELECTION)
 OPTIM = ("training/test_optim.py", "ops/test_bias_adamw_step.py")
 ROWS = ("ops/test_bias_grad_stats.py", "ops/test_bias_example_grads.py")
@@ -52,6 +53,45 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("places[:, 1:] != places[:, :-1] + 1", "places[:, 1:] != places[:, :-1]"),
             ("return int(ends.diff().gt(0).sum())", "return len(ends) - 1"),
             ("loss.mean() if loss.ndim else loss", "loss.sum() if loss.ndim else loss"),
+        ],
+    ),
+    "beft_ext/training/loss.py#observed": (
+        ("training/test_observed.py", "tasks/test_prompts.py"),
+        [
+            ("told[:, :ahead] = False", "told[:, :1] = False"),
+            ("by = told.roll(-ahead, 1)", "by = told"),
+            ("divisor = _given(batch) or float", "divisor = float"),
+            ("self.losses / self.counts.clamp(min=1)", "self.losses / self.counts"),
+            ("residuals = outputs - labels", "residuals = labels - outputs"),
+            ("best = min(readings, key=off, default=None)", "best = (readings or [None])[0]"),
+            ("right.ne(IGNORED).to(losses)", "torch.ones_like(losses)"),
+        ],
+    ),
+    "beft_ext/selection/auditioning.py": (
+        AUDITION,
+        [
+            ("        start.again()\n", ""),
+            ("        torch.manual_seed(self.seed)\n", ""),
+            ("        model.train()\n", ""),
+            ("        model.eval()\n", ""),
+            ("found[places] = losses", "found[:] = losses"),
+            ("key=lambda e: (means[e], e[1])", "key=lambda e: means[e]"),
+            ("min(int(steps * 2**r), longest)", "int(steps * 2**r)"),
+            ("state.kept(model), ModelSnapshot(model)", "ModelSnapshot(model)"),
+            ("if i not in held]", "]"),
+            ("            part.set_epoch(epoch)\n", ""),
+            ("                restore(model)\n", "                pass\n"),
+            ("rate * factor)", "rate)"),
+        ],
+    ),
+    "beft_ext/selection/racers.py": (
+        AUDITION,
+        [
+            ("(1 / len(differences) + 1 / trained)", "(1 / len(differences))"),
+            ("differences = rival - first", "differences = first - rival"),
+            ("r.contender != self.best)", "r.lr != self.lr)"),
+            ("max(0.0, 1 - sum(map(_better, rivals)))", "1 - sum(map(_better, rivals))"),
+            ("0.5 if rival.behind <= 0 else 0.0", "0.0"),
         ],
     ),
     "beft_ext/tap.py": (

@@ -45,7 +45,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "scores": ("test_scores.py", "selection"),
     "tap": ("test_tap.py", "test_layouts.py", "selection"),
     "layouts": ("test_tap.py", "test_layouts.py", "selection"),
-    "training/loss": ("training/test_loss.py", "selection"),
+    "training/loss": ("training/test_loss.py", "training/test_observed.py", "selection"),
     "training/optim": ("training/test_optim.py", "ops/test_bias_adamw_step.py"),
     "training/flat": ("training/test_optim.py", "ops/test_bias_adamw_step.py"),
     "training/preparation": ("training/test_preparation.py", "training/test_optim.py"),

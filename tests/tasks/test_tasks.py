@@ -189,6 +189,16 @@ def test_a_batch_holds_examples_of_as_many_parts():
     assert all(len({rows[i].parts for i in plan}) == 1 for plan in plans)
 
 
+def test_a_part_has_its_rows_alone_and_keeps_size_and_order():
+    batches = Batches(rows_of([2, 5, 3, 4, 1]), collate, 2, seed=0)
+    part = batches.part([3, 0, 4], seed=7)
+    assert sorted(seen(part)) == [0, 3, 4] and len(part) == 2
+    part.set_epoch(0)
+    assert seen(part) == [[3, 0, 4][i] for plan in batches.part([3, 0, 4], 7).plan() for i in plan]
+    assert seen(batches.part([3, 0, 4])) == [3, 0, 4]  # without a seed from long to short
+    assert sorted(seen(batches)) == [0, 1, 2, 3, 4]
+
+
 def scored(metric, predictions, labels):
     kind = "regression" if metric in ("pearson", "spearman") else "classification"
     task = Task(text="", kind=kind, metrics=(metric,))
