@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # for type checkers; `X as X` marks a name as exported
         set_adapter as set_adapter,
         unmerge_adapter as unmerge_adapter,
     )
+    from beft_ext.gains import GainError as GainError
     from beft_ext.models import (
         Bias as Bias,
         BiasError as BiasError,
@@ -61,12 +62,15 @@ _HOMES = {
     "find_biases": "models",
     "Audition": "selection",
     "AuditionError": "selection",
+    "GainError": "gains",
+    "Gains": "selection",
     "ProbeError": "selection",
     "Selection": "selection",
     "SelectionError": "selection",
     "audition": "selection",
     "made_by": "selection",
     "rates_around": "selection",
+    "measure_gains": "selection",
     "select": "selection",
     "terms_of": "selection",
     "Tap": "tap",

@@ -22,30 +22,9 @@ def beft_score(initial: Tensor, current: Tensor) -> float:
     return float(1 - b.dot(b0) / norm_sq)
 
 
-def beft_error(initial: Tensor, current: Tensor, variance: Tensor) -> float:
-    """Standard error of ``beft_score`` where each element of ``current`` has its own variance.
-
-    initial, current, variance: ``(H,)``. The delta method: first order, elements independent.
-    NaN where the score is.
-    """
-    b0, b = initial.double(), current.double()
-    initial_sq, current_sq, product = b0.dot(b0), b.dot(b), b.dot(b0)
-    if current_sq < initial_sq:
-        slope = -b0 / initial_sq
-    else:
-        slope = (2 * product / current_sq * b - b0) / current_sq
-    return float((slope.square() * variance.double()).sum().sqrt())
-
-
 def magnitude(initial: Tensor, current: Tensor) -> float:
     """Mean absolute change of an element; initial, current: ``(H,)``. Source: BitFit."""
     return float((current.double() - initial.double()).abs().mean())
-
-
-def magnitude_error(initial: Tensor, current: Tensor, variance: Tensor) -> float:
-    """Standard error of ``magnitude``; arguments as of ``beft_error``. An upper bound where
-    elements moved less than their own error."""
-    return float(variance.double().sum().sqrt() / variance.numel())
 
 
 def fisher(grad_sum_sq: Tensor, count: int) -> float:

@@ -14,6 +14,7 @@ from beft_ext.commands import methods
 from beft_ext.commands.loading import OBJECTIVES, ModelSpec, Source, WorkflowError
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.files import require_writable, save_json
+from beft_ext.selection.gain_result import GAIN
 from beft_ext.tasks import TASKS
 
 TERMS_HELP = "value@6-11+query is the value in layers 6 to 11, from 0, and every query"
@@ -80,15 +81,15 @@ def _parser() -> argparse.ArgumentParser:
         metavar="T+T",
         help=f"candidates (default: all): {TERMS_HELP}",
     )
-    select.add_argument("--method", choices=scores.SCORES, default="beft")
-    select.add_argument("--steps", type=int, help="length of the run, in place of --epochs")
     select.add_argument(
-        "--settle",
-        type=float,
-        default=0.0,
-        metavar="P",
-        help="end the run once chance put the first term first with probability P at most "
-        "(default: never)",
+        "--method",
+        "--score",
+        choices=(GAIN, *scores.SCORES),
+        default=GAIN,
+        help=f"what the ranking goes by (default: {GAIN})",
+    )
+    select.add_argument(
+        "--steps", type=int, help="length of the run, in place of --epochs; 0 for the gains alone"
     )
     select.set_defaults(run=_select)
     tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")
@@ -231,7 +232,7 @@ def _select(arguments: argparse.Namespace) -> None:
     a = arguments
     require_writable(a.out)
     selection = workflow.run_select(
-        _source(a), _spec(a), workflow.Settings.of(a), a.terms, a.method, a.steps, a.settle
+        _source(a), _spec(a), workflow.Settings.of(a), a.terms, a.method, a.steps
     )
     print(selection)
     selection.save(a.out)

@@ -16,10 +16,16 @@ from torch import Tensor, nn
 from beft_ext.commands.loading import ModelSpec, Source, WorkflowError, classes_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
-from beft_ext.commands.workflow import EVALUATION_BATCH, RACE, Settings, raced
+from beft_ext.commands.workflow import (
+    EVALUATION_BATCH,
+    RACE,
+    Settings,
+    chosen_by_gains,
+    raced,
+)
 from beft_ext.files import JsonObject, locked, save_json, whole_file
-from beft_ext.selection import SETTLE, automatic, made_by, select
-from beft_ext.tasks import Batches, Example, Objective, PromptObjective, subset
+from beft_ext.selection import made_by
+from beft_ext.tasks import Example, Objective, PromptObjective, subset
 from beft_ext.training.optim import BiasAdamW
 from beft_ext.training.preparation import prepare
 from beft_ext.training.tuning import CHECKPOINT, tune
@@ -130,7 +136,7 @@ class Comparison:
         loader = objective.training(own, settings.batch_size, seed, settings.group_by_length)
         chosen, start = None, time.perf_counter()
         if name == "auto":
-            chosen = self._selected(model, objective, loader, seed)
+            chosen = chosen_by_gains(model, objective, loader, seed)[1].term
             prepare(model, chosen)
         adapted = way.setup(model, seed)
         recipe, budget = settings.recipe(decay=self.decay), settings.budget
@@ -168,13 +174,6 @@ class Comparison:
         kept = kept_bytes(adapted)
         found = trained(adapted)
         return Outcome(name, seed, metrics, found, seconds, peak, kept, chosen, recipe.lr)
-
-    def _selected(self, model: nn.Module, objective: Objective, loader: Batches, seed: int) -> str:
-        lr, clip, loss = self.settings.lr, self.settings.max_grad_norm, objective.loss
-        found = select(
-            model, loader, loss=loss, lr=lr, max_grad_norm=clip, settle=SETTLE, seed=seed
-        )
-        return automatic(found)[0]
 
 
 def rates_of(text: str) -> dict[str, float]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from beft_ext import tasks
 from beft_ext.errors import BeftError
 from beft_ext.models import BiasMap, find_biases
-from beft_ext.selection import ModelSnapshot, Run, Selection, select
+from beft_ext.selection import GAIN, ModelSnapshot, Run, Selection, select
 from beft_ext.tap import Tap
 from beft_ext.tasks import Example, HeadObjective, Task, read_rows
 
@@ -60,7 +60,7 @@ def examples(split: str) -> list[Example]:
 
 
 def run(out: Path) -> Selection:
-    """Select, save into ``out``, then train query, key and value alone; print all of it."""
+    """Select, save into ``out``, then train some terms alone; print all of it."""
     model, tokenizer = load()
     objective = HeadObjective(TASK, tokenizer)
     train, held_out = examples("train"), examples("validation")
@@ -77,15 +77,17 @@ def run(out: Path) -> Selection:
     )
     print(selection)
     selection.save(out)
-    print(f"\nselection.json, biases.safetensors and heatmap.png are in {out}\n")
-    print(f"{'trained alone':<18}{'beft score':>12}{'accuracy':>10}")
-    for term in ("query", "key", "value"):
+    print(f"\nselection.json, its tensors and heatmap.png are in {out}\n")
+    print(f"{'trained alone':<18}{'gain':>8}{'beft score':>12}{'accuracy':>10}")
+    for term in dict.fromkeys(("query", "key", "value", selection.best)):
         loader = objective.training(train, BATCH, SEED)
         with trained_alone(model, biases, term, loader):
             reached = objective.evaluate(model, validation, held_out)["accuracy"]
         dead = "  (dead: its gradient is zero)" if term in selection.dead else ""
-        print(f"{term:<18}{selection.scores['beft'][term]:>12.2e}{reached:>10.3f}{dead}")
-    print(f"\nThe BEFT score says: train '{selection.best}'.")
+        gain, beft = selection.scores[GAIN].get(term, 0.0), selection.scores["beft"][term]
+        print(f"{term:<18}{gain:>8.3f}{beft:>12.2e}{reached:>10.3f}{dead}")
+    print(f"\nThe gain says: train '{selection.best}'. ", end="")
+    print(f"The BEFT score says: '{selection.ranking['beft'][0]}'.")
     return selection
 
 

@@ -24,8 +24,9 @@ from beft_ext.commands.loading import (
 from beft_ext.files import JsonObject, whole_files
 from beft_ext.models import find_biases
 from beft_ext.selection import (
-    SETTLE,
+    GAIN,
     Audition,
+    Choice,
     Contender,
     Selection,
     audition,
@@ -96,9 +97,8 @@ def run_select(
     spec: ModelSpec,
     settings: Settings,
     terms: str | None = None,
-    method: str = "beft",
+    method: str = GAIN,
     steps: int | None = None,
-    settle: float = 0.0,
 ) -> Selection:
     """``beft-ext select``, up to the result."""
     train = source.read("train")
@@ -107,34 +107,37 @@ def run_select(
     model, objective = spec.load(source.task, classes_of(train))
     loader = settings.batches(objective, train)
     _tell(objective)
-    return _select(model, objective, loader, settings, settle, terms, method, steps)
-
-
-def _select(
-    model: nn.Module,
-    objective: Objective,
-    loader: Batches,
-    settings: Settings,
-    settle: float,
-    terms: Sequence[str] | None = None,
-    method: str = "beft",
-    steps: int | None = None,
-) -> Selection:
     return select(
         model,
         loader,
         method,
         loss=objective.loss,
+        observe=objective.observe,
         terms=terms,
         epochs=settings.epochs,
         steps=steps,
         lr=settings.lr,
         warmup=settings.warmup,
         max_grad_norm=settings.max_grad_norm,
-        settle=settle,
         seed=settings.seed,
         progress=sys.stderr.isatty(),
     )
+
+
+def chosen_by_gains(
+    model: nn.Module, objective: Objective, loader: Batches, seed: int
+) -> tuple[Selection, Choice]:
+    """What 'auto' trains: by the gains of all terms, before any training."""
+    found = select(model, loader, observe=objective.observe, steps=0, seed=seed)
+    assert found.gains is not None
+    return found, automatic(found.gains, family_of(model))
+
+
+def family_of(model: nn.Module) -> str:
+    """The kind of model that a prior is known for."""
+    config = getattr(model, "config", None)
+    both = getattr(config, "is_encoder_decoder", False)
+    return "other" if config is None or both or goes_left_to_right(config) else "encoder"
 
 
 def raced(
@@ -236,14 +239,17 @@ def _automatic(
     resume: bool,
 ) -> str:
     """The term that is selected. ``path`` keeps the selection; a resumed run reads it there."""
-    if not (resume and path.is_file()):
-        once = replace(settings, epochs=1, warmup=0.0)
-        found = _select(model, objective, loader, once, settle=SETTLE)
+    if resume and path.is_file():
+        gains = read_selection(path).gains
+        if gains is None:
+            raise WorkflowError(f"{path} has no gains: it is of another version, so start anew")
+        choice = automatic(gains, family_of(model))
+    else:
+        found, choice = chosen_by_gains(model, objective, loader, settings.seed)
         print(found)
         found.save(path.parent)
-    term, reason = automatic(read_selection(path))
-    print(f"\nauto: '{term}': {reason}\n")
-    return term
+    print(f"\nauto: '{choice.term}': {choice.reason}\n")
+    return choice.term
 
 
 def run_evaluate(

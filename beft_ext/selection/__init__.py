@@ -1,4 +1,4 @@
-"""Which term to train: one short run, its scores, and the decision; at which rate: a race."""
+"""Which term to train: gains, one short run, and the decision; at which rate: a race."""
 
 from beft_ext.selection.auditioning import (
     Contender,
@@ -7,18 +7,22 @@ from beft_ext.selection.auditioning import (
     rates_around,
     terms_of,
 )
-from beft_ext.selection.choice import SETTLE, automatic
+from beft_ext.selection.choice import Choice, automatic
 from beft_ext.selection.dead import ProbeError, dead_terms
+from beft_ext.selection.gain_result import GAIN, Gains
+from beft_ext.selection.measuring import measure_gains
 from beft_ext.selection.racers import Audition, AuditionError, Racer, read_audition
 from beft_ext.selection.result import Selection, SelectionError, read_selection
 from beft_ext.selection.run import ModelSnapshot, Run
 from beft_ext.selection.selecting import select
 
 __all__ = [
-    "SETTLE",
+    "GAIN",
     "Audition",
     "AuditionError",
+    "Choice",
     "Contender",
+    "Gains",
     "ModelSnapshot",
     "ProbeError",
     "Racer",
@@ -29,6 +33,7 @@ __all__ = [
     "automatic",
     "dead_terms",
     "made_by",
+    "measure_gains",
     "rates_around",
     "read_audition",
     "read_selection",

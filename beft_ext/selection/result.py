@@ -24,8 +24,10 @@ from beft_ext.files import (
 )
 from beft_ext.models import parse_terms
 from beft_ext.plots import draw
+from beft_ext.selection.gain_result import Gains
 
 RECORD, BIASES, PICTURE = "selection.json", "biases.safetensors", "heatmap.png"
+GRAMS = "gains.safetensors"
 
 
 class SelectionError(BeftError, RuntimeError):
@@ -34,15 +36,15 @@ class SelectionError(BeftError, RuntimeError):
 
 @dataclass(frozen=True)
 class Selection:
-    """What the run of ``select`` found; printed, it is the ranked table.
+    """What ``select`` found; printed, it is the ranked tables of the gains and of the run.
 
     A score that does not exist is NaN here and null in ``selection.json``.
 
     Attributes:
-        method: what the ranking in ``best`` and in the table goes by.
+        method: what ``best`` goes by.
         scores: ``scores[method][term]``, each the mean over the term's layers.
         per_layer: ``per_layer[method][term]``, one score for each layer, in their order.
-        ranking: ``ranking[method]``, the terms from the greatest score down. Dead terms and
+        ranking: ``ranking[method]``, the terms from the greatest down. Dead terms and
             undefined scores are left out.
         undefined: why a term has no BEFT score, by term.
         dead: terms whose gradient is zero but for rounding.
@@ -51,7 +53,7 @@ class Selection:
         steps: number of steps that were planned.
         initial, current: each bias ``(H,)`` before and after the run, by ``Bias.name``, on the
             CPU. Half-precision biases are fp32 in ``current``.
-        settled: whether the run ended early because its first term was settled.
+        gains: what each term alone would explain; None where they were not asked for.
         best: the first term by ``method``. To read it where no term is ranked raises
             SelectionError.
     Example:
@@ -75,11 +77,7 @@ class Selection:
     steps: int
     initial: dict[str, Tensor] = field(repr=False)
     current: dict[str, Tensor] = field(repr=False)
-
-    @property
-    def settled(self) -> bool:
-        """Whether the run ended early because its first term was settled."""
-        return len(self.losses) < self.steps
+    gains: Gains | None = None
 
     @property
     def best(self) -> str:
@@ -92,9 +90,17 @@ class Selection:
         return self.ranking[self.method][0]
 
     def __str__(self) -> str:
+        parts = [] if self.gains is None else [str(self.gains)]
+        if self.losses:
+            parts.append(self._table())
+        return "\n\n".join(parts)
+
+    def _table(self) -> str:
+        """The scores of the run."""
         columns = [m for m in scores.SCORES if m in self.scores]
-        order = self.ranking[self.method]
-        rest = [t for t in self.scores[self.method] if t not in order]
+        by = self.method if self.method in columns else columns[0]
+        order = self.ranking[by]
+        rest = [t for t in self.scores[by] if t not in order]
         lines = [f"{'':>4} {'term':<18}" + "".join(f"{m:>16}" for m in columns)]
         for place, term in enumerate(order + rest, 1):
             rank = f"{place}." if term in order else "-"
@@ -123,9 +129,11 @@ class Selection:
             heatmap(rows, self.method, temporary)
 
     def save(self, folder: str | Path) -> None:
-        """Write ``selection.json``, ``biases.safetensors`` and ``heatmap.png`` as one.
+        """Write ``selection.json``, its tensors and ``heatmap.png`` as one.
 
-        Without matplotlib there is no picture, and a warning says so.
+        ``biases.safetensors`` has the biases before and after the run, ``gains.safetensors`` the
+        Gram matrices that the gains are computed from. Without matplotlib there is no picture,
+        and a warning says so.
 
         Args:
             folder: is made where it does not exist.
@@ -145,17 +153,19 @@ class Selection:
             "above_90_degrees": self.obtuse,
             "losses": self.losses,
             "steps": self.steps,
-            "settled": self.settled,
+            "gains": None if self.gains is None else self.gains.record(),
             DIGEST: UNSEALED,
         }
         with whole_files(folder, last=RECORD) as temporary:
             record["biases"] = write_tensors(temporary / BIASES, tensors)
+            if self.gains is not None:
+                record["grams"] = write_tensors(temporary / GRAMS, self.gains.tensors())
             draw(self.plot, temporary / PICTURE)
             write_json(temporary / RECORD, _nulls(record))
 
 
 RECORD_KEYS = {"method", "best", "ranking", "scores", "per_layer", "undefined", "dead", "losses"}
-RECORD_KEYS |= {"steps", "above_90_degrees", "settled", "biases", DIGEST}
+RECORD_KEYS |= {"steps", "above_90_degrees", "settled", "biases", "gains", "grams", DIGEST}
 
 
 def read_selection(path: Path) -> Selection:
@@ -182,6 +192,7 @@ def read_selection(path: Path) -> Selection:
             steps=record["steps"],
             initial={},
             current={},
+            gains=Gains.of(record["gains"]) if record.get("gains") else None,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SelectionError(f"{path} is not a {RECORD}: {error}") from error
@@ -196,14 +207,16 @@ def _check_digests(path: Path, record: JsonObject) -> None:
         raise SelectionError(
             f"{path} is not a selection.json, or is damaged: it has the key '{odd[0][:80]}'"
         )
-    biases = path.parent / BIASES
     sealed = digest(path, SelectionError) is not None
     if sealed != ("biases" in record) or (DIGEST in record) != sealed:
         raise SelectionError(f"{path} is damaged: its digest is not whole")
-    if sealed and biases.exists() and digest(biases, SelectionError) != record["biases"]:
-        raise SelectionError(
-            f"{biases} is damaged or of another selection than {path.name} beside it: select again"
-        )
+    for file, key in ((BIASES, "biases"), (GRAMS, "grams")):
+        beside = path.parent / file
+        if key in record and beside.exists() and digest(beside, SelectionError) != record[key]:
+            raise SelectionError(
+                f"{beside} is damaged or of another selection than {path.name} beside it: select "
+                "again"
+            )
 
 
 def _numbers(values: dict[str, float | None]) -> dict[str, float]:

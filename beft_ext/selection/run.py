@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -110,19 +110,13 @@ class Run:
         )
         self.initial = {b: leaf.detach().clone().flatten() for b, leaf in self.pairs}
         self.batch_sq = {b: 0.0 for b, _ in self.pairs}
-        self.rate_sq = 0.0  # sum over steps of the squared rate
         self.examples = self.done = 0
         vectors = [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point()]
         self.divisor = Divisor(loss, list(dict.fromkeys([*head, *vectors])))
         self.located: set[bool] = set()  # whether examples were located in packed batches or not
 
-    def train(
-        self,
-        loader: Iterable[Batch],
-        progress: bool,
-        enough: Callable[[Run], bool] | None = None,
-    ) -> list[float]:
-        """The loss of each step; ``enough`` is asked after each whether to end early."""
+    def train(self, loader: Iterable[Batch], progress: bool) -> list[float]:
+        """The loss of each step."""
         from tqdm import tqdm
 
         losses: list[float] = []
@@ -135,7 +129,7 @@ class Run:
                     bar.update()
                     if progress and self.done % 10 == 0:
                         bar.set_postfix(loss=f"{losses[-1]:.3f}", leading=self._leading())
-                    if self.done == self.steps or (enough is not None and enough(self)):
+                    if self.done == self.steps:
                         return losses
                 if self.done == before:
                     raise SelectionError("the loader ran dry: pass one that can be read again")
@@ -168,7 +162,6 @@ class Run:
             if leaf.grad is not None:
                 grad_norm = live[bias.name].grad_norm * clipped
                 self.batch_sq[bias] += grad_norm**2 / bias.width
-        self.rate_sq += self.schedule.get_last_lr()[0] ** 2
         self.schedule.step()
         self.examples += size
         self.done += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -13,9 +14,11 @@ from beft_ext.models import Bias, BiasMap
 from beft_ext.models.modes import cuda_devices
 from beft_ext.models.wrappers import whole
 from beft_ext.selection.candidates import added, candidates_of, dead_of
+from beft_ext.selection.evidence import Observe
+from beft_ext.selection.gain_result import GAIN, Gains
+from beft_ext.selection.measuring import measure_gains, observed_by, read_again
 from beft_ext.selection.result import Selection, SelectionError
 from beft_ext.selection.run import BufferedLoader, ModelSnapshot, Run
-from beft_ext.selection.settling import SETTLING, Settling
 from beft_ext.tap import Tap, require_untapped
 from beft_ext.training.loss import Batch, Loss, model_loss
 
@@ -23,9 +26,10 @@ from beft_ext.training.loss import Batch, Loss, model_loss
 def select(
     model: nn.Module,
     loader: Iterable[Batch],
-    method: str = "beft",
+    method: str = GAIN,
     *,
     loss: Loss = model_loss,
+    observe: Observe | None = None,
     terms: str | Iterable[str] | None = None,
     biases: BiasMap | None = None,
     epochs: int = 1,
@@ -34,51 +38,56 @@ def select(
     warmup: float = 0.0,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
-    settle: float = 0.0,
     seed: int = 0,
     progress: bool = False,
 ) -> Selection:
-    """Train all candidate terms together in one short run, and score each of them.
+    """Find out which bias term to train: by gains, before any training, and by one short run.
 
-    The task head (what is outside ``model.base_model``) trains beside the biases. Afterwards the
-    model is as it was: weights, ``requires_grad``, training mode and hooks. This holds after
-    Ctrl-C and after an error too. The same seed on the same machine gives the same bits.
+    The gain (``measure_gains``) says what a term would explain alone. The run trains all candidate
+    terms together, the task head (what is outside ``model.base_model``) beside them, and scores
+    how far each moves: the BEFT score, magnitude and Fisher information.
+
+    Afterwards the model is as it was: weights, ``requires_grad``, training mode and hooks. This
+    holds after Ctrl-C and after an error too. The same seed on the same machine gives the same
+    bits.
 
     Args:
         model: a transformers model whose output has ``loss``; compiled or not.
         loader: batches, keyword arguments of the model whose first axis holds the examples. Each
             text of a packed batch (``position_ids`` that start anew, or ``cu_seq_lens_q``) is an
             example.
-        method: what the ranking goes by: 'beft', 'magnitude', 'fisher', 'example_fisher' or
-            'snr'. All five are computed.
+        method: what the ranking goes by: 'gain', for which the gains are measured, or one of the
+            run's scores, which are computed in any case: 'beft', 'magnitude', 'fisher',
+            'example_fisher' or 'snr'.
         loss: takes the model and a batch; by default it is the output's ``loss``. It gives the
             losses of the examples ``(B,)``, or a scalar and the number that the sum over the
             examples was divided by, or a scalar alone. For a scalar alone that number is
             measured on the first batch.
+        observe: the losses of a batch's examples, for the gains; by default told by ``loss``.
         terms: the candidates: each entry of a set of terms, as for ``prepare``, is one. By
             default every term that has a bias, without the dead ones; where neither query, key
-            nor value has one, these three join, with biases of zeros for the time of the run.
+            nor value has one, these three join, with biases of zeros for the time of the run. For
+            the gains every term that could be given biases joins.
             Dead terms that are named here take part in the run, but are not ranked.
         biases: the biases that the candidates come from, such as
             ``find_biases(model, names=...)``; by default those of every known projection.
         epochs: passes over the loader; without effect where ``steps`` is given.
-        steps: number of training steps; by default ``epochs`` times the loader's length.
+        steps: number of training steps; by default ``epochs`` times the loader's length. 0 for
+            the gains alone.
         lr: learning rate after the warm-up, constant. The authors take 1e-4 to 1e-3 by task.
         warmup: fraction of the steps over which the rate rises linearly, in [0, 1].
         weight_decay: as in AdamW.
         max_grad_norm: the gradient's global norm is clipped to this; 0 for no clipping.
-        settle: accepted risk that chance alone put the first term first, in [0, 0.5). The run
-            ends as soon as the risk is that low; 0 for the whole run. Methods 'beft' and
-            'magnitude' only.
         seed: of the run's random numbers; the global random state is put back.
         progress: show a bar.
     Returns:
-        Scores, ranking, and the biases before and after the run.
+        Gains, scores, rankings, and the biases before and after the run.
     Raises:
-        SelectionError: an unknown method or term; ``settle`` out of range; an empty loader, or
+        SelectionError: an unknown method or term; an empty loader, or
             one without a length where ``steps`` is not given; a loss whose divisor cannot be
             measured; a loss or gradient that is not finite (the message names the step); a model
             that is spread over processes or devices.
+        GainError: the examples tell nothing, or the losses of single examples cannot be told.
         BiasError: the model has no such biases, or its head is quantised.
         ProbeError: an attention cannot be probed for dead terms.
         TapError: the model is tapped already, or the examples cannot be told apart in an output.
@@ -86,15 +95,23 @@ def select(
     Example:
         >>> import beft_ext
         >>> selection = beft_ext.select(model, loader, terms=["query", "value"])
-        >>> sorted(selection.ranking["beft"])
-        ['query', 'value']
+        >>> sorted(selection.ranking["beft"]), sorted(selection.ranking["gain"])
+        (['query', 'value'], ['query', 'value'])
     Source: Huang et al. 2025 (arXiv 2509.15974); docs/definitions.md.
     """
-    if method not in scores.SCORES:
-        raise SelectionError(f"unknown method '{method}': choose one of {', '.join(scores.SCORES)}")
-    _check_settle(settle, method)
+    if method != GAIN and method not in scores.SCORES:
+        known = ", ".join([GAIN, *scores.SCORES])
+        raise SelectionError(f"unknown method '{method}': choose one of {known}")
     model = whole(model, SelectionError, copies=False)
     require_untapped(model)
+    if method == GAIN:
+        observe = observe or observed_by(loss)
+        with read_again(loader, steps == 0):
+            gains = measure_gains(
+                model, loader, observe=observe, terms=terms, biases=biases, seed=seed
+            )
+        if steps == 0:
+            return _of_gains(gains)
     names, lacking = candidates_of(model, terms, biases, every=False)
     step_count = _step_count(loader, epochs, steps)
     with (
@@ -119,19 +136,30 @@ def select(
                 weight_decay=weight_decay,
                 max_grad_norm=max_grad_norm,
             )
-            enough = Settling(method, settle, names) if settle else None
-            losses = run.train(batches, progress, enough)
-            return _judge(run, names, method, dead, losses)
+            losses = run.train(batches, progress)
+            found = _judge(run, names, method, dead, losses)
+    return found if method != GAIN else _joined(found, gains)
 
 
-def _check_settle(settle: float, method: str) -> None:
-    if not 0 <= settle < 0.5:
-        raise SelectionError(f"settle is a probability from 0 to below 0.5, but is {settle}")
-    if settle and method not in SETTLING:
-        raise SelectionError(
-            f"whether a ranking by '{method}' is settled is not known: use "
-            f"{' or '.join(SETTLING)}, or settle=0"
-        )
+def _of_gains(gains: Gains) -> Selection:
+    """A selection without a run."""
+    nothing = Selection(GAIN, {}, {}, {}, {}, gains.dead, [], [], 0, {}, {})
+    return _joined(nothing, gains)
+
+
+def _joined(found: Selection, gains: Gains) -> Selection:
+    """The run's scores, and the gains as one more; a band's gain stands at each of its layers."""
+    per_layer = {
+        term: [value for (a, b), value in own.items() for _ in range(a, b + 1)]
+        for term, own in gains.bands.items()
+    }
+    return replace(
+        found,
+        scores={GAIN: gains.values} | found.scores,
+        per_layer={GAIN: per_layer} | found.per_layer,
+        ranking={GAIN: gains.ranking} | found.ranking,
+        gains=gains,
+    )
 
 
 def _judge(

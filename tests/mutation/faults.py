@@ -64,7 +64,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("self.losses / self.counts.clamp(min=1)", "self.losses / self.counts"),
             ("residuals = outputs - labels", "residuals = labels - outputs"),
             ("best = min(readings, key=off, default=None)", "best = (readings or [None])[0]"),
-            ("right.ne(IGNORED).to(losses)", "torch.ones_like(losses)"),
+            ("right.ne(IGNORED_LABEL).to(losses)", "torch.ones_like(losses)"),
         ],
     ),
     "beft_ext/selection/auditioning.py": (
