@@ -81,7 +81,7 @@ def measure_gains(
         >>> gains = beft_ext.measure_gains(model, loader, terms="value+mlp_up")
         >>> sorted(gains.ranking), gains.examples
         (['mlp_up', 'value'], 12)
-    Source: docs/definitions.md, section 4; the kernel of gradients is that of Malladi et al. 2023
+    Source: docs/definitions.md, section 7; the kernel of gradients is that of Malladi et al. 2023
     (arXiv 2210.05643).
     """
     model = whole(model, SelectionError, copies=False)
