@@ -162,9 +162,22 @@ def test_each_entry_of_a_set_of_terms_is_a_candidate(tmp_path):
 
 
 def test_a_settled_run_counts_each_entry():
+    """Two entries of one term compete: told as one, they would never settle."""
     given = [batch(seed=i) for i in range(40)]
-    found = select(tiny("bert"), given, lr=1e-2, terms="mlp_norm@0+key@1", settle=0.4)
-    assert found.settled and found.best in ("mlp_norm@0", "key@1")
+    found = select(tiny("bert"), given, lr=1e-2, terms="mlp_norm@0+mlp_norm@1", settle=0.49)
+    assert found.settled and len(found.ranking["beft"]) == 2
+
+
+def test_a_bias_is_added_only_where_one_is_named():
+    seen = []
+
+    def loss(model, inputs):
+        seen.append({n for n, p in model.named_parameters() if n.endswith("bias")})
+        return model(**inputs).loss
+
+    select(tiny("llama"), loader(), loss=loss, terms="value@1+mlp_gate@0", lr=1e-2)
+    places = {f"model.layers.{p}.bias" for p in ("1.self_attn.v_proj", "0.mlp.gate_proj")}
+    assert seen and all(names == places for names in seen)
 
 
 def test_the_probe_needs_one_attention_at_a_time_and_leaves_no_trace(monkeypatch):
