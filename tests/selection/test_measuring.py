@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers as hf
 from conftest import batch, tiny
 
 from beft_ext import measure_gains, prepare, select
@@ -236,3 +237,31 @@ def test_what_tells_nothing_is_said_in_a_sentence(loader, options, kind, message
     with pytest.raises(kind, match=message):
         measure_gains(model, loader, **options)
     assert before[1:] == state_of(model)[1:]
+
+
+def test_a_language_models_examples_are_told_apart_when_packed():
+    """Four texts in one row have the gains of the four, one a row."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
+        intermediate_size=32, attention_bias=True, attn_implementation="sdpa",
+    )  # fmt: skip
+    model = hf.LlamaForCausalLM(config).eval()
+    texts = [torch.randint(3, 64, (n,)) for n in (5, 7, 6, 8, 5, 9)]
+    alone = [
+        {"input_ids": t[None], "labels": t[None], "attention_mask": torch.ones(1, len(t)).long()}
+        for t in texts
+    ]
+    packed = {
+        "input_ids": torch.cat(texts)[None],
+        "position_ids": torch.cat([torch.arange(len(t)) for t in texts])[None],
+        "labels": torch.cat([t.index_fill(0, torch.tensor(0), -100) for t in texts])[None],
+    }
+    one, all_at_once = (
+        measure_gains(model, loader, terms="value+mlp_down", examples=6)
+        for loader in (alone, [packed])
+    )
+    assert one.examples == all_at_once.examples == 6
+    for term in ("value", "mlp_down"):
+        first, second = (g.evidence.of_term(term) for g in (one, all_at_once))
+        torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4 * float(first.max()))
