@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "adamw_tables.h"
 #include "cpu/bias_adamw_step_cpu.h"
 #include "cpu/bias_grad_stats_cpu.h"
 #include "tensor_views.h"
@@ -65,46 +66,13 @@ std::vector<beft::AdamWGroup> groups_of(const std::vector<double>& numbers) {
   return groups;
 }
 
-// The kernels' number of a dtype of DLPack (floats are 2, bfloat is 4); -1 for fp64.
-int64_t dtype_number(const beft::TensorView& view) {
-  return view.type_code == 4 ? 1 : view.type_bits == 16 ? 2 : view.type_bits == 32 ? 0 : -1;
-}
-
-// Addresses of params and grads and the forms that tensors_of reads, or None where one of them is
-// not what the step takes: plain memory of the state's device, a float type, a gradient of its
-// parameter's form.
-py::object adamw_gather(const py::list& params, const py::list& grads, py::handle state,
-                        const std::vector<int64_t>& group_of) {
-  std::vector<uint64_t> addresses, grad_addresses, forms;
-  beft::TensorView flat{}, own{}, its{};
-  if (!beft::view_of(state, flat) || params.size() != grads.size()) return py::none();
-  for (size_t i = 0; i < params.size(); ++i) {
-    const py::handle p = params[i], g = grads[i];
-    if (!beft::view_of(p, own) || beft::negative(p)) return py::none();
-    const bool is_float =
-        (own.type_code == 2 && own.type_bits >= 16) || (own.type_code == 4 && own.type_bits == 16);
-    const bool fits = own.type_bits != 64 || flat.type_bits == 64;
-    const bool has_master = own.type_bits != 16 || flat.sizes[0] == 4;
-    if (!is_float || !fits || !has_master || !own.same_device(flat)) return py::none();
-    addresses.push_back(own.address());
-    grad_addresses.push_back(0);
-    for (int64_t x : {dtype_number(own), group_of[i], own.reach(), own.elements()})
-      forms.push_back(x);
-    if (g.is_none()) continue;
-    if (!beft::view_of(g, its) || !its.same_kind(own) || !its.contiguous() || beft::negative(g))
-      return py::none();
-    grad_addresses.back() = its.address();
-  }
-  return py::make_tuple(beft::packed(addresses), beft::packed(grad_addresses), beft::packed(forms));
-}
-
-bool adamw_table_fits(const py::bytes& params, const py::bytes& grads, const py::bytes& forms,
-                      uintptr_t blocks, int64_t block_count, uintptr_t first_blocks,
-                      int64_t segments, int64_t elements, int64_t longest) {
-  const auto tensors = tensors_of(params, grads, forms);
-  return beft::table_fits(pointer<const beft::AdamWBlock>(blocks), block_count,
-                          pointer<const int64_t>(first_blocks), segments, tensors.data(),
-                          static_cast<int64_t>(tensors.size()), elements, longest);
+// Addresses of params and grads and the forms that tensors_of reads, of the operator's arguments;
+// None where something does not fit.
+py::object adamw_gather(const py::tuple& arguments, int64_t longest) {
+  beft::AdamWTables tables(arguments);
+  if (!tables.fit(longest)) return py::none();
+  return py::make_tuple(beft::packed(tables.params), beft::packed(tables.grads),
+                        beft::packed(tables.forms));
 }
 
 // groups: six numbers each, as in AdamWGroup. state: (rows, elements), its rows exp_avg,
@@ -188,7 +156,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("bias_grad_stats_cpu", &stats_cpu);
   m.def("bias_adamw_step_cpu", &adamw_cpu);
   m.def("bias_adamw_step_gather", &adamw_gather);
-  m.def("bias_adamw_step_table_fits", &adamw_table_fits);
 #ifdef BEFT_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("bias_grad_stats_cuda", &stats_cuda);
