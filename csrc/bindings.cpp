@@ -75,24 +75,24 @@ py::object adamw_gather(const py::tuple& arguments, int64_t longest) {
                         beft::packed(tables.forms));
 }
 
-// groups: six numbers each, as in AdamWGroup. state: (rows, elements), its rows exp_avg,
-// exp_avg_sq, initial and, where kept, master. global_norm: -1 for that of these gradients.
+// groups: six numbers each, as in AdamWGroup. Then tensors of AdamWTables (beft_ext/ops/), and
+// global_norm: -1 for that of these gradients.
 double adamw_cpu(const py::bytes& params, const py::bytes& grads, const py::bytes& forms,
-                 const std::vector<double>& groups, uintptr_t blocks, int64_t block_count,
-                 uintptr_t state, int64_t elements, bool has_master, uintptr_t steps,
-                 uintptr_t scores, double max_grad_norm, double global_norm, double inverse_scale,
-                 int threads) {
-  float* flat = pointer<float>(state);
+                 const std::vector<double>& groups, py::handle blocks, py::handle state,
+                 py::handle steps, py::handle scores, double max_grad_norm, double global_norm,
+                 double inverse_scale, int threads) {
+  const auto table = beft::plain_view(blocks), flat = beft::plain_view(state);
+  auto row = [&](int64_t i) { return pointer<float>(flat.address()) + i * flat.sizes[1]; };
   const beft::AdamWView view{tensors_of(params, grads, forms),
                              groups_of(groups),
-                             pointer<const beft::AdamWBlock>(blocks),
-                             block_count,
-                             flat,
-                             flat + elements,
-                             flat + 2 * elements,
-                             has_master ? flat + 3 * elements : nullptr,
-                             pointer<float>(steps),
-                             pointer<float>(scores),
+                             pointer<const beft::AdamWBlock>(table.address()),
+                             table.sizes[0],
+                             row(0),
+                             row(1),
+                             row(2),
+                             flat.sizes[0] == 4 ? row(3) : nullptr,
+                             pointer<float>(beft::plain_view(steps).address()),
+                             pointer<float>(beft::plain_view(scores).address()),
                              max_grad_norm,
                              global_norm,
                              inverse_scale};

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 namespace beft {
@@ -73,6 +74,13 @@ inline bool view_of(py::handle tensor, TensorView& view) {
   if (api->view(tensor.ptr(), &view) == 0) return true;
   PyErr_Clear();
   return false;
+}
+
+// Of a tensor that is known to have plain memory.
+inline TensorView plain_view(py::handle tensor) {
+  TensorView view{};
+  if (!view_of(tensor, view)) throw std::invalid_argument("a tensor without plain memory");
+  return view;
 }
 
 // Whether the values are the negative of what lies in memory.

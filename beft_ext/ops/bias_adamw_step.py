@@ -38,7 +38,7 @@ def bias_adamw_step(tables: AdamWTables) -> Tensor:
     Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101).
     """
     name = dispatch.choose(tables.state.device.type)
-    if not tables.blocks.shape[0]:
+    if not tables.blocks.numel():
         return tables.state.new_zeros(())
     return _BACKENDS["reference" if tables.state.dtype == torch.float64 else name](tables)
 
@@ -92,7 +92,7 @@ def _gathered(t: AdamWTables) -> AdamWTables:
         _check(t)
         return t._replace(params=locate(t.params, t.group_of), grads=Located(t.grads))
     params, grads, forms = found
-    return t._replace(params=Located(t.params, params, forms), grads=Located(t.grads, grads))
+    return AdamWTables(Located(t.params, params, forms), Located(t.grads, grads), *t[2:])
 
 
 def _check(t: AdamWTables) -> None:
@@ -183,19 +183,15 @@ def _cpu(t: AdamWTables) -> Tensor:
     groups = t.groups
     if t.lr is not None:
         groups = [x if i % 6 else float(t.lr[i // 6]) for i, x in enumerate(groups)]
-    rows, elements = t.state.shape
     norm = dispatch.native.bias_adamw_step_cpu(
         t.params.addresses,
         packed_addresses(t.grads),
         t.params.forms,
         groups,
-        t.blocks.data_ptr(),
-        t.blocks.shape[0],
-        t.state.data_ptr(),
-        elements,
-        rows == 4,
-        t.steps.data_ptr(),
-        t.scores.data_ptr(),
+        t.blocks,
+        t.state,
+        t.steps,
+        t.scores,
         t.max_grad_norm,
         -1.0 if t.global_norm is None else float(t.global_norm),
         1.0 if t.grad_scale is None else 1.0 / float(t.grad_scale),

@@ -206,10 +206,9 @@ class BiasAdamW(torch.optim.Optimizer):
             ]
         for group in self.param_groups:
             lr = 0.0 if rates is not None else _number("the learning rate", group["lr"])
-            beta1, beta2 = group["betas"]
+            beta1, beta2 = map(float, group["betas"])
             sign = -1.0 if group["maximize"] else 1.0
-            numbers = (beta1, beta2, group["eps"], group["weight_decay"])
-            groups += [lr, *map(float, numbers), sign]
+            groups += (lr, beta1, beta2, float(group["eps"]), float(group["weight_decay"]), sign)
         return groups, rates
 
     def scores(self) -> dict[str, BiasScore]:
