@@ -36,7 +36,8 @@ class AdamWTables {
  public:
   explicit AdamWTables(const py::tuple& arguments) : arguments_(arguments) {}
 
-  // Whether everything is what the kernels take for granted. Fills in `params`, `grads` and
+  // Whether everything is what the kernels take for granted (but for a turned sign, which torch's
+  // dispatcher sends elsewhere). Fills in `params`, `grads` and
   // `forms`, packed words. longest: elements of a block at most.
   bool fit(int64_t longest) {
     if (!view_of(at(STATE), state_) || state_.ndim != 2) return false;

@@ -1,5 +1,5 @@
-// The native module: raw addresses in, nothing of torch. beft_ext/ops/ holds the operators'
-// schemas and checks; what arrives here has been checked there.
+// The native module: raw addresses, or tensors as tensor_views.h reads them; no link to torch.
+// beft_ext/ops/ holds the operators' schemas and checks; what arrives here has been checked there.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
