@@ -469,7 +469,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "csrc/bias_adamw_step.h": (
         (*OPTIM, *CUDA),
         [
-            ("sqrtf(v) * f.inverse_root + f.eps", "sqrtf(v + f.eps) * f.inverse_root"),
+            ("root_of_v * f.inverse_root + f.eps", "(root_of_v + f.eps) * f.inverse_root"),
             ("1 - group.lr * group.weight_decay", "1 - group.weight_decay"),
             ("change_dot_initial += d * b0;", "change_dot_initial += b * b0;"),
             ("max_grad_norm <= 0 || factor > 1", "max_grad_norm <= 0"),
@@ -493,6 +493,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("    if (!view.tensors[first.tensor].grad) continue;\n", ""),
             ("    if (half) master[i] = b;\n", ""),
             ("x = raw * unscale;", "x = raw;"),
+            ("!T::follows(p + i, _mm256_loadu_ps(master + i))", "false"),
+            ("view.steps[known] == view.steps[t]", "true"),
             ("    view.steps[t] += 1;\n", "    view.steps[t] = view.steps[0] + 1;\n"),
         ],
     ),

@@ -352,3 +352,24 @@ def test_an_empty_state_is_loaded_whatever_the_default_device_is():
     with torch.device("meta"):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": {}})
     assert not optimizer.state[bias]["exp_avg"].any() and optimizer.state[bias]["step"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_parameter_holds_wherever_its_master_does_not_round_to_it(dtype):
+    """Each finite number, beside masters up to a step away, at and around the half."""
+    step = 2**16 if dtype == torch.bfloat16 else 2**13
+    distances = torch.tensor([0, step // 2 - 1, step // 2, step // 2 + 1, step], dtype=torch.int32)
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = patterns[patterns.isfinite()]
+    value = numbers.float().repeat(10)
+    away = torch.cat([distances, -distances]).repeat_interleave(len(numbers))
+    master = (value.view(torch.int32) + away).view(torch.float32)
+    p = numbers.repeat(10).requires_grad_()
+    optimizer = BiasAdamW([p], lr=0.0)
+    optimizer.state[p]["master"].copy_(master)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    expected = torch.where(master.to(dtype) == p.detach(), master, value)
+    found = optimizer.state[p]["master"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(p.detach(), expected.to(dtype), rtol=0, atol=0, equal_nan=True)
