@@ -1,6 +1,7 @@
 """audition: the right racer wins, in pairs and within its budget, and nothing else is changed."""
 
 from contextlib import contextmanager
+from itertools import count
 
 import pytest
 import torch
@@ -20,12 +21,12 @@ from beft_ext import (
 )
 from beft_ext.models import state as records
 from beft_ext.selection import Audition, read_audition
-from beft_ext.selection.auditioning import FIFTHS, FOLDED, JUDGING, losses_of
+from beft_ext.selection.auditioning import FIFTHS, FOLDED, JUDGING, _splits, losses_of
 from beft_ext.selection.racers import paired
 from beft_ext.tasks import Batches
 from beft_ext.tasks.batches import Encoded
 from beft_ext.training.loss import model_loss
-from beft_ext.training.tuning import Recipe
+from beft_ext.training.tuning import Recipe, tune
 
 ROWS, SIZE = 24, 4
 RECIPE = Recipe(epochs=20)
@@ -232,6 +233,22 @@ def test_racers_start_alike():
         assert [ids for ids, _ in run] == [ids for ids, _ in runs[0]]
         # At 1e-12 a bias of 0.1 does not move in fp32; the head's zeros move by 1e-12.
         assert [x for _, x in run] == pytest.approx([x for _, x in runs[0]], abs=1e-6)
+
+
+def test_a_racer_trains_as_tune_would(tmp_path):
+    recipe = Recipe(epochs=2, lr=1e-1, warmup=0.5)
+    contenders = {"value": terms_of(tiny("bert"), "value")}
+    found = audition(contenders, rows(), (1e-1,), recipe=recipe, budget=100)
+    judged, rising = [], count()
+    for train, held in _splits([row.label for row in rows().rows], seed=0):
+        model = tiny("bert")
+        prepare(model, "value")
+        # A metric that rises: the last epoch's parameters are kept.
+        tune(model, rows().part(train, 0), lambda _: next(rising), tmp_path, recipe)
+        model.eval()
+        with torch.no_grad():
+            judged += [losses_of(model, b).double() for b in rows().part(held)]
+    assert found.racers[0].loss == pytest.approx(float(torch.cat(judged).mean()), rel=1e-12)
 
 
 def test_a_racer_does_not_feel_those_before_it():
