@@ -20,7 +20,7 @@ from beft_ext import (
     terms_of,
 )
 from beft_ext.models import state as records
-from beft_ext.selection import Audition, read_audition
+from beft_ext.selection import Audition, Racer, read_audition
 from beft_ext.selection.auditioning import FIFTHS, FOLDED, JUDGING, _splits, losses_of
 from beft_ext.selection.racers import paired
 from beft_ext.tasks import Batches
@@ -277,6 +277,17 @@ def test_errors_are_those_of_rows_that_share_their_training():
     assert mean == 2.5 and error**2 == pytest.approx((5 / 3) * (1 / 4 + 1 / 3))
     halves = (5 / 3) / 2 * (1 / 2 + 2 / 2)  # var / n (1 / J + n / trained), J = n = trained = 2
     assert paired(rival, first, trained=2)[1] ** 2 == pytest.approx(halves)
+
+
+def test_how_sure_the_winner_is_counts_every_rival_or_those_of_other_contenders():
+    rivals = [("a", 3e-3, 0.0, 1.0), ("b", 1e-3, 1.0, 1.0), ("c", 1e-3, 0.0, 0.0)]
+    racers = [Racer(n, lr, 1, 1.0, behind, error, "") for n, lr, behind, error in rivals]
+    first = Racer("a", 1e-3, 1, 1.0, 0.0, 0.0, "won")
+    racers.append(Racer("d", 1e-3, 1, None, None, None, "diverged"))
+    found = Audition((first, *racers), (), {"a": (1e-3, 3e-3)}, 2, 1.0, 0.0)
+    normal = 0.15865525393145707  # Phi(-1)
+    assert found.sure == 0.0  # 1 - 1/2 - Phi(-1) - 1/2, and no less than nothing
+    assert found.sure_of_contender == pytest.approx(0.5 - normal)
 
 
 def test_the_record_is_read_again(tmp_path):
