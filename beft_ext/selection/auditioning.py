@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import count, islice, pairwise
+from itertools import islice, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -47,9 +47,9 @@ RATE, LEAST, MOST = 1e-3, 1e-5, 1e-1
 
 
 class Part(Protocol):
-    """Batches of some rows. ``plan`` tells which rows the next pass has in each batch."""
+    """Batches of some rows; each pass may draw a new order, the first one always the same.
+    ``plan`` tells which rows the next pass has in each batch."""
 
-    def set_epoch(self, epoch: int) -> None: ...
     def plan(self) -> list[list[int]]: ...
     def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
     def __len__(self) -> int: ...
@@ -325,8 +325,7 @@ class _Track:
 
     def _batches(self, rows: list[int]) -> Iterator[dict[str, Tensor]]:
         part = self.batches.part(rows, self.seed)
-        for epoch in count():
-            part.set_epoch(epoch)
+        while True:
             yield from part
 
     @torch.no_grad()

@@ -79,7 +79,6 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("min(int(steps * 2**r), longest)", "int(steps * 2**r)"),
             ("state.kept(model), ModelSnapshot(model)", "ModelSnapshot(model)"),
             ("if i not in held]", "]"),
-            ("            part.set_epoch(epoch)\n", ""),
             ("                restore(model)\n", "                pass\n"),
             ("rate * factor)", "rate)"),
         ],
