@@ -42,6 +42,7 @@ def test_statistics_equal_a_batch_of_one_loop_in_float64(family):
 def test_forward_is_unchanged_to_the_bit_and_removal_restores(family):
     model, inputs = tiny(family), batch()
     before, keys = model(**inputs).logits, list(model.state_dict())
+    model.get_parameter(find_biases(model)[0].parameter).requires_grad_(False)
     required = [p.requires_grad for p in model.parameters()]
     with Tap(model, find_biases(model)):
         assert torch.equal(model(**inputs).logits, before)
@@ -216,6 +217,60 @@ def test_rows_in_any_order_are_found(order):
     found = stats_of_a_step(model, model, inputs, biases)
     ones = [autograd(model, biases, {k: v[i : i + 1] for k, v in inputs.items()}) for i in range(4)]
     assert_squares(found, {b: sum(g[b].square() for g in ones) for b in biases})
+
+
+class Texts(torch.nn.Module):
+    """Texts one after another in one row, each with a loss of its own."""
+
+    def __init__(self, uses):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Module()])
+        self.layers[0].wq = torch.nn.Linear(8, 8)
+        self.embedding, self.uses = torch.nn.Embedding(64, 8), uses
+        self.double()
+
+    def forward(self, input_ids, cu_seq_lens_q):
+        y = self.embedding(input_ids)
+        for _ in range(self.uses):
+            y = self.layers[0].wq(y.tanh())
+        texts = y[0].tensor_split(cu_seq_lens_q[1:-1])
+        losses = torch.stack([t.square().sum().square() for t in texts])
+        return type("Output", (), {"loss": losses.mean()})
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+def test_packed_texts_are_examples(uses):
+    model, ids = Texts(uses), batch(rows=1, tokens=12)["input_ids"].clamp(min=1)
+    ends = [[0, 3, 8, 12], [0, 5, 6, 12]]
+    biases = find_biases(model, names={"query": "wq"})
+    with Tap(model, biases) as tap:
+        for offsets in map(torch.tensor, ends):
+            tap.step(3, scale=3.0, example_offsets=offsets)
+            model(ids, offsets).loss.backward()
+        found = tap.statistics()[biases[0]]
+    ones = [
+        autograd(
+            model,
+            biases,
+            {"input_ids": ids[:, a:b], "cu_seq_lens_q": torch.tensor([0, b - a])},
+        )[biases[0]]
+        for offsets in ends
+        for a, b in zip(offsets, offsets[1:], strict=False)
+    ]
+    torch.testing.assert_close(found[0], sum(ones), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(found[1], sum(g.square() for g in ones), rtol=1e-8, atol=1e-14)
+
+
+def test_packed_texts_that_are_not_all_there_are_refused():
+    model, ids = Texts(1), batch(rows=1, tokens=12)["input_ids"].clamp(min=1)
+    offsets = torch.tensor([0, 3, 8, 12])
+    with Tap(model, find_biases(model, names={"query": "wq"})) as tap:
+        tap.step(3, example_offsets=offsets)
+        model(ids, offsets).loss.backward()
+        tap.step(3, example_offsets=offsets)
+        loss = model(ids[:, :11], offsets).loss
+        with pytest.raises(TapError, match="gives out 11 rows, but the packed batch has 12 tokens"):
+            loss.backward()
 
 
 def test_examples_that_see_each_other_are_refused():

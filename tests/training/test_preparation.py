@@ -9,7 +9,16 @@ from conftest import inputs, tiny, train, values
 from safetensors.torch import load_file
 from torch import nn
 
-from beft_ext import PrepareError, find_biases, prepare, restore, save_adapter
+from beft_ext import (
+    AdapterError,
+    PrepareError,
+    find_biases,
+    load_adapter,
+    prepare,
+    restore,
+    save_adapter,
+    set_adapter,
+)
 from beft_ext.errors import BeftWarning
 from beft_ext.models import head_parameters
 from beft_ext.training.preparation import prepared_of, trained_slices
@@ -82,6 +91,21 @@ def test_gradient_outside_a_slice_is_zero_even_where_it_would_not_be_finite(name
     assert bias.view(parameter.grad).isinf().all()
     bias.view(parameter.grad).zero_()
     assert not parameter.grad.any()
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox"])
+@pytest.mark.parametrize("terms", [("query", "value"), ("key", "value"), ("query", "key", "value")])
+def test_all_chosen_slices_of_one_parameter_have_a_gradient_and_no_other(name, terms):
+    model = tiny(name)
+    wanted = {b for b in find_biases(model) if b.term in terms}
+    prepare(model, terms)
+    for key in {b.parameter for b in wanted}:
+        parameter = model.get_parameter(key)
+        parameter.sum().backward()
+        for bias in (b for b in wanted if b.parameter == key):
+            assert bias.view(parameter.grad).eq(1).all(), bias.name
+            bias.view(parameter.grad).zero_()
+        assert not parameter.grad.any()
 
 
 def test_trained_slices():
@@ -216,3 +240,18 @@ def test_an_added_bias_is_announced(recwarn):
     assert not [w for w in recwarn if issubclass(w.category, BeftWarning)]
     with pytest.warns(BeftWarning, match="from_pretrained drops it; use save_adapter"):
         prepare(tiny("llama"))
+
+
+def test_an_inactive_adapter_is_forgotten(tmp_path):
+    """Its differences are to values that training changes."""
+    model = tiny("bert")
+    prepare(model)
+    train(model)
+    save_adapter(model, tmp_path)
+    other = tiny("bert")
+    load_adapter(other, tmp_path)
+    set_adapter(other, None)
+    prepare(other)
+    restore(other)
+    with pytest.raises(AdapterError, match="no adapter 'default'"):
+        set_adapter(other, "default")
