@@ -1,6 +1,7 @@
 """The tap: the gradient autograd would give, and the statistics of a batch-of-one loop."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -255,7 +256,7 @@ def test_packed_texts_are_examples(uses):
             {"input_ids": ids[:, a:b], "cu_seq_lens_q": torch.tensor([0, b - a])},
         )[biases[0]]
         for offsets in ends
-        for a, b in zip(offsets, offsets[1:], strict=False)
+        for a, b in itertools.pairwise(offsets)
     ]
     torch.testing.assert_close(found[0], sum(ones), rtol=1e-8, atol=1e-12)
     torch.testing.assert_close(found[1], sum(g.square() for g in ones), rtol=1e-8, atol=1e-14)
