@@ -366,3 +366,127 @@ def test_equal_texts_in_a_batch_are_told_apart():
             expected[bias] += bias.read(model.get_parameter(bias.parameter).grad).square()
     for bias, squares in found.items():
         torch.testing.assert_close(squares, expected[bias], rtol=1e-3, atol=1e-9)
+
+
+def test_gradients_alone_before_any_step_and_at_rest():
+    model, inputs = tiny("bert").double(), batch()
+    biases = find_biases(model)
+    want = autograd(model, biases, inputs)
+    with Tap(model, biases) as tap:
+        for announced in (False, True):
+            if announced:
+                tap.step(4)
+                tap.rest()
+            for _, leaf in tap.leaves():
+                leaf.grad = None
+            model(**inputs).loss.backward()
+            for bias, leaf in tap.leaves():
+                torch.testing.assert_close(leaf.grad.flatten(), want[bias], rtol=1e-9, atol=1e-12)
+            assert not any(s.any() for both in tap.statistics().values() for s in both)
+
+
+def test_a_scale_that_the_forward_tells():
+    model, inputs = tiny("bert").double(), batch()
+    biases = find_biases(model)
+    found = []
+    for announced, told in ((1.0, 4.0), (4.0, None), (1.0, None)):
+        with Tap(model, biases) as tap:
+            tap.step(4) if announced == 1 else tap.step(4, announced)
+            loss = model(**inputs).loss
+            if told is not None:
+                tap.divided_by(told)
+            loss.backward()
+            found.append(tap.statistics())
+    for told, scaled, plain in zip(*(f.values() for f in found), strict=True):
+        assert torch.equal(told[0], scaled[0]) and torch.equal(told[1], scaled[1])
+        torch.testing.assert_close(scaled[0], 4 * plain[0])
+        torch.testing.assert_close(scaled[1], 16 * plain[1])
+
+
+def test_half_precision_has_single_precision_statistics():
+    model, inputs = tiny("bert").bfloat16(), batch()
+    with Tap(model, find_biases(model)) as tap:
+        tap.step(4, scale=4.0)
+        model(**inputs).loss.backward()
+        for bias, leaf in tap.leaves():
+            assert leaf.dtype == leaf.grad.dtype == torch.bfloat16
+            total, squares = tap.statistics()[bias]
+            assert total.dtype == squares.dtype == torch.float32
+            # The gradient is the sum, rounded once.
+            torch.testing.assert_close(leaf.grad.flatten().float(), total / 4, rtol=2**-8, atol=0)
+
+
+def test_statistics_of_shared_layers_add_up_over_steps():
+    """The squares of one step are taken before the next one begins."""
+    model = tiny("albert").double()
+    with Tap(model, find_biases(model)) as tap:
+        for seed in (1, 2):
+            tap.step(4, scale=4.0)
+            model(**batch(seed=seed)).loss.backward()
+        found = tap.statistics()
+    first, second = (one_by_one(model, batch(seed=seed)) for seed in (1, 2))
+    assert_squares(found, {b: first[b] + second[b] for b in first})
+
+
+def test_where_examples_lie_is_found_once_and_the_model_does_not_notice():
+    model, inputs = tiny("bert"), batch()
+    model.train()
+    model.bert.encoder.layer[0].eval()
+    modes = [m.training for m in model.modules()]
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with Tap(model, find_biases(model)) as tap:
+        torch.manual_seed(5)
+        tap.step(4)
+        model(**inputs).loss.backward()
+        drawn = torch.rand(3)
+        located = len(calls)
+        assert located > 1 and [m.training for m in model.modules()] == modes
+        torch.manual_seed(5)
+        tap.step(4)
+        model(**inputs).loss.backward()
+        assert len(calls) == located + 1 and torch.equal(torch.rand(3), drawn)
+
+
+def test_where_examples_lie_may_be_found_before_the_step():
+    model, inputs = tiny("bert").double(), batch()
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with Tap(model, find_biases(model)) as tap:
+        tap.locate(lambda given: model(**given), inputs, 4)
+        assert not any(s.any() for both in tap.statistics().values() for s in both)
+        calls.clear()
+        tap.step(4, scale=4.0)
+        model(**inputs).loss.backward()
+        assert len(calls) == 1
+        found = tap.statistics()
+    assert_squares(found, one_by_one(model, inputs))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda y: y[..., :4], r"'layers\.0\.wq' gives out 4 columns, not 8"),
+        (lambda y: (y, None), "a Linear gives out a tuple, not a tensor"),
+    ],
+    ids=["narrower", "tuple"],
+)
+def test_an_output_that_is_no_projections_is_refused(changed, message):
+    model, inputs = Rearranged("flat"), batch(tokens=8)
+    del inputs["attention_mask"]
+    model.layers[0].wq.register_forward_hook(lambda module, args, output: changed(output))
+    with Tap(model, find_biases(model, names={"query": "wq"})) as tap:
+        tap.step(4)
+        with pytest.raises(TapError, match=message):
+            model.layers[0].wq(torch.ones(4, 8, dtype=torch.double)).sum().backward()
+
+
+def test_a_single_example_needs_no_search():
+    model, inputs = Rearranged("mixed"), batch(rows=1, tokens=8)
+    del inputs["attention_mask"]
+    biases = find_biases(model, names={"query": "wq"})
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = stats_of_a_step(model, model, inputs, biases, rows=1)
+    assert len(calls) == 1
+    assert_squares(found, {b: g.square() for b, g in autograd(model, biases, inputs).items()})
