@@ -127,6 +127,68 @@ def test_the_printed_counts():
     assert "classifier.weight, classifier.bias" in text
 
 
+TABLES = {
+    "llama": """\
+trains             layers   elements  first parameter
+value                   1         16  model.layers.1.self_attn.v_proj.bias (added)
+mlp_up                  1         48  model.layers.1.mlp.up_proj.bias (added)
+head                              64  score.weight
+biases: 64 of 17,696 parameters (0.3617 %); with the head 128; adapter 512 bytes""",
+    "gpt2": """\
+trains             layers   elements  first parameter
+value                   1         32  transformer.h.1.attn.c_attn.bias
+mlp_up                  1        128  transformer.h.1.mlp.c_fc.bias
+head                              64  score.weight
+biases: 160 of 60,352 parameters (0.2651 %); with the head 224; adapter 1,152 bytes""",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_printed_table(name):
+    assert str(prepare(tiny(name), ("mlp_up", "value"), layers=[1])) == TABLES[name]
+
+
+def test_without_a_head_the_biases_train_alone():
+    prepared = prepare(tiny("bert").bert, "value")
+    assert prepared.head == [] and prepared.head_initial == {}
+    assert "head                               0  none\n" in str(prepared)
+
+
+def test_what_prepare_tells_is_of_before_training():
+    model = tiny("gpt2")
+    before, own = values(model), find_biases(model)
+    prepared = prepare(model, ["value", "query", "value"], layers=[1, 0, 1])
+    assert prepared.terms == ("query", "value") and prepared.layers == (0, 1)
+    assert prepared.model_type == "gpt2" and prepared_of(model) is prepared
+    assert prepared.biases == sorted(
+        (b for b in own if b.term in prepared.terms), key=lambda b: (b.layer, b.term)
+    )
+    train(model)
+    for bias in prepared.biases:
+        assert torch.equal(prepared.initial[bias.name], bias.read(before[bias.parameter]))
+    assert list(prepared.head_initial) == prepared.head == ["score.weight"]
+    assert torch.equal(prepared.head_initial["score.weight"], before["score.weight"])
+    assert not torch.equal(model.score.weight, before["score.weight"])
+
+
+def test_parameters_that_come_later_are_as_the_others_were():
+    for required in (True, False):
+        model = tiny("bert").requires_grad_(required)
+        prepare(model)
+        model.extra = nn.Linear(2, 2).requires_grad_(not required)
+        restore(model)
+        assert all(p.requires_grad is required for p in model.parameters())
+
+
+def test_a_tied_bias_is_prepared_once():
+    model = tiny("bert")
+    first, second = (layer.attention.self for layer in model.bert.encoder.layer)
+    second.value.bias = first.value.bias
+    (bias,) = prepare(model).biases
+    assert model.get_parameter(bias.parameter) is first.value.bias
+    assert len(trained_slices(model)) == 1 + len(prepared_of(model).head)
+
+
 def test_the_mark_is_not_part_of_the_model(tmp_path):
     model = tiny("bert")
     prepare(model)
