@@ -365,6 +365,19 @@ def test_a_parameter_changed_after_a_step_is_one_sentence(change):
     assert torch.equal(p.detach(), before)
 
 
+def test_a_change_is_told_with_before_and_after():
+    p = parameter(2, 3)
+    optimizer = BiasAdamW([("bias", p)])
+    p.grad = torch.ones(2, 3)
+    optimizer.step()
+    optimizer.zero_grad()
+    p.data = torch._neg_view(torch.ones(3, 2).half().t())
+    before = r"from torch\.float32 \(2, 3\) on cpu, strides \(3, 1\) "
+    after = r"to torch\.float16 \(2, 3\) on cpu, strides \(1, 2\), the negative of its memory: "
+    with pytest.raises(OptimizerError, match=before + after):
+        optimizer.step()
+
+
 def test_a_gradient_of_the_size_before_is_one_sentence():
     p = parameter(10)
     optimizer = BiasAdamW([("bias", p)])
@@ -421,6 +434,7 @@ LAYOUTS = {
     "every_other": lambda: torch.randn(20)[::2],
     "channels_last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "rows": lambda: torch.randn(6, 10)[:, 2:5],
+    "every_other_column": lambda: torch.randn(6, 10)[:, ::2],
     "inner": lambda: torch.randn(4, 5, 6)[:, :, 1:3],
     "scalar": lambda: torch.randn(()),
     "empty": lambda: torch.randn(3, 0),
@@ -609,6 +623,30 @@ def test_every_element_of_an_interleaved_slice_moves():
     p.grad = torch.ones_like(p)
     BiasAdamW(model, lr=0.5).step()
     assert bias.groups > 1 and torch.equal(p != before, inside)
+
+
+class Own(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda: torch.ones(3, dtype=torch.complex64), "is torch.complex64, torch.strided: "),
+        (lambda: torch.eye(3).to_sparse(), "is torch.float32, torch.sparse_coo: "),
+        (lambda: torch.ones(1).expand(4), "in several places"),
+        (lambda: torch.ones(2, 1).expand(2, 3), "in several places"),
+        (lambda: torch.ones(3).as_subclass(Own), "is a Own: "),
+    ],
+    ids=["complex", "sparse", "expanded", "expanded rows", "subclass"],
+)
+def test_what_cannot_be_stepped_is_named(value, message):
+    with pytest.raises(OptimizerError, match=f"^parameter 'odd' .*{message}"):
+        BiasAdamW([("fits", parameter(3)), ("odd", nn.Parameter(value()))])
+
+
+def test_an_axis_of_one_may_have_any_stride():
+    follow(nn.Parameter(torch.randn(3).as_strided((1, 3), (0, 1))))
 
 
 def test_what_has_no_values_is_refused():
