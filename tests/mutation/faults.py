@@ -442,6 +442,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if sum(b.width for b in own) < parameter.numel():",
         "if sum(b.width for b in own) != parameter.numel():",
     ): "slices of a parameter never hold more than all of it",
+    (
+        "beft_ext/training/loss.py",
+        "counted = labels.flatten().ne(IGNORED).long().cumsum(0)",
+        "counted = labels.flatten().ne(IGNORED).long().cumsum( -1)",
+    ): "a vector has one axis",
+    (
+        "beft_ext/training/flat.py",
+        "if p.ndim == 2 and p.stride(1) == 1 and p.stride(0) >= p.shape[1]:",
+        "if p.ndim == 2 and p.stride(1) == 1 and p.stride(0) >= p.shape[ 0]:",
+    ): "says only whether a step goes through a copy, to the same numbers",
 }
 
 
