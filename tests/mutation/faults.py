@@ -22,11 +22,8 @@ class Fault:
 
 SELECTION = ("selection",)
 TAP = ("test_tap.py", "test_layouts.py", *SELECTION)
-OPTIM = (
-    "training/test_optim.py",
-    "training/test_torch_optimizer.py",
-    "ops/test_bias_adamw_step.py",
-)
+OPTIMIZER = ("training/test_optim.py", "training/test_torch_optimizer.py")
+OPTIM = (*OPTIMIZER, "ops/test_bias_adamw_step.py")
 STATS = ("ops/test_bias_grad_stats.py", "ops/test_cuda_sources.py")
 CUDA = ("ops/test_cuda_sources.py",)
 TRITON = ("ops/test_triton.py",)

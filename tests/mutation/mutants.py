@@ -31,7 +31,7 @@ from typing import Any
 
 import coverage
 import pytest
-from faults import EQUIVALENT, FAULTS, OPTIM, Fault
+from faults import EQUIVALENT, FAULTS, OPTIMIZER, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("beft_ext", "csrc", "tests", "docs", "benchmarks")
@@ -46,8 +46,8 @@ MODULES: dict[str, tuple[str, ...]] = {
     "tap": ("test_tap.py", "test_layouts.py", "selection"),
     "layouts": ("test_tap.py", "test_layouts.py", "selection"),
     "training/loss": ("training/test_loss.py", "selection"),
-    "training/optim": OPTIM,
-    "training/flat": OPTIM,
+    "training/optim": OPTIMIZER,
+    "training/flat": OPTIMIZER,
     "training/preparation": ("training/test_preparation.py", "training/test_optim.py"),
     "training/tuning": ("training/test_tuning.py",),
     "training/steps": ("training/test_steps.py",),
