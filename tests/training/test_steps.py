@@ -84,6 +84,7 @@ def test_the_forward_alone_runs_in_bf16_and_only_if_asked(kind, bf16):
     def loss(model, batch):
         logits = model(**batch).logits
         seen.append(logits.dtype)
+        assert not torch.is_autocast_cache_enabled()  # a replay would read what was cast before it
         logits.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
         return logits.float().square().mean(1)  # of each example: their mean is minimised
 
