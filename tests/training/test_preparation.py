@@ -222,6 +222,15 @@ def test_what_cannot_be_prepared_is_named_and_nothing_changes(name, options, mes
     assert list(model.state_dict()) == keys and prepared_of(model) is None
 
 
+def test_a_quantised_head_is_refused():
+    model = tiny("bert")
+    whole = torch.ones(2, 32, dtype=torch.int8)
+    model.classifier.weight = nn.Parameter(whole, requires_grad=False)
+    with pytest.raises(PrepareError, match=r"head's 'classifier\.weight' is quantised"):
+        prepare(model)
+    assert prepared_of(model) is None and model.classifier.bias.requires_grad
+
+
 def test_twice_and_never():
     model = tiny("bert")
     with pytest.raises(PrepareError, match="not prepared"):
