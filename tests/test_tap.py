@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as hf
 from conftest import batch, tiny
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from beft_ext import Tap, TapError, find_biases
@@ -490,3 +491,11 @@ def test_a_single_example_needs_no_search():
     found = stats_of_a_step(model, model, inputs, biases, rows=1)
     assert len(calls) == 1
     assert_squares(found, {b: g.square() for b, g in autograd(model, biases, inputs).items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_compiler_is_told_what_the_backward_gives(dtype):
+    with FakeTensorMode():
+        grad = torch.ops.beft_ext.tap_backward(torch.empty(2, 3, 5, dtype=dtype), 1, 0)
+    single = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert grad.shape == (5,) and grad.dtype == single
