@@ -445,6 +445,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "counted = labels.flatten().ne(IGNORED).long().cumsum( -1)",
     ): "a vector has one axis",
     (
+        "beft_ext/tap.py",
+        "if use == STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):",
+        "if use is STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):",
+    ): "small integers are one object each",
+    (
         "beft_ext/training/flat.py",
         "if p.ndim == 2 and p.stride(1) == 1 and p.stride(0) >= p.shape[1]:",
         "if p.ndim == 2 and p.stride(1) == 1 and p.stride(0) >= p.shape[ 0]:",
