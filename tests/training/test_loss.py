@@ -264,7 +264,8 @@ DIVIDED = {
 }
 
 
-def measured(by, batch, causal=False):
+def measured(by, *batches, causal=False):
+    """The divisor of the last batch, after those before."""
     torch.manual_seed(0)
     model = nn.Linear(3, 3).double()
 
@@ -274,7 +275,8 @@ def measured(by, batch, causal=False):
             found, labels = found[:, :-1], shifted(batch)
         return cross_entropy(found.movedim(-1, 1), labels, reduction="sum") / by(batch)
 
-    return Divisor(loss, list(model.parameters())).measured(model, batch)
+    divisor = Divisor(loss, list(model.parameters()))
+    return [divisor.measured(model, batch) for batch in batches][-1]
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -286,7 +288,31 @@ def test_what_a_sum_over_labels_was_divided_by_is_measured(by, causal):
             batch["num_items_in_batch"] = torch.tensor(17)
         if causal != (by == "labels but the first") and by.startswith("labels"):
             continue  # another sum than the one divided by
-        assert measured(DIVIDED[by], batch, causal) == float(DIVIDED[by](batch)), batch
+        assert measured(DIVIDED[by], batch, causal=causal) == float(DIVIDED[by](batch)), batch
+
+
+@pytest.mark.parametrize("places", [[0], [1], [3], [0, 3], [1, 2]], ids=str)
+@pytest.mark.parametrize("by", ["labels", "labels but the first", "rows", "nothing"])
+def test_a_batch_of_few_labels_tells_as_much_as_any(by, places):
+    few = masked(0, 3, 4)
+    few["labels"] = torch.full((3, 4), -100)
+    for column in places:
+        few["labels"][:, column] = torch.arange(3)
+    other = masked(1, 4, 6)
+    causal = by == "labels but the first"
+    assert measured(DIVIDED[by], few, other, causal=causal) == float(DIVIDED[by](other))
+
+
+def test_a_number_that_is_given_and_not_used_is_not_taken():
+    for number in (1, 2, 50):
+        batch = masked(0, 3, 4) | {"num_items_in_batch": number}
+        assert measured(DIVIDED["labels"], batch) == float(DIVIDED["labels"](batch))
+
+
+def test_a_batch_without_any_label_divides_by_one():
+    empty = masked(0, 3, 4)
+    empty["labels"] = torch.full((3, 4), -100)
+    assert measured(DIVIDED["labels"], masked(0, 3, 4), empty) == 1.0
 
 
 @pytest.mark.parametrize("by", ["labels", "nothing"])
