@@ -54,7 +54,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "adapters": ("adapters",),
     "selection": ("selection", "test_scores.py"),
     "models": ("models/test_models.py", "training/test_preparation.py", "selection"),
-    "ops": ("ops", "test_tap.py"),
+    "ops": ("ops", "test_tap.py", "training/test_optim.py"),
     "files": ("test_files.py", "commands/test_kill.py"),
 }
 # Beyond these the sample says nothing about the tests: help for the eye, kernels as data.
