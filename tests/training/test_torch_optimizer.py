@@ -406,6 +406,16 @@ def test_gradients_of_any_form(form, dtype):
     follow(parameter(10, dtype=dtype), GRADIENTS[form])
 
 
+@pytest.mark.parametrize("form", GRADIENTS)
+def test_a_missing_gradient_says_nothing_of_the_next(form):
+    (missing, p), alone = (parameter(3), parameter(10)), parameter(10)
+    for tensors in ([missing, p], [alone]):
+        optimizer = BiasAdamW(tensors, lr=1e-2)
+        give(tensors[-1], GRADIENTS[form](gradient((10,), 0)))
+        optimizer.step()
+    assert torch.equal(p, alone) and torch.equal(missing, parameter(3))
+
+
 def test_a_gradient_too_large_for_its_parameters_dtype():
     follow(parameter(10, dtype=torch.float16), lambda g: 1e6 * g)
 
