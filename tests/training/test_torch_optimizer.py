@@ -469,6 +469,15 @@ def test_what_lies_between_the_elements_is_not_touched():
     assert (whole[:, :2] == 3).all() and (whole[:, 5:] == 3).all() and (whole[:, 2:5] < 3).all()
 
 
+def test_rows_that_overlap_are_stepped_once():
+    whole = torch.ones(8)
+    p = nn.Parameter(whole.as_strided((3, 4), (2, 1)))
+    optimizer = BiasAdamW([p], lr=0.5)
+    p.grad = torch.ones(3, 4)
+    optimizer.step()  # the first step is of the rate's length
+    torch.testing.assert_close(whole, torch.full((8,), 0.5))
+
+
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=str)
 def default_dtype(request):
     torch.set_default_dtype(request.param)
@@ -622,6 +631,23 @@ def test_a_compiled_model_as_the_model_inside():
     names = BiasAdamW(model).scores().keys()
     assert BiasAdamW(torch.compile(model)).scores().keys() == names and "0.value" in names
     assert BiasAdamW(nn.DataParallel(model)).scores().keys() == names
+
+
+class Replica(nn.parallel.DistributedDataParallel):
+    """As a process of several holds it."""
+
+    def __init__(self, model):
+        nn.Module.__init__(self)
+        self.module = model
+
+
+def test_equal_replicas_are_stepped_and_a_model_that_lies_elsewhere_is_refused():
+    model = tiny("bert")
+    prepare(model, "value")
+    assert BiasAdamW(Replica(model)).scores().keys() == BiasAdamW(model).scores().keys()
+    model.bert.pooler.to("meta")  # as offloading does
+    with pytest.raises(OptimizerError, match="in one process and on its devices"):
+        BiasAdamW(model)
 
 
 def test_every_element_of_an_interleaved_slice_moves():
