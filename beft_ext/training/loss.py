@@ -71,7 +71,7 @@ def offsets_of(batch: Batch) -> Tensor | None:
         return None
     starts = torch.ones_like(places, dtype=torch.bool)
     starts[:, 1:] = places[:, 1:] != places[:, :-1] + 1
-    if int(starts.sum()) == len(places) or places.shape[1] == 1:
+    if int(starts.sum()) == len(places):
         return None
     begin = starts.flatten().nonzero().flatten()
     return torch.cat([begin, begin.new_tensor([places.numel()])])

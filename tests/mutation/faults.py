@@ -445,6 +445,13 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "counted = labels.flatten().ne(IGNORED).long().cumsum( -1)",
     ): "a vector has one axis",
     (
+        "beft_ext/training/loss.py",
+        "if labels is None or labels.ndim < 2 or labels.is_floating_point() or "
+        "labels.shape[-1] < 2:",
+        "if labels is None or labels.ndim < 1 or labels.is_floating_point() or "
+        "labels.shape[-1] < 2:",
+    ): "of a row alone there is no next label, so it never fits",
+    (
         "beft_ext/tap.py",
         "if use == STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):",
         "if use is STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):",

@@ -318,9 +318,20 @@ def test_a_batch_without_any_label_divides_by_one():
 @pytest.mark.parametrize("by", ["labels", "nothing"])
 @pytest.mark.parametrize("shape", [(4,), (4, 1)], ids=str)
 def test_a_label_a_row_is_measured_in_any_shape(shape, by):
-    for labels in ([0, 1, 2, 0], [1, 1, 1, 1], [0, -100, 1, 0]):
+    for labels in ([0, 1, 2, 0], [1, 1, 1, 1], [0, -100, 1, 0], [0, -100, -100, 0]):
         batch = {"x": torch.randn(*shape, 3).double(), "labels": torch.tensor(labels).view(shape)}
         assert measured(DIVIDED[by], batch) == float(DIVIDED[by](batch))
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [1, 1, 1, 1], [0, -100, -100, 0]], ids=str)
+def test_a_batch_of_one_class_does_not_hide_that_classes_are_weighted(labels):
+    model, weights = nn.Linear(3, 2), torch.tensor([1.0, 3.0])
+    batch = {"x": torch.randn(4, 3), "labels": torch.tensor(labels)}
+    divisor = Divisor(
+        lambda m, b: cross_entropy(m(b["x"]), b["labels"], weights), list(model.parameters())
+    )
+    with pytest.raises(LossError, match="cannot be told"):
+        divisor.measured(model, batch)
 
 
 @pytest.mark.parametrize("shape", [(4,), (4, 3)], ids=str)
@@ -386,6 +397,7 @@ def test_packed_texts_by_their_lengths_or_positions():
     places = torch.tensor([[5, 6, 0, 1]])  # the second text starts anew
     assert offsets_of({"position_ids": places}).tolist() == [0, 2, 4]
     assert offsets_of({"position_ids": torch.tensor([[0], [0]])}) is None
+    assert offsets_of({"position_ids": torch.tensor([[0, 0]])}).tolist() == [0, 1, 2]
     assert offsets_of({"position_ids": torch.tensor([0, 1, 0])}) is None
     assert offsets_of({"position_ids": places, "labels": torch.tensor([1])}).tolist() == [0, 2, 4]
     assert offsets_of({"position_ids": [[0, 0]]}) is None
