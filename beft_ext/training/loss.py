@@ -195,7 +195,7 @@ def offsets_of(batch: Batch) -> Tensor | None:
         return None
     starts = torch.ones_like(places, dtype=torch.bool)
     starts[:, 1:] = places[:, 1:] != places[:, :-1] + 1
-    if int(starts.sum()) == len(places) or places.shape[1] == 1:
+    if int(starts.sum()) == len(places):
         return None
     begin = starts.flatten().nonzero().flatten()
     return torch.cat([begin, begin.new_tensor([places.numel()])])
@@ -221,7 +221,7 @@ def _given(batch: Batch) -> float | None:
 def _next_labels(batch: Batch) -> float | None:
     """Labels that count where a model predicts the next one: all but the first of each row."""
     labels = batch.get("labels")
-    if labels is None or labels.ndim < 2 or labels.is_floating_point():
+    if labels is None or labels.ndim < 2 or labels.is_floating_point() or labels.shape[-1] < 2:
         return None
     return float(labels[..., 1:].ne(IGNORED_LABEL).sum())
 
@@ -370,7 +370,9 @@ def _pairs(batch: Batch) -> list[Batch]:
             counted = labels.reshape(rows, -1).ne(IGNORED_LABEL)
             unlike = (labels != labels[int(counted.sum(1).argmax())]).reshape(rows, -1).any(1)
             places["a"] = int(counted.sum(1).argmax())
-            places["b"] = int((unlike & counted.any(1)).long().argmax())
+            fitting = unlike & counted.any(1)
+            other = places["a"] if labels.ndim == 1 else (places["a"] + 1) % rows
+            places["b"] = int(fitting.long().argmax()) if bool(fitting.any()) else other
         given["a"], given["b"] = _told_apart(labels[places["a"]], labels[places["b"]])
         if has_ignored(batch):
             places["x"] = int(labels.eq(IGNORED_LABEL).long().argmax())
@@ -402,10 +404,23 @@ def _told_apart(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return first, second
     if first.ndim == 0:
         return first, torch.full_like(second, int(first == 0)) if first == second else second
-    for row, kept in ((first, LABELS_KEPT), (second, LABELS_KEPT // 2)):
-        counted = row.ne(IGNORED_LABEL).nonzero().flatten()
-        row[counted[counted > 0][kept:]] = IGNORED_LABEL
-        row[0] = IGNORED_LABEL
-    if bool(first.ne(IGNORED_LABEL).any()):
-        first[0] = first[first.ne(IGNORED_LABEL)][0]
+    labels = first[first.ne(IGNORED_LABEL)]
+    if len(first) < 2 or not len(labels):
+        return first, second
+    first = _thinned(first, 2, LABELS_KEPT, labels[0])
+    kept = max(1, int(first.ne(IGNORED_LABEL).sum()) // 2)
+    second = _thinned(second, 1, kept, labels[0])
+    first[0] = labels[0]
     return first, second
+
+
+def _thinned(row: Tensor, least: int, most: int, label: Tensor) -> Tensor:
+    """Labels ``(T,)`` with ``least`` to ``most`` that count, none of them the first."""
+    counted = row[1:].ne(IGNORED_LABEL).nonzero().flatten() + 1
+    row[counted[most:]] = IGNORED_LABEL
+    row[0] = IGNORED_LABEL
+    if len(counted) < least:  # beside one that is there: it may have padding around
+        near = int(counted[0]) if len(counted) else 1
+        places = [p for p in (near, near - 1, near + 1) if 0 < p < len(row)]
+        row[places[:least]] = label
+    return row

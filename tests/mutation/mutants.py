@@ -31,7 +31,7 @@ from typing import Any
 
 import coverage
 import pytest
-from faults import EQUIVALENT, FAULTS, Fault
+from faults import EQUIVALENT, FAULTS, OPTIMIZER, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("beft_ext", "csrc", "tests", "docs", "benchmarks")
@@ -46,15 +46,15 @@ MODULES: dict[str, tuple[str, ...]] = {
     "tap": ("test_tap.py", "test_layouts.py", "selection"),
     "layouts": ("test_tap.py", "test_layouts.py", "selection"),
     "training/loss": ("training/test_loss.py", "training/test_observed.py", "selection"),
-    "training/optim": ("training/test_optim.py", "ops/test_bias_adamw_step.py"),
-    "training/flat": ("training/test_optim.py", "ops/test_bias_adamw_step.py"),
+    "training/optim": OPTIMIZER,
+    "training/flat": OPTIMIZER,
     "training/preparation": ("training/test_preparation.py", "training/test_optim.py"),
     "training/tuning": ("training/test_tuning.py",),
     "training/steps": ("training/test_steps.py",),
     "adapters": ("adapters",),
     "selection": ("selection", "test_scores.py"),
     "models": ("models/test_models.py", "training/test_preparation.py", "selection"),
-    "ops": ("ops", "test_tap.py"),
+    "ops": ("ops", "test_tap.py", "training/test_optim.py"),
     "files": ("test_files.py", "commands/test_kill.py"),
 }
 # Beyond these the sample says nothing about the tests: help for the eye, kernels as data.

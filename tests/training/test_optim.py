@@ -9,7 +9,7 @@ from conftest import batch, tiny
 from beft_ext.ops import backends, set_backend
 from beft_ext.ops.bias_adamw_step import AdamWTables
 from beft_ext.scores import beft_score, magnitude
-from beft_ext.training.optim import BiasAdamW, OptimizerError
+from beft_ext.training.optim import BiasAdamW, OptimizerError, rate_factor
 
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 USABLE = [name for name in DEVICES if not backends()[name]]
@@ -373,3 +373,15 @@ def test_a_half_precision_parameter_holds_wherever_its_master_does_not_round_to_
     found = optimizer.state[p]["master"]
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(p.detach(), expected.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.06, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 10, 33])
+def test_the_rate_rises_and_falls_along_straight_lines(steps, warmup):
+    peak = max(1, round(warmup * steps)) - 1
+    rates = [rate_factor(i, steps, warmup, decay=True) for i in range(steps)]
+    up = torch.linspace(0, 1, peak + 2, dtype=torch.float64)[1:]
+    down = torch.linspace(1, 0, steps - peak + 1, dtype=torch.float64)[1:-1]
+    assert rates == pytest.approx([*up.tolist(), *down.tolist()], abs=1e-12)
+    rates = [rate_factor(i, steps, warmup, decay=False) for i in range(steps)]
+    assert rates == pytest.approx([*up.tolist(), *[1.0] * (steps - 1 - peak)], abs=1e-12)
