@@ -1,14 +1,17 @@
 """find_biases: which biases each family has, and that each slice is the projection it claims."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny
+import transformers
+from conftest import CONFIGS, tiny
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from beft_ext import BiasError, find_biases
-from beft_ext.models import TERMS
+from beft_ext.models import TERMS, head_parameters, is_linear, output_width
 
 ATTENTION_ONLY = {"qwen2": ("query", "key", "value")}
 
@@ -134,3 +137,117 @@ def test_experts_have_no_term(name):
     found = {b.module for b in find_biases(_Layers(block, _Block()))}
     assert {"layers.0.mlp.up_proj", "layers.0.mlp.down_proj"} <= found
     assert not any(f".{name}." in module for module in found)
+
+
+def test_an_ending_matches_whole_names():
+    """``output.dense`` is not the end of ``throughput.dense``, nor ``q`` of ``wq``."""
+    block = _Block()
+    block.throughput, block.wq, block.q = nn.Module(), nn.Linear(4, 4), nn.Linear(4, 4)
+    block.throughput.dense = nn.Linear(4, 4)
+    model = _Layers(block, _Block())
+    assert find_biases(model).terms == TERMS[:3]
+    (named,) = find_biases(model, names={"query": "q"})
+    assert named.module == "layers.0.q"
+
+
+@pytest.mark.parametrize("name", ["linear_attn", "mixer"])
+def test_what_is_no_softmax_attention_has_no_query(name):
+    block = _Block()
+    setattr(block, name, _Block().self_attn)
+    getattr(block, name).o_proj = nn.Linear(4, 4)
+    found = find_biases(_Layers(block, _Block()))
+    assert len(found) == 6 and not any(name in b.module for b in found)
+
+
+def test_what_looks_at_an_encoder_has_terms_of_its_own():
+    """Its norm and its output are crossing, an MLP within it is an MLP like any other."""
+    block = _Block()
+    block.encoder_attn = _Block().self_attn
+    block.encoder_attn.out_proj, block.self_attn.out_proj = nn.Linear(4, 4), nn.Linear(4, 4)
+    block.encoder_attn.fc1 = nn.Linear(4, 4)
+    block.encoder_attn_layer_norm = nn.LayerNorm(4)
+    found = {b.module.partition(".0.")[2]: b.term for b in find_biases(_Layers(block))}
+    assert found == {
+        "self_attn.q_proj": "query",
+        "self_attn.k_proj": "key",
+        "self_attn.v_proj": "value",
+        "self_attn.out_proj": "attention_output",
+        "encoder_attn.q_proj": "cross_query",
+        "encoder_attn.k_proj": "cross_key",
+        "encoder_attn.v_proj": "cross_value",
+        "encoder_attn.out_proj": "cross_attention_output",
+        "encoder_attn_layer_norm": "cross_attention_norm",
+        "encoder_attn.fc1": "mlp_up",
+    }
+
+
+def test_layers_that_run_more_often_than_there_are_modules_are_shared():
+    for repeats in (None, 1, 2, 3):
+        model = _Layers(_Block(), _Block())
+        model.config = SimpleNamespace(num_hidden_layers=repeats)
+        assert all(b.shared == (repeats == 3) for b in find_biases(model))
+
+
+def test_what_has_a_place_for_a_bias():
+    """``(H,)`` beside the last axis: linear layers and norms, with a bias or without one."""
+    odd = nn.Module()
+    odd.bias, odd.weight = nn.Parameter(torch.zeros(2, 3)), nn.Parameter(torch.zeros(3, 3))
+    switch = nn.Module()
+    switch.bias, switch.weight = True, nn.Parameter(torch.zeros(3, 3))
+    for module, width in (
+        (nn.Linear(3, 5), 5),
+        (nn.Linear(3, 5, bias=False), 5),
+        (Conv1D(5, 3), 5),
+        (nn.LayerNorm(7), 7),
+        (nn.RMSNorm(7), 7),
+        (nn.Conv1d(3, 5, 1), None),
+        (nn.Embedding(3, 5), None),
+        (nn.ReLU(), None),
+        (odd, None),
+        (switch, None),
+    ):
+        assert output_width(module) == width
+        if width:
+            assert is_linear(module) == (not isinstance(module, (nn.LayerNorm, nn.RMSNorm)))
+
+
+def test_a_model_without_biases_says_where_it_looked():
+    block = nn.Module()
+    block.self_attn = nn.Module()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        setattr(block.self_attn, name, nn.Linear(4, 4, bias=False))
+    with pytest.raises(BiasError, match=r"of its 2 layers \(looked in 'layers.0.self_attn.q_proj'"):
+        find_biases(_Layers(block, copy.deepcopy(block)))
+
+
+def test_the_printed_map():
+    """A line a term: layers, width, elements, and where the first lies."""
+    lines = str(find_biases(tiny("gpt-neox"))).splitlines()[1:]
+    assert (
+        lines[0].split()
+        == ["query", "2", "32", "64", "gpt_neox.layers.0.attention.query_key_value.bias", "(4", "groups,", "[0:8]", "of", "each)"]
+    )
+    lines = str(find_biases(tiny("gpt2"))).splitlines()
+    assert [line.split()[-1] for line in lines[1:4]] == ["[0:32]", "[32:64]", "[64:96]"]
+    assert lines[5].split() == ["mlp_up", "2", "128", "256", "transformer.h.0.mlp.c_fc.bias"]
+
+
+def test_a_quantised_head_cannot_train():
+    model = tiny("bert")
+    model.classifier.weight = nn.Parameter(torch.zeros(2, 32).char(), requires_grad=False)
+    with pytest.raises(BiasError, match=r"head's 'classifier.weight' is quantised"):
+        head_parameters(model)
+
+
+def test_the_head_is_what_lies_outside_the_base_and_the_output_embeddings():
+    names = {
+        "BertForSequenceClassification": {"classifier.weight", "classifier.bias"},
+        "BertForQuestionAnswering": {"qa_outputs.weight", "qa_outputs.bias"},
+        "BertModel": set(),
+    }
+    config = CONFIGS["bert"]()
+    for kind, head in names.items():
+        model = getattr(transformers, kind)(config)
+        own = {id(p): n for n, p in model.named_parameters()}
+        assert {own[id(p)] for p in head_parameters(model)} == head
+    assert not head_parameters(transformers.OPTForCausalLM(CONFIGS["opt"]()))

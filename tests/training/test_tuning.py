@@ -51,19 +51,30 @@ def test_trains_only_what_requires_grad_and_logs_each_epoch(tmp_path):
     assert falling_loss(model) == max(x["minus loss"] for x in lines)
 
 
-def test_without_decay_the_rate_stays(tmp_path):
-    """Oracle: torch's AdamW in a loop of its own, the rate never touched."""
+SCHEDULES = {
+    "constant": ({"warmup": 0.0, "decay": False}, [1, 1, 1, 1, 1]),
+    "rising": ({"warmup": 0.4, "decay": False}, [1 / 2, 1, 1, 1, 1]),
+    "falling": ({"warmup": 0.4, "weight_decay": 0.5}, [1 / 2, 1, 3 / 4, 1 / 2, 1 / 4]),
+    "clipped": ({"warmup": 0.0, "decay": False, "max_grad_norm": 0.05}, [1, 1, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_one_epoch_is_torchs_adamw_at_these_rates(tmp_path, name):
+    """Oracle: torch's AdamW and clipping in a loop of its own, the rates written out."""
+    options, factors = SCHEDULES[name]
+    recipe = Recipe(epochs=1, lr=1e-2, **options)
     ours, oracle = prepared(), prepared()
-    recipe = Recipe(epochs=1, lr=1e-2, warmup=0.0, decay=False)
     tune(ours, loader(), falling_loss, tmp_path, recipe)
     torch.manual_seed(recipe.seed)
     parameters = [p for p in oracle.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=options.get("weight_decay", 0.0))
     oracle.train()
-    for inputs in loader():
+    for inputs, factor in zip(loader(), factors, strict=True):
+        optimizer.param_groups[0]["lr"] = 1e-2 * factor
         optimizer.zero_grad()
         oracle(**inputs).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, options.get("max_grad_norm", 1.0))
         optimizer.step()
     for a, b in zip(ours.parameters(), oracle.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
@@ -223,6 +234,24 @@ def test_resumed_with_other_loaders_and_dropout_to_the_bit(tmp_path, make, stop)
         assert torch.equal(a, b)
 
 
+def test_a_half_precision_run_resumes_with_its_fp32_masters(tmp_path):
+    """At this rate a step is below the spacing of bf16: only the masters hold it."""
+    recipe = Recipe(epochs=2, lr=1e-5)
+    whole, model = prepared().bfloat16(), prepared().bfloat16()
+    tune(whole, global_order(), falling_loss, tmp_path / "whole", recipe)
+    broken = broken_off(global_order, 7)
+    with pytest.raises(Killed):
+        tune(model, broken, falling_loss, tmp_path / "a", recipe, save_every=1)
+    model = prepared().bfloat16()
+    tune(model, global_order(), falling_loss, tmp_path / "a", recipe, resume=True)
+    ends = [load_file(tmp_path / name / CHECKPOINT) for name in ("whole", "a")]
+    masters = [k for k in ends[0] if k.startswith("optimizer/master/")]
+    assert len(masters) == 4
+    for key in masters:
+        assert torch.equal(ends[0][key], ends[1][key])
+        assert not torch.equal(ends[0][key], ends[0][key].bfloat16().float())
+
+
 def test_the_loader_disturbs_no_random_state_but_its_own(tmp_path):
     states = torch.get_rng_state(), random.getstate()
     passes = Passes(Noisy(), seed=3)
@@ -303,9 +332,10 @@ def test_a_loader_must_give_what_its_length_says(tmp_path):
         tune(prepared(), iter(loader()), falling_loss, tmp_path, RECIPE)
 
 
-def test_the_best_epoch_is_put_back_and_losses_are_those_of_their_epoch(tmp_path):
+@pytest.mark.parametrize("reached", [(0.9, 0.5, 0.1), (0.9, 0.9, 0.9)], ids=["best", "equal"])
+def test_the_first_best_epoch_is_put_back_and_losses_are_of_their_epoch(tmp_path, reached):
     """Oracle: the same run of one epoch; and the mean of the losses that it saw."""
-    seen, metrics = [], iter([0.9, 0.5, 0.1])
+    seen, metrics = [], iter(reached)
 
     def watched(model, inputs):
         loss = model(**inputs).loss
@@ -318,6 +348,7 @@ def test_the_best_epoch_is_put_back_and_losses_are_those_of_their_epoch(tmp_path
     for epoch, record in enumerate(progress.history):
         mean = sum(seen[5 * epoch : 5 * epoch + 5]) / 5
         assert record["loss"] == pytest.approx(mean, rel=1e-6)
+        assert record["step"] == 5 * epoch + 5 and record["accuracy"] == reached[epoch]
     short = Recipe(epochs=1, lr=1e-2, decay=False, warmup=0.0)
     tune(one, loader(), lambda _: 0.9, tmp_path / "b", short)
     for a, b in zip(best.parameters(), one.parameters(), strict=True):
