@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+from hashlib import sha256
 
 import pytest
 import torch
@@ -44,6 +45,13 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and names(path.parent) == ["file.txt"]
+
+
+def test_a_writer_that_breaks_its_own_folder_still_says_why(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "x") as temporary:
+        temporary.parent.rmdir()
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
 
 
 def test_of_several_files_the_last_goes_first_and_comes_last(tmp_path, monkeypatch):
@@ -145,11 +153,23 @@ def test_no_flipped_bit_passes(tmp_path, kind):
             assert "damaged" in str(error)
 
 
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_digest_is_looked_for_in_the_first_16_mib(tmp_path, beyond):
+    """No header that we write is longer, and what lies behind it may look like one by chance."""
+    seal = f'"{DIGEST}": "{UNSEALED}"'.encode()
+    data = bytes(16 * 2**20 - len(seal) + beyond) + seal + b"more"
+    path = tmp_path / "x"
+    path.write_bytes(data.replace(UNSEALED.encode(), sha256(data).hexdigest().encode()))
+    assert digest(path, BeftError) == (None if beyond else sha256(data).hexdigest())
+
+
 def test_the_same_tensors_give_the_same_bytes(tmp_path):
     found = set()
     for _ in range(8):
         save_tensors(
-            tmp_path / "x", {"b": torch.ones(3), "a": torch.zeros(1)}, {"one": "1", "2": "2"}
+            tmp_path / "x",
+            {"b": torch.ones(3), "\u00e4\u4e2d": torch.zeros(1)},
+            {"one": "1", "2": "\u00fc"},
         )
         found.add((tmp_path / "x").read_bytes())
     assert len(found) == 1
