@@ -1,6 +1,7 @@
 """find_biases: which biases each family has, and that each slice is the projection it claims."""
 
 import copy
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -222,19 +223,9 @@ def test_a_model_without_biases_says_where_it_looked():
 
 def test_the_printed_map():
     """A line a term: layers, width, elements, and where the first lies."""
-    lines = str(find_biases(tiny("gpt-neox"))).splitlines()[1:]
-    assert lines[0].split() == [
-        "query",
-        "2",
-        "32",
-        "64",
-        "gpt_neox.layers.0.attention.query_key_value.bias",
-        "(4",
-        "groups,",
-        "[0:8]",
-        "of",
-        "each)",
-    ]
+    query = str(find_biases(tiny("gpt-neox"))).splitlines()[1]
+    place = "gpt_neox.layers.0.attention.query_key_value.bias (4 groups, [0:8] of each)"
+    assert re.sub(" +", " ", query) == f"query 2 32 64 {place}"
     lines = str(find_biases(tiny("gpt2"))).splitlines()
     assert [line.split()[-1] for line in lines[1:4]] == ["[0:32]", "[32:64]", "[64:96]"]
     assert lines[5].split() == ["mlp_up", "2", "128", "256", "transformer.h.0.mlp.c_fc.bias"]

@@ -31,7 +31,7 @@ from typing import Any
 
 import coverage
 import pytest
-from faults import EQUIVALENT, FAULTS, Fault
+from faults import EQUIVALENT, FAULTS, MODELS, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("beft_ext", "csrc", "tests", "docs", "benchmarks")
@@ -50,10 +50,11 @@ MODULES: dict[str, tuple[str, ...]] = {
     "training/flat": ("training/test_optim.py", "ops/test_bias_adamw_step.py"),
     "training/preparation": ("training/test_preparation.py", "training/test_optim.py"),
     "training/tuning": ("training/test_tuning.py",),
+    "training/data": ("training/test_tuning.py",),
     "training/steps": ("training/test_steps.py",),
     "adapters": ("adapters",),
     "selection": ("selection", "test_scores.py"),
-    "models": ("models/test_models.py", "training/test_preparation.py", "selection"),
+    "models": (*MODELS, "selection", "adapters/test_merging.py"),
     "ops": ("ops", "test_tap.py"),
     "files": ("test_files.py", "commands/test_kill.py"),
 }

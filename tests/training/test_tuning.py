@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -319,6 +320,17 @@ def test_no_flipped_bit_of_a_checkpoint_passes(tmp_path):
             tune(model, loader(), falling_loss, tmp_path, Recipe(epochs=1), resume=True)
 
 
+class Endless:
+    """Gives up itself where nobody else does."""
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        yield from loader()
+        raise AssertionError("asked for more after the fifth batch")
+
+
 def test_a_loader_must_give_what_its_length_says(tmp_path):
     class Lying(list):
         def __len__(self):
@@ -326,6 +338,8 @@ def test_a_loader_must_give_what_its_length_says(tmp_path):
 
     with pytest.raises(TuningError, match=r"more batches in epoch 1 than its length says \(4\)"):
         tune(prepared(), Lying(loader()), falling_loss, tmp_path, RECIPE)
+    with pytest.raises(TuningError, match="more batches"):
+        tune(prepared(), Endless(), falling_loss, tmp_path, RECIPE)
     with pytest.raises(TuningError, match="fewer batches"):
         tune(prepared(), Lying(loader()[:2]), falling_loss, tmp_path, RECIPE)
     with pytest.raises(TuningError, match="with a length"):
@@ -360,6 +374,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         tune(
             prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=9, lr=1e30, max_grad_norm=0)
         )
+
+
+def test_the_recipe_by_default():
+    """A checkpoint names its recipe: with other defaults, yesterday's runs could not go on."""
+    stated = {"epochs": 10, "lr": 1e-3, "warmup": 0.06, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    switches = {"seed": 0, "bf16": False, "compile": False, "graphs": False, "decay": True}
+    assert asdict(Recipe()) == stated | switches
 
 
 def test_nothing_to_train(tmp_path):
