@@ -423,7 +423,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ('glob(PARTIAL + "*")', 'glob("partial-*")'),
             ("                (folder / last).unlink(missing_ok=True)", "                pass"),
             ("    path.chmod(0o666 & ~umask)  #", "    #"),
-            ("        while part := file.read(LARGEST_HEADER):", "        if part := file.read(9):"),
+            ("while part := file.read(LARGEST_HEADER):", "if part := file.read(9):"),
             ("key in held or ", ""),
             ("(p.name == last, p)", "p"),
         ],
@@ -535,6 +535,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if sum(b.width for b in own) < parameter.numel():",
         "if sum(b.width for b in own) != parameter.numel():",
     ): "slices of a parameter never hold more than all of it",
+    (
+        "beft_ext/training/tuning.py",
+        "best = max((h[self.metric] for h in state.history), default=-math.inf)",
+        "best = max((h[self.metric] for h in state.history), default=math.inf)",
+    ): "the first epoch is kept whatever it reaches",
 }
 
 

@@ -376,6 +376,11 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         )
 
 
+def test_one_step_is_a_run(tmp_path):
+    done = tune(prepared(), loader()[:1], falling_loss, tmp_path, Recipe(epochs=1))
+    assert done.step == 1 and [r["epoch"] for r in done.history] == [1]
+
+
 def test_the_recipe_by_default():
     """A checkpoint names its recipe: with other defaults, yesterday's runs could not go on."""
     stated = {"epochs": 10, "lr": 1e-3, "warmup": 0.06, "weight_decay": 0.0, "max_grad_norm": 1.0}
