@@ -102,6 +102,23 @@ def test_unknown_architecture_is_described_and_can_be_named():
         find_biases(Odd(), names={"quary": "wq"})
 
 
+@pytest.mark.parametrize(("lists", "told"), [(0, "none"), (1, "a0"), (7, "a0, a1, a2, a3, a4")])
+def test_what_is_not_known_is_told_in_a_line(lists, told):
+    """Five lists and eight biases are enough to find the names by."""
+    model = nn.Module()
+    for i in range(lists):
+        setattr(model, f"a{i}", nn.ModuleList())
+    for i in range(10):
+        setattr(model, f"b{i}", nn.Linear(2, 2))
+    model.bias = nn.Parameter(torch.zeros(2, 2))
+    biases = ", ".join(f"b{i}.bias" for i in range(8))
+    with pytest.raises(BiasError) as caught:
+        find_biases(model)
+    assert f"Module lists: {told}; biases: {biases}. Describe" in str(caught.value)
+    with pytest.raises(BiasError, match=r"Module lists: \(root\); biases: 0.bias\."):
+        find_biases(nn.ModuleList([nn.Linear(2, 2)]))
+
+
 class _Block(nn.Module):
     """An attention as many models have it."""
 
@@ -180,6 +197,66 @@ def test_what_looks_at_an_encoder_has_terms_of_its_own():
         "encoder_attn_layer_norm": "cross_attention_norm",
         "encoder_attn.fc1": "mlp_up",
     }
+
+
+@pytest.mark.parametrize("kind", ["vision", "audio"])
+def test_a_tower_beside_a_text_model_has_no_term(kind):
+    """Told by its config, which stands in the model's beside the text's."""
+    configs = {name: SimpleNamespace(model_type=f"own_{name}") for name in ("text", kind)}
+    model = nn.Module()
+    model.config = SimpleNamespace(**{f"{n}_config": c for n, c in configs.items()})
+    for name, config in configs.items():
+        setattr(model, name, _Layers(_Block()))
+        getattr(model, name).config = config
+    model.adapter = _Layers(_Block())
+    found = {b.module.partition(".")[0] for b in find_biases(model)}
+    assert found == {"text", "adapter"}
+    alone = getattr(model, kind)  # by itself it is no tower
+    assert len(find_biases(alone)) == 3
+    model.config = SimpleNamespace(encoder_config=configs[kind], decoder_config=configs["text"])
+    assert len(find_biases(model)) == 9
+
+
+def test_projections_that_wrap_a_linear_layer():
+    block = _Block()
+    for name in ("q_proj", "k_proj", "v_proj"):
+        wrapped = nn.Module()
+        wrapped.linear = getattr(block.self_attn, name)
+        setattr(block.self_attn, name, wrapped)
+    found = find_biases(_Layers(block))
+    assert [b.module.partition(".0.")[2] for b in found] == [
+        f"self_attn.{n}_proj.linear" for n in "qkv"
+    ]
+    block.self_attn.q_proj.linear = nn.ReLU()
+    with pytest.raises(BiasError, match="no layer with known"):
+        find_biases(_Layers(block))
+
+
+def test_layers_are_numbered_from_the_first_list_on():
+    """Lists within a layer are parts of it, as T5 keeps them; the encoder comes first."""
+
+    def layer(crossing):
+        parts = [_Block(), nn.Module()]
+        if crossing:
+            parts.insert(1, nn.Module())
+            parts[1].EncDecAttention = _Block().self_attn
+        parts[-1].fc1 = nn.Linear(4, 4)
+        made = nn.Module()
+        made.layer = nn.ModuleList(parts)
+        return made
+
+    model = nn.Module()
+    model.encoder = nn.ModuleList([layer(False), layer(False)])
+    model.decoder = nn.ModuleList([layer(True), layer(True)])
+    model.config = SimpleNamespace(num_hidden_layers=4)
+    found = find_biases(model)
+    assert found.layers == 4 and not any(b.shared for b in found)
+    own = [(b.layer, b.term) for b in found]
+    ends = [*TERMS[:3], "mlp_up"]
+    assert own[:8] == [(i, t) for i in (0, 1) for t in ends]
+    ends += ["cross_query", "cross_key", "cross_value"]
+    assert own[8:] == [(i, t) for i in (2, 3) for t in ends]
+    assert all(b.module.startswith("decoder.0.layer.") for b in found if b.layer == 2)
 
 
 def test_layers_that_run_more_often_than_there_are_modules_are_shared():

@@ -77,16 +77,19 @@ def test_each_slice_is_what_the_model_takes_for_it(path, config, split):
         assert torch.equal(bias.read(own), part.flatten()) and bias.width == part.numel()
 
 
-def test_a_latent_attention_has_a_key_and_a_value_in_each_head():
+@pytest.mark.parametrize("query", ["q_b_proj", "q_proj"])
+def test_a_latent_attention_has_a_key_and_a_value_in_each_head(query):
     """DeepSeek's: the key's part without positions, then the value; the query on its own."""
     attention = nn.Module()
-    attention.q_b_proj, attention.kv_b_proj = nn.Linear(1, 40), nn.Linear(1, HEADS * (6 + 8))
+    setattr(attention, query, nn.Linear(1, 40))
+    attention.kv_b_proj = nn.Linear(1, HEADS * (6 + 8))
     layer = nn.Module()
     layer.self_attn = attention
     model = nn.Module()
     model.layers = nn.ModuleList([layer])
     model.config = SimpleNamespace(qk_nope_head_dim=6, v_head_dim=8)
     found = {b.term: b for b in find_biases(model)}
+    assert found["query"].module == f"layers.0.self_attn.{query}" and len(found) == 3
     key, value = OUT[:56].view(HEADS, 14).split([6, 8], dim=-1)
     for term, part in (("query", OUT[:40]), ("key", key), ("value", value)):
         own = torch.arange(40 if term == "query" else 56)

@@ -418,7 +418,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [("example.label >= outputs", "example.label > outputs")],
     ),
     "beft_ext/files.py": (
-        ("test_files.py", "commands/test_kill.py"),
+        ("test_files.py",),
         [
             ('glob(PARTIAL + "*")', 'glob("partial-*")'),
             ("                (folder / last).unlink(missing_ok=True)", "                pass"),

@@ -56,7 +56,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "selection": ("selection", "test_scores.py"),
     "models": (*MODELS, "selection", "adapters/test_merging.py"),
     "ops": ("ops", "test_tap.py"),
-    "files": ("test_files.py", "commands/test_kill.py"),
+    "files": ("test_files.py",),
 }
 # Beyond these the sample says nothing about the tests: help for the eye, kernels as data.
 LEFT_OUT = ("__init__.py", "card.py", "hub.py", "registry.py")
