@@ -54,6 +54,18 @@ def test_a_writer_that_breaks_its_own_folder_still_says_why(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_may_be_read_by_whom_the_umask_says(tmp_path, umask):
+    """Whatever the library that wrote it thinks, as safetensors does of its owner."""
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "x") as temporary:
+            temporary.touch(0o600)
+    finally:
+        assert os.umask(before) == umask
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
 def test_of_several_files_the_last_goes_first_and_comes_last(tmp_path, monkeypatch):
     for name in ("a", "config", "z"):
         (tmp_path / name).write_text("old")
