@@ -3,8 +3,8 @@
 import pytest
 import torch
 import transformers as hf
-from conftest import close, logits, tiny, train, values
-from test_adapters import flags, same, tuned
+from conftest import batch, close, logits, tiny, train, values
+from test_adapters import causal, flags, same, tuned
 
 from beft_ext import (
     AdapterError,
@@ -39,6 +39,20 @@ def test_the_fewest_flags_that_make_place_are_set(terms):
     brought = set(values(model)) - own - set(prepared.added)
     assert brought and not any(values(model)[n].any() for n in brought)
     assert model.model.layers[0].mlp.up_proj.weight.requires_grad
+
+
+def test_tied_embeddings_are_no_hindrance(tmp_path):
+    model = causal(tied=True)
+    ids = batch()["input_ids"]
+    prepare(model, "value")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.v_proj.bias.fill_(0.5)
+    merge_adapter(model)
+    model.save_pretrained(tmp_path)
+    again = hf.LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(input_ids=ids).logits, model(input_ids=ids).logits)
+    assert again.lm_head.weight is again.model.embed_tokens.weight
 
 
 def test_an_output_bias_takes_in_the_value_bias_and_gives_it_back():

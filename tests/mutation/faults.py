@@ -299,7 +299,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         ],
     ),
     "beft_ext/models/added.py": (
-        (*MODELS, *ADAPTERS),
+        (*MODELS, "adapters/test_merging.py"),
         [
             ("        setattr(model.config, flag, value)\n    for path, parameter",
              "        pass\n    for path, parameter"),

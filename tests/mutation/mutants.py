@@ -54,7 +54,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "training/steps": ("training/test_steps.py",),
     "adapters": ("adapters",),
     "selection": ("selection", "test_scores.py"),
-    "models": (*MODELS, "selection", "adapters/test_merging.py"),
+    "models": (*MODELS, "adapters/test_merging.py"),
     "ops": ("ops", "test_tap.py"),
     "files": ("test_files.py",),
 }
