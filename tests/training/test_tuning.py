@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import batch, tiny
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from beft_ext.errors import BeftWarning
@@ -113,6 +114,28 @@ def test_resumed_after_any_step_it_ends_in_the_same_bits(tmp_path):
     for a, b in zip(whole.parameters(), model.parameters(), strict=True):
         assert torch.equal(a, b)
     assert (folder / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
+
+
+@pytest.mark.parametrize("batches", [1, 2])
+def test_killed_between_an_epochs_last_step_and_its_end_it_goes_on(tmp_path, batches):
+    def killed(_):
+        raise Killed
+
+    whole, model, data = prepared(), prepared(), loader()[:batches]
+    tune(whole, data, falling_loss, tmp_path / "whole", RECIPE)
+    with pytest.raises(Killed):
+        tune(model, data, killed, tmp_path / "a", RECIPE, save_every=1)
+    tune(model := prepared(), data, falling_loss, tmp_path / "a", RECIPE, resume=True)
+    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_is_written_every_fifty_steps(tmp_path):
+    data = broken_off(lambda: loader()[:1] * 60, 55)
+    with pytest.raises(Killed):
+        tune(prepared(), data, falling_loss, tmp_path, Recipe(epochs=1))
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        assert json.loads(file.metadata()["progress"])["step"] == 50
 
 
 SCRIPT = """
