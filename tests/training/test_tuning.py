@@ -17,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from beft_ext.errors import BeftWarning
+from beft_ext.training import tuning
 from beft_ext.training.data import Passes, digest_of
 from beft_ext.training.optim import rate_factor
 from beft_ext.training.tuning import CHECKPOINT, Recipe, TuningError, tune
@@ -178,6 +179,20 @@ def test_compiled_and_bf16_runs_have_the_losses_of_the_plain_one(tmp_path):
     plain, compiled, bf16 = ([h["loss"] for h in history] for history in histories)
     assert compiled == pytest.approx(plain, rel=1e-4)
     assert bf16 == pytest.approx(plain, rel=2**-6)  # bf16 has 8 bits, activations are a few deep
+
+
+@pytest.mark.parametrize(("own", "used"), [(7, 7), (None, 0)])
+def test_graphed_steps_pad_with_the_models_own_token(tmp_path, monkeypatch, own, used):
+    """What pads without a GPU is told by test_steps: here, what it is given."""
+
+    def stand_in(model, optimizer, loss, bf16, pad):
+        raise TuningError(f"pads with {pad}")
+
+    monkeypatch.setattr(tuning, "GraphedStep", stand_in)
+    model = prepared()
+    model.config.pad_token_id = own
+    with pytest.raises(TuningError, match=f"pads with {used}$"):
+        tune(model, loader(), falling_loss, tmp_path, Recipe(graphs=True))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
