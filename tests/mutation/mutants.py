@@ -31,7 +31,7 @@ from typing import Any
 
 import coverage
 import pytest
-from faults import EQUIVALENT, FAULTS, OPTIMIZER, Fault
+from faults import EQUIVALENT, FAULTS, MODELS, OPTIMIZER, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("beft_ext", "csrc", "tests", "docs", "benchmarks")
@@ -50,12 +50,13 @@ MODULES: dict[str, tuple[str, ...]] = {
     "training/flat": OPTIMIZER,
     "training/preparation": ("training/test_preparation.py", "training/test_optim.py"),
     "training/tuning": ("training/test_tuning.py",),
+    "training/data": ("training/test_tuning.py",),
     "training/steps": ("training/test_steps.py",),
     "adapters": ("adapters",),
     "selection": ("selection", "test_scores.py"),
-    "models": ("models/test_models.py", "training/test_preparation.py", "selection"),
+    "models": (*MODELS, "adapters/test_merging.py"),
     "ops": ("ops", "test_tap.py", "training/test_optim.py"),
-    "files": ("test_files.py", "commands/test_kill.py"),
+    "files": ("test_files.py",),
 }
 # Beyond these the sample says nothing about the tests: help for the eye, kernels as data.
 LEFT_OUT = ("__init__.py", "card.py", "hub.py", "registry.py")
