@@ -27,7 +27,14 @@ from beft_ext.errors import BeftWarning
 from beft_ext.models import state
 from beft_ext.selection.racers import Audition, AuditionError, Racer, Rung, paired
 from beft_ext.selection.run import ModelSnapshot
-from beft_ext.training.loss import Batch, Loss, model_loss, model_observe, on_device, rows_of
+from beft_ext.training.loss import (
+    Batch,
+    Loss,
+    model_loss,
+    on_device,
+    rows_of,
+)
+from beft_ext.training.observed import model_observe
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.preparation import prepare, restore
 from beft_ext.training.steps import EagerStep

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from beft_ext.gains import GainError, Regression, equal_rows
 from beft_ext.models import Bias, head_parameters
 from beft_ext.tap import Tap
-from beft_ext.training.loss import Batch, Observed, offsets_of, on_device, rows_of
+from beft_ext.training.loss import Batch, offsets_of, on_device, rows_of
+from beft_ext.training.observed import Observed
 
 Observe = Callable[[nn.Module, Batch], Observed]
 

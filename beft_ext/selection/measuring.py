@@ -25,12 +25,11 @@ from beft_ext.training.data import generators
 from beft_ext.training.loss import (
     Batch,
     Loss,
-    Observed,
     model_loss,
-    model_observe,
     offsets_of,
     rows_of,
 )
+from beft_ext.training.observed import Observed, model_observe
 
 LOOKS = (0.25, 0.5, 1.0)  # parts of the examples at which the pass may end
 FLIPS = 199

@@ -12,7 +12,7 @@ from beft_ext.gains import GainError, Gram, Regression, gain
 from beft_ext.models import find_biases
 from beft_ext.selection import SelectionError, read_selection
 from beft_ext.selection.evidence import LEAST_COLUMNS, bands, fitting, weighed
-from beft_ext.training.loss import Observed, model_observe
+from beft_ext.training.observed import Observed, model_observe
 
 
 def state_of(model):
