@@ -55,13 +55,17 @@ class Choice:
 
 
 def automatic(gains: Gains, family: str) -> Choice:
+    """The term to train. family: a key of ``PRIORS``; another one has the widest prior."""
+    return weighed(gains, PRIORS.get(family, PRIORS["other"]))
+
+
+def weighed(gains: Gains, prior: Prior) -> Choice:
     """The term whose gain is largest once the prior is weighed in.
 
     Both are normal: the gain of a term, less the mean of all, with its paired error, and the
-    prior. family: a key of ``PRIORS``; another one has the widest prior.
+    prior.
     """
-    prior = PRIORS.get(family, PRIORS["other"])
-    posterior = {t: _weighed(gains, t, prior) for t in gains.ranking}
+    posterior = {t: _above_mean(gains, t, prior) for t in gains.ranking}
     first = max(posterior, key=lambda t: posterior[t].mean)
     doubts = (
         1 - (rival - posterior[first]).cdf(MARGIN) for t, rival in posterior.items() if t != first
@@ -80,7 +84,7 @@ def automatic(gains: Gains, family: str) -> Choice:
     return Choice(first, confidence, reason)
 
 
-def _weighed(gains: Gains, term: str, prior: Prior) -> NormalDist:
+def _above_mean(gains: Gains, term: str, prior: Prior) -> NormalDist:
     """What a term explains more than the mean of all terms."""
     told = gains.values[term] - fmean(gains.values.values())
     # The error of a difference of two terms holds both of theirs.
