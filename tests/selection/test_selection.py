@@ -11,9 +11,7 @@ from conftest import CONFIGS, batch, tiny
 from safetensors.numpy import load_file
 
 from beft_ext import SelectionError, Tap, TapError, find_biases, prepare, select
-from beft_ext.commands import demo
 from beft_ext.selection import ProbeError, dead_terms
-from beft_ext.tasks import HeadObjective
 
 
 def loader(n=5):
