@@ -1,10 +1,12 @@
 """How long until we know which term to train? A whole selection, beside the authors' pipeline.
 
 The trained MiniLM, the same sentences, order, rate and number of steps; model, tokens and
-batches are made before the clock starts. 'Settled' ends once the first term is, as ``--terms auto``
-does. ``--data DIR`` takes 1,000 rows of DIR/sst2 in place of
-the shipped sentences. Rankings are of the terms that are not dead. Writes selection.json or
-selection_sst2.json in benchmarks/results/<device>/.
+batches are made before the clock starts. 'Ours' is the run of ``select``, 'ours, gains' what
+``--terms auto`` measures in its place, and 'forward and backward' what a pass over the same batches
+costs in plain torch, in evaluation mode, with gradients of the biases and nothing else. The gains'
+pass may end early. ``--data DIR`` takes 1,000 rows of DIR/sst2 in place of the shipped sentences.
+Rankings are of the terms that are not dead. Writes selection.json or selection_sst2.json in
+benchmarks/results/<device>/.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from torch import nn
 
 import beft_ext
 from beft_ext.commands import demo
-from beft_ext.selection import SETTLE, Selection
+from beft_ext.selection import Gains, Selection
 from beft_ext.tasks import Batches, Example, HeadObjective, load_task, subset
+from beft_ext.training.loss import on_device
 
 ROWS, LR, SEED = 1000, 4e-4, 0
 
@@ -44,14 +47,42 @@ class Job:
     def batches(self, size: int, by_length: bool = False) -> Batches:
         return self.objective.training(self.examples, size, SEED, by_length)
 
-    def ours(self, name: str, by_length: bool = False, settle: float = 0.0) -> Any:
+    def ours(self, name: str, by_length: bool = False) -> Any:
         loader = self.batches(authors.TRAINING_BATCH, by_length)
 
         def call() -> Selection:
             loader.set_epoch(0)
-            found = beft_ext.select(self.model, loader, lr=LR, seed=SEED, settle=settle)
+            found = beft_ext.select(self.model, loader, "beft", lr=LR, seed=SEED)
             self.rankings[name], self.dead = found.ranking["beft"], found.dead
             return found
+
+        return call
+
+    def gains(self, name: str) -> Any:
+        loader = self.batches(authors.TRAINING_BATCH)
+
+        def call() -> Gains:
+            loader.set_epoch(0)
+            found = beft_ext.measure_gains(
+                self.model, loader, observe=self.objective.observe, seed=SEED
+            )
+            self.rankings[name] = found.ranking
+            return found
+
+        return call
+
+    def passed(self) -> Any:
+        """Forward and backward alone."""
+        loader = self.batches(authors.TRAINING_BATCH)
+        model = copy.deepcopy(self.model).eval().requires_grad_(False)
+        for bias in self.biases:
+            model.get_parameter(bias.parameter).requires_grad_(True)
+
+        def call() -> None:
+            loader.set_epoch(0)
+            for batch in loader:
+                model.zero_grad()
+                model(**on_device(batch, model.device)).loss.backward()
 
         return call
 
@@ -84,14 +115,15 @@ def main() -> None:
     makers = {
         "ours": lambda: job.ours("ours"),
         "ours, by length": lambda: job.ours("ours, by length", by_length=True),
-        "ours, settled": lambda: job.ours("ours, settled", settle=SETTLE),
+        "ours, gains": lambda: job.gains("ours, gains"),
+        "forward and backward": job.passed,
         "authors' pipeline": lambda: job.theirs("authors' pipeline"),
     }
     found = measure(makers, arguments, warm=False)
     alive = {n: [t for t in r if t not in job.dead] for n, r in job.rankings.items()}
-    for name, s in found.items():
-        s["ranking"] = alive[name]
-        print(name, *alive[name])
+    for name, ranking in alive.items():
+        found[name]["ranking"] = ranking
+        print(name, *ranking)
     shipped = arguments.data is None
     key = f"MiniLM, {len(rows):,} {'shipped sentences' if shipped else 'rows of SST-2'}"
     show(key, found)

@@ -1,10 +1,14 @@
 """Does the selection pick the term that then trains best? Measures; study_page.py tells.
 
-For each task, size and seed: every living term of MiniLM is trained alone, with the head, for
-the same number of steps from the same start, and evaluated on the whole validation split;
-``select`` is run for several numbers of steps, its choice by each method noted; and on the way
-each term's BEFT score and its standard error, by which a run may end early. One JSON line for
-each in benchmarks/results/study.jsonl; what is there is not run again.
+A cell is a task, a number of examples and a seed, and has these parts:
+
+- ``gain``: what each living term of MiniLM would explain, told before any training;
+- ``choices``: the first term by each score of ``select``, after several numbers of steps;
+- ``scores``: those after the most steps;
+- ``reached``: the task's ``metric`` on the whole validation split of each term trained alone, with the head,
+  for the same number of steps from the same start.
+
+Cells are lines of benchmarks/results/study.jsonl. Only the parts that a cell lacks are measured.
 
     python benchmarks/study.py sst2:100 sst2:300 rte:300 --data DIR --seeds 5
     python benchmarks/study.py sentences:100 --seeds 5       # the shipped sentences
@@ -14,80 +18,124 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from beft_ext.selection.settling import FIRST, Settling
-from torch import nn
 
-from beft_ext import find_biases, scores, select
+from beft_ext import Selection, find_biases, measure_gains, select
 from beft_ext.commands import demo
 from beft_ext.commands.loading import ModelSpec, Source
 from beft_ext.files import whole_file
-from beft_ext.models import Bias
+from beft_ext.scores import SCORES
 from beft_ext.selection import ModelSnapshot, Run
 from beft_ext.tap import Tap
-from beft_ext.tasks import subset
+from beft_ext.tasks import Batches, subset
 
 RESULTS = Path(__file__).resolve().parent / "results" / "study.jsonl"
 BATCH, STEPS, LR = 16, 80, 1e-2
 SELECTING = (5, 10, 20, 40)
-Looks = dict[str, dict[str, tuple[float, float]]]  # by step and term: score, standard error
+KEPT = ("values", "errors", "chance", "leads", "head", "examples")  # of the gains
+Record = dict[str, Any]
 
 
-def source(name: str, data: Path | None) -> Source:
-    if name == "sentences":
+class Cell:
+    """The rows of a task, and a model that each part leaves as it was."""
+
+    def __init__(self, task: str, size: int, seed: int, data: Path | None) -> None:
+        self.source, self.seed = source(task, data), seed
+        self.rows = subset(self.source.read("train"), size, seed)
+        self.model, self.objective = ModelSpec(str(demo.minilm()), seed=seed).load(self.source.task)
+
+    def batches(self) -> Batches:
+        return self.objective.training(self.rows, BATCH, self.seed)
+
+    def gain(self, _: Record) -> Record:
+        """The gains, and how long it took to measure them."""
+        start = time.perf_counter()
+        found = measure_gains(
+            self.model, self.batches(), observe=self.objective.observe, seed=self.seed
+        ).record()
+        seconds = time.perf_counter() - start
+        return {key: found[key] for key in KEPT} | {"seconds": round(seconds, 2)}
+
+    def choices(self, _: Record) -> dict[str, dict[str, str]]:
+        """By steps and score."""
+        rankings = {steps: self.selected(steps).ranking for steps in SELECTING}
+        return {str(n): {m: found[m][0] for m in SCORES} for n, found in rankings.items()}
+
+    def scores(self, _: Record) -> dict[str, dict[str, float]]:
+        """By score and living term."""
+        found = self.selected(SELECTING[-1])
+        return {m: {t: found.scores[m][t] for t in found.ranking[m]} for m in SCORES}
+
+    def selected(self, steps: int) -> Selection:
+        return select(self.model, self.batches(), "beft", steps=steps, seed=self.seed)
+
+    def reached(self, record: Record) -> dict[str, float]:
+        """The task's metric of each living term trained alone."""
+        validation = self.source.read("validation")
+        held_out, biases = self.objective.held_out(validation, 64), find_biases(self.model)
+        reached = {}
+        for term in record["gain"]["values"]:
+            own = [b for b in biases if b.term == term]
+            with ModelSnapshot(self.model), Tap(self.model, own) as tap:
+                torch.manual_seed(self.seed)
+                Run(self.model, tap, steps=STEPS, lr=LR).train(self.batches(), progress=False)
+                metrics = self.objective.evaluate(self.model, held_out, validation)
+            reached[term] = metrics[self.source.task.metric]
+        return reached
+
+
+# In order: a part is given the cell's record with those before it.
+PARTS: dict[str, Callable[[Cell, Record], Any]] = {
+    "metric": lambda cell, _: cell.source.task.metric,
+    "gain": Cell.gain,
+    "choices": Cell.choices,
+    "scores": Cell.scores,
+    "reached": Cell.reached,
+}
+
+
+def source(task: str, data: Path | None) -> Source:
+    if task == "sentences":
         files = (demo.DATA / f"{split}.jsonl" for split in ("train", "validation"))
         return Source(None, None, *files)
-    return Source(name, data)
+    return Source(task, data)
 
 
-def measure(name: str, size: int, seed: int, data: Path | None) -> dict[str, Any]:
-    """Metric of each term trained alone, and each method's choice after some steps."""
-    origin = source(name, data)
-    train = subset(origin.read("train"), size, seed)
-    validation = origin.read("validation")
-    model, objective = ModelSpec(str(demo.minilm()), seed=seed).load(origin.task)
-    held_out = objective.held_out(validation, 64)
-    biases = find_biases(model)
-    choices: dict[str, dict[str, str]] = {}
-    dead: list[str] = []
-    for steps in SELECTING:
-        found = select(model, objective.training(train, BATCH, seed), steps=steps, seed=seed)
-        choices[str(steps)] = {m: found.ranking[m][0] for m in scores.SCORES}
-        dead = found.dead
-    alive = [b for b in biases if b.term not in dead]
-    looks = looked_at(model, alive, objective.training(train, BATCH, seed), seed)
-    reached = {}
-    for term in dict.fromkeys(b.term for b in alive):
-        loader = objective.training(train, BATCH, seed)
-        with ModelSnapshot(model), Tap(model, [b for b in biases if b.term == term]) as tap:
-            torch.manual_seed(seed)
-            Run(model, tap, steps=STEPS, lr=LR).train(loader, progress=False)
-            metrics = objective.evaluate(model, held_out, validation)
-        reached[term] = metrics[origin.task.metric]
-    place = {"task": name, "size": size, "seed": seed, "steps": STEPS}
-    found_all = {"reached": reached, "choices": choices, "looks": looks}
-    return place | {"metric": origin.task.metric} | found_all
+def place(record: Record) -> tuple[str, int, int]:
+    return record["task"], record["size"], record["seed"]
 
 
-def looked_at(model: nn.Module, biases: Sequence[Bias], loader: Any, seed: int) -> Looks:
-    """Scores and errors at each step of the longest selection from the first look on."""
-    looks: Looks = {}
-    settling = Settling("beft", risk=0.05)
+def complete(record: Record, data: Path | None) -> None:
+    """Measure what a cell's record lacks, and keep it."""
+    missing = [part for part in PARTS if part not in record]
+    if missing:
+        cell = Cell(*place(record), data)
+        record = dict(record)
+        for part in missing:
+            record[part] = PARTS[part](cell, record)
+        keep(record)
+        print(json.dumps(record), flush=True)
 
-    def look(run: Run) -> bool:
-        if run.done >= FIRST:
-            means, errors = settling.measured(run)
-            looks[str(run.done)] = {t: (means[t], errors[t]) for t in means}
-        return False
 
-    with ModelSnapshot(model), Tap(model, biases) as tap:
-        torch.manual_seed(seed)
-        Run(model, tap, steps=SELECTING[-1]).train(loader, progress=False, enough=look)
-    return looks
+def keep(record: Record) -> None:
+    """Write a cell in the place of what there was of it."""
+    known = {place(r): r for r in results()}  # read anew: another process may have added some
+    known[place(record)] = record
+    with whole_file(RESULTS) as temporary:
+        text = "".join(json.dumps(line) + "\n" for line in known.values())
+        temporary.write_text(text, encoding="utf-8")
+
+
+def results() -> list[Record]:
+    """What has been measured."""
+    if not RESULTS.is_file():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -97,23 +145,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5)
     arguments = parser.parse_args(argv)
     for cell in arguments.cells:
-        name, _, size = cell.partition(":")
+        task, _, size = cell.partition(":")
         for seed in range(arguments.seeds):
-            if (name, int(size), seed) in {(r["task"], r["size"], r["seed"]) for r in results()}:
-                continue
-            record = measure(name, int(size), seed, arguments.data)
-            lines = [*results(), record]  # read anew: another process may have added some
-            with whole_file(RESULTS) as temporary:
-                text = "".join(json.dumps(line) + "\n" for line in lines)
-                temporary.write_text(text, encoding="utf-8")
-            print(json.dumps(record), flush=True)
-
-
-def results() -> list[dict[str, Any]]:
-    """What has been measured."""
-    if not RESULTS.is_file():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+            known = {place(r): r for r in results()}
+            new = {"task": task, "size": int(size), "seed": seed, "steps": STEPS}
+            complete(known.get((task, int(size), seed), new), arguments.data)
 
 
 if __name__ == "__main__":

@@ -2,51 +2,93 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from beft_ext.selection.settling import FIRST, is_settled, next_look
-from study import SELECTING, results
+from study import LR, SELECTING, Record, results
 
 from beft_ext.files import whole_file
 from beft_ext.scores import SCORES
-from beft_ext.selection import SETTLE
+from beft_ext.selection import Choice, Gains
+from beft_ext.selection.choice import PRIORS, Prior, weighed
+from beft_ext.selection.gain_result import MARGIN, SURE
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "selection.md"
-Record = dict[str, Any]
-Chooser = Callable[[Record], str]
+SPREAD = PRIORS["encoder"].spread
+LARGE = 300  # examples of the cells that a prior is fitted to
+WRONG = 1.0  # point of accuracy lost, or more
+Way = Callable[[Record], list[str]]  # the term that is picked; of several, one by chance
 
 
-def choosers(steps: int) -> dict[str, Chooser]:
-    """Each method's choice after some steps; and value, without any."""
-    made: dict[str, Chooser] = {m: lambda r, m=m: r["choices"][str(steps)][m] for m in SCORES}  # type: ignore[misc]
-    return made | {"always value": lambda r: "value"}
+def gains_of(record: Record) -> Gains:
+    """A cell's gains; what a choice does not look at is left empty."""
+    found, nothing = record["gain"], {"bands": {}, "steps": {}, "elements": {}, "curve": {}}
+    more = {"ranking": list(found["values"]), "frontier": [], "dead": [], "folded": False}
+    return Gains.of(nothing | more | found)
 
 
-def judged(records: Sequence[Record], choose: Chooser) -> tuple[int, float, float]:
-    """How often the choice trained best of all terms, and its mean and worst loss against the
-    best."""
-    lost = [max(r["reached"].values()) - r["reached"][choose(r)] for r in records]
-    return sum(x <= 0 for x in lost), statistics.fmean(lost), max(lost)
+def prior_without(records: Sequence[Record], task: str) -> Prior:
+    """Fitted to the large cells of the other tasks."""
+    above: dict[str, list[float]] = {}
+    for r in records:
+        if r["task"] != task and r["size"] == LARGE:
+            values = r["gain"]["values"]
+            for term, value in values.items():
+                above.setdefault(term, []).append(value - statistics.fmean(values.values()))
+    means = {term: statistics.fmean(found) for term, found in above.items()}
+    return Prior(means, SPREAD, "the other tasks")
+
+
+def ways(records: Sequence[Record]) -> dict[tuple[str, str], Way]:
+    """By name and number of steps."""
+    picks: dict[tuple[str, str], Way] = {
+        ("gain", "none"): lambda r: [gains_of(r).best],
+        ("auto", "none"): lambda r: [chosen(records, r).term],
+        ("always mlp_up", "none"): lambda r: ["mlp_up"],
+        ("always value", "none"): lambda r: ["value"],
+        ("chance", "none"): lambda r: list(r["reached"]),
+    }
+    return picks | {(m, str(n)): by_score(m, n) for n in SELECTING for m in SCORES}
+
+
+def by_score(method: str, steps: int) -> Way:
+    return lambda r: [r["choices"][str(steps)][method]]
+
+
+def chosen(records: Sequence[Record], record: Record) -> Choice:
+    """What auto picks, with a prior that never saw the task."""
+    return weighed(gains_of(record), prior_without(records, record["task"]))
+
+
+def lost(record: Record, terms: Sequence[str]) -> float:
+    """Points of accuracy against the best term."""
+    reached = record["reached"]
+    return 100 * (max(reached.values()) - statistics.fmean(reached[t] for t in terms))
+
+
+def hit(record: Record, terms: Sequence[str]) -> float:
+    """Whether the best term was picked; a share where several are."""
+    reached = record["reached"]
+    return statistics.fmean(reached[t] == max(reached.values()) for t in terms)
+
+
+def rank_correlation(found: Mapping[str, float], reached: Mapping[str, float]) -> float:
+    """Spearman's, over the terms of ``found``; equal values share their mean rank."""
+    return statistics.correlation(*(_ranks([v[t] for t in found]) for v in (found, reached)))
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    return [sum(w < v for w in values) + sum(w == v for w in values) / 2 for v in values]
 
 
 def page(records: Sequence[Record]) -> str:
-    count = len(records)
-    best: dict[str, int] = {}
-    for r in records:
-        for term, value in r["reached"].items():
-            best[term] = best.get(term, 0) + (value == max(r["reached"].values()))
-    means = {t: statistics.fmean(r["reached"][t] for r in records) for t in best}
-    pair = sum(r["reached"]["value"] >= r["reached"]["query"] for r in records)
     lines = [
         "# Does the selection pick the right term?",
         "",
-        f"Written by `benchmarks/study_page.py` from {count} cells: MiniLM, each living term",
-        f"trained alone with the head for {records[0]['steps']} steps of 16 examples, evaluated",
-        "once on the whole validation split; `select` with its defaults for some steps. Cells:",
+        f"Written by `benchmarks/study_page.py` from {len(records)} cells: MiniLM, each living",
+        f"term trained alone with the head for {records[0]['steps']} steps of 16 examples at the",
+        f"rate {LR}, evaluated once on the whole validation split. Cells:",
         f"{', '.join(_cells(records))}.",
         "",
         "```",
@@ -55,75 +97,19 @@ def page(records: Sequence[Record]) -> str:
         "python benchmarks/study_page.py",
         "```",
         "",
-        "## What each method picks",
-        "",
-        f"How often the pick trained best of all terms, of {count}; what is lost against the best",
-        "term, in points of accuracy (mean, worst); by steps of selection.",
-        "",
-        "| method | steps | best | lost, mean | lost, worst | picks |",
-        "| --- | --- | --- | --- | --- | --- |",
+        *("## What each way picks", "", *_picks(records), ""),
+        *("## Is it right about being sure?", "", *_sureness(records), ""),
+        *("## Does it order the terms?", "", *_orders(records), ""),
+        *("## What each term reaches", "", *_terms(records), ""),
+        *("## What follows", "", *_conclusion(records), ""),
+        *("## What this does not tell", "", *_limits()),
     ]
-    for steps in SELECTING:
-        for name, choose in choosers(steps).items():
-            if name == "always value" and steps != SELECTING[0]:
-                continue
-            hits, mean, worst = judged(records, choose)
-            picks = ", ".join(sorted({choose(r) for r in records}))
-            shown = "none" if name == "always value" else str(steps)
-            row = (name, shown, str(hits), f"{100 * mean:.1f}", f"{100 * worst:.1f}", picks)
-            lines.append(f"| {' | '.join(row)} |")
-    lines += [
-        "",
-        "## What each term reaches",
-        "",
-        "| term | mean accuracy | best in |",
-        "| --- | --- | --- |",
-    ]
-    for term, mean in sorted(means.items(), key=lambda item: -item[1]):
-        lines.append(f"| {term} | {mean:.3f} | {best[term]} |")
-    lines += ["", "## When is it settled?", "", *_settling(records)]
-    lines += ["", "## What follows", "", *_conclusion(records, pair)]
     return "\n".join(lines) + "\n"
 
 
-def stop(record: Record, risk: float, left_out: Sequence[str] = ()) -> tuple[int, str] | None:
-    """The step at which a selection among all terms but ``left_out`` ends, and its first term."""
-    looks, step = record["looks"], FIRST
-    while str(step) in looks:
-        seen = {t: v for t, v in looks[str(step)].items() if t not in left_out}
-        means, errors = ({t: v[i] for t, v in seen.items()} for i in (0, 1))
-        if is_settled(means, errors, risk):
-            return step, max(means, key=lambda term: means[term])
-        step = next_look(step)
-    return None
-
-
-def order(record: Record) -> list[str]:
-    """The terms by the BEFT score at the end of the longest selection."""
-    last = list(record["looks"].values())[-1]
-    return sorted(last, key=lambda term: -last[term][0])
-
-
-def _settling(records: Sequence[Record]) -> list[str]:
-    """Of whole selections, and of those among the terms behind the first, the first two, ..."""
-    lines = [
-        f"`settle` ends a run early. How many of the selections of {SELECTING[-1]} steps it ended,",
-        "after how many steps (median), and how often the first term then was not the first at",
-        "their end: among all terms, and with those contests too that are left when the terms",
-        "that come first are taken away one after another.",
-        "",
-        "| risk | contests | ended | steps | first differs |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for risk, rest in itertools.product((0.01, 0.05, 0.2), (False, True)):
-        contests = [(r, order(r)[:n]) for r in records for n in range(len(order(r)) - 1)]
-        own = contests if rest else [(r, left) for r, left in contests if not left]
-        ended = [(r, left, found) for r, left in own if (found := stop(r, risk, left))]
-        wrong = sum(found[1] != order(r)[len(left)] for r, left, found in ended)
-        steps = f"{statistics.median(f[0] for *_, f in ended):.0f}" if ended else "none"
-        what = "with those left" if rest else "all terms"
-        lines.append(f"| {risk} | {what} | {len(ended)} of {len(own)} | {steps} | {wrong} |")
-    return lines
+def by_size(records: Sequence[Record]) -> dict[int, list[Record]]:
+    sizes = sorted({r["size"] for r in records})
+    return {size: [r for r in records if r["size"] == size] for size in sizes}
 
 
 def _cells(records: Sequence[Record]) -> list[str]:
@@ -135,41 +121,139 @@ def _cells(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _conclusion(records: Sequence[Record], pair: int) -> list[str]:
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _picks(records: Sequence[Record]) -> list[str]:
+    sized = by_size(records)
+    heads = [f"{size}: {head}" for size in sized for head in ("best", "lost, mean", "lost, worst")]
+    lines = [
+        "How often the pick trained best of all terms; what is lost against the best term, in",
+        "points of accuracy. 'gain' takes the largest gain. 'auto' weighs the gains and a prior,",
+        "as `--terms auto` does; its prior here is fitted to the cells of the other tasks with",
+        f"{LARGE} examples: a term's mean gain above the mean of all terms, with a spread of",
+        f"{SPREAD}. 'chance' is the mean over all terms. The others are the scores of `select`,",
+        "with its defaults, after some steps.",
+        "",
+        _row("picked by", "steps", *heads, "picks"),
+        _row(*["---"] * (3 + len(heads))),
+    ]
+    for (name, steps), way in ways(records).items():
+        cells: list[str] = []
+        for own in sized.values():
+            hits, losses = sum(hit(r, way(r)) for r in own), [lost(r, way(r)) for r in own]
+            cells += [f"{hits:.3g} of {len(own)}"]
+            cells += [f"{statistics.fmean(losses):.1f}", f"{max(losses):.1f}"]
+        picks = sorted({term for r in records for term in way(r)})
+        lines.append(_row(name, steps, *cells, "all" if name == "chance" else ", ".join(picks)))
+    return lines
+
+
+def _sureness(records: Sequence[Record]) -> list[str]:
+    lines = [
+        f"'auto' is sure where its confidence is at least {SURE}: the probability that no rival",
+        f"explains {MARGIN} more. A pick is wrong here where it lost more than {WRONG:.0f} point.",
+        "",
+        _row("examples", "sure", "wrong when sure", "wrong when not sure"),
+        _row(*["---"] * 4),
+    ]
+    for size, own in by_size(records).items():
+        wrong: dict[bool, list[bool]] = {True: [], False: []}
+        for r in own:
+            choice = chosen(records, r)
+            wrong[choice.sure].append(lost(r, [choice.term]) > WRONG)
+        shown = [f"{sum(wrong[sure])} of {len(wrong[sure])}" for sure in (True, False)]
+        lines.append(_row(size, f"{len(wrong[True])} of {len(own)}", *shown))
+    return lines
+
+
+def orders(record: Record) -> dict[str, dict[str, float]]:
+    """The gains, and each score after the most steps, by term."""
+    return {"gain": record["gain"]["values"]} | record["scores"]
+
+
+def _orders(records: Sequence[Record]) -> list[str]:
+    sized = by_size(records)
+    lines = [
+        "Rank correlation (Spearman's) of the gain, and of each score after",
+        f"{SELECTING[-1]} steps, with the accuracy that the terms reach: mean over the cells.",
+        "",
+        _row("", *(f"{size} examples" for size in sized)),
+        _row(*["---"] * (1 + len(sized))),
+    ]
+    for name in orders(records[0]):
+        found = (
+            statistics.fmean(rank_correlation(orders(r)[name], r["reached"]) for r in own)
+            for own in sized.values()
+        )
+        lines.append(_row(name, *(f"{value:.2f}" for value in found)))
+    return lines
+
+
+def _terms(records: Sequence[Record]) -> list[str]:
+    lines = [_row("term", "mean accuracy", "best in"), _row(*["---"] * 3)]
+    means = {t: statistics.fmean(r["reached"][t] for r in records) for t in records[0]["reached"]}
+    for term, mean in sorted(means.items(), key=lambda item: -item[1]):
+        best = sum(hit(r, [term]) for r in records)
+        lines.append(_row(term, f"{mean:.3f}", f"{best:.0f} of {len(records)}"))
+    return lines
+
+
+def _conclusion(records: Sequence[Record]) -> list[str]:
     """In words that hold for the figures above, or not at all."""
-    count, said = len(records), []
-    by_beft = [[choosers(s)["beft"](r) for r in records] for s in SELECTING]
-    same = sum(pick == "value" for pick in by_beft[-1])
-    fewest = next((s for s, p in zip(SELECTING, by_beft, strict=True) if p == by_beft[-1]), None)
-    said.append(
-        f"- Of query and value, which the paper chooses between (the key is dead here), value is "
-        f"no worse in {pair} of {count} cells; the BEFT score picks value in {same} of {count}."
-    )
-    if fewest is not None:
-        said.append(f"- {fewest} steps give the BEFT score's pick of {SELECTING[-1]} steps.")
-    mean = {n: judged(records, c)[1] for n, c in choosers(SELECTING[-1]).items()}
-    least = min(mean, key=lambda n: mean[n])
-    said.append(
-        f"- The least is lost by {least} ({100 * mean[least]:.1f} points on average), the most by "
-        f"{max(mean, key=lambda n: mean[n])} ({100 * max(mean.values()):.1f})."
-    )
-    top = max(
-        records[0]["reached"], key=lambda t: statistics.fmean(r["reached"][t] for r in records)
-    )
-    if top not in ("query", "value"):
+    picks, said = ways(records), []
+    means = {
+        (name, size): statistics.fmean(lost(r, way(r)) for r in own)
+        for size, own in by_size(records).items()
+        for (name, steps), way in picks.items()
+        if steps in ("none", str(SELECTING[-1]))
+    }
+    small = min(by_size(records))
+    for size in by_size(records):
+        gain, value, up = (means[n, size] for n in ("gain", "always value", "always mlp_up"))
         said.append(
-            f"- Trained alone, {top} does best on average. No method sees that: scores compare how "
-            "far terms move in one common run, not what each could do alone."
+            f"- With {size} examples the largest gain loses {gain:.1f} points, always taking value "
+            f"{value:.1f}, always taking mlp_up {up:.1f}."
         )
-    if mean["beft"] <= mean["always value"]:
-        ends = [found for r in records if (found := stop(r, SETTLE))]
+    if means["gain", small] > 2 * means["auto", small]:
         said.append(
-            "- `--terms auto` goes by the BEFT score: on this study it is at least as good as "
-            f"always taking value. It ends its selection at a risk of {SETTLE} (after "
-            f"{statistics.median(f[0] for f in ends):.0f} steps in the median here), prints why "
-            "it chose, and takes the value where scores are undefined."
+            f"- With {small} examples the gain alone is noise. The prior mends that: auto loses "
+            f"{means['auto', small]:.1f} points."
         )
+    autos = {chosen(records, r).term for r in records}
+    if len(autos) == 1:
+        said.append(
+            f"- Auto picks {autos.pop()} in every cell. The prior is from the same model, so auto "
+            "is as good as always taking that term here, and no better."
+        )
+    count, first, last = len(records), SELECTING[0], SELECTING[-1]
+    pair = sum(r["reached"]["value"] >= r["reached"]["query"] for r in records)
+    by_beft = {n: [r["choices"][str(n)]["beft"] for r in records] for n in (first, last)}
+    said.append(
+        "- Of query and value, which the paper chooses between (the key is dead here), value is "
+        f"no worse in {pair} of {count} cells; the BEFT score picks value in "
+        f"{by_beft[last].count('value')} of {count}."
+    )
+    if by_beft[first] == by_beft[last]:
+        said.append(f"- {first} steps give the BEFT score's pick of {last} steps.")
+    said.append(
+        "- The scores compare how far terms move in one common run, not what each could do alone."
+    )
     return said
+
+
+def _limits() -> list[str]:
+    return [
+        f"- Each term trained at one rate, {LR}, and from one training seed in a cell. Other rates",
+        "  may suit other terms.",
+        "- The validation rows that judge a pick also name the best term. So what is lost is not",
+        "  cross-fitted: a part of it is the best term's luck.",
+        "- RTE learns nothing here: its terms differ by chance.",
+        "- It is one encoder. No decoder is in the study.",
+        "- The snr's picks are older than its floor of 1/N, which is the same for each term and",
+        "  changes no order.",
+    ]
 
 
 def main() -> None:

@@ -56,10 +56,7 @@ class Choice:
 
 
 def automatic(gains: Gains, family: str, budget: int | None = None) -> Choice:
-    """The term whose gain is largest once the prior is weighed in; or a set within a budget.
-
-    Both are normal: the gain of a term, less the mean of all, with its paired error, and the
-    prior. A set comes from the frontier, by its gain alone.
+    """The term to train; or a set within a budget, from the frontier, by its gain alone.
 
     Args:
         family: a key of ``PRIORS``; another one has the widest prior.
@@ -70,8 +67,16 @@ def automatic(gains: Gains, family: str, budget: int | None = None) -> Choice:
     """
     if budget is not None:
         return _affordable(gains, budget)
-    prior = PRIORS.get(family, PRIORS["other"])
-    posterior = {t: _weighed(gains, t, prior) for t in gains.ranking}
+    return weighed(gains, PRIORS.get(family, PRIORS["other"]))
+
+
+def weighed(gains: Gains, prior: Prior) -> Choice:
+    """The term whose gain is largest once the prior is weighed in.
+
+    Both are normal: the gain of a term, less the mean of all, with its paired error, and the
+    prior.
+    """
+    posterior = {t: _above_mean(gains, t, prior) for t in gains.ranking}
     first = max(posterior, key=lambda t: posterior[t].mean)
     doubts = (
         1 - (rival - posterior[first]).cdf(MARGIN) for t, rival in posterior.items() if t != first
@@ -105,7 +110,7 @@ def _affordable(gains: Gains, budget: int) -> Choice:
     return Choice(name, gains.confidence, f"{reason}; it has {size:,} ({gains.examples} examples)")
 
 
-def _weighed(gains: Gains, term: str, prior: Prior) -> NormalDist:
+def _above_mean(gains: Gains, term: str, prior: Prior) -> NormalDist:
     """What a term explains more than the mean of all terms."""
     told = gains.values[term] - fmean(gains.values.values())
     # The error of a difference of two terms holds both of theirs.

@@ -5,6 +5,7 @@ import functools
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -312,3 +313,50 @@ def test_the_study_says_what_was_measured():
     from study_page import OUT, page
 
     assert OUT.read_text() == page(results())
+
+
+def test_a_cell_of_the_study_gets_the_parts_that_it_lacks_and_no_other(monkeypatch, tmp_path):
+    import study
+
+    known = {"task": "a", "size": 3, "seed": 0, "reached": {"value": 0.5}}
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "study.jsonl")
+    monkeypatch.setattr(study, "Cell", mock.MagicMock())
+    parts = {"gain": lambda _, r: f"beside {r['reached']}", "reached": None}
+    monkeypatch.setattr(study, "PARTS", parts)
+    study.keep({**known, "seed": 1})
+    study.keep(known)
+    study.complete(known, None)
+    found = study.results()
+    assert [r["seed"] for r in found] == [1, 0] and found[0] == {**known, "seed": 1}
+    assert found[1] == {**known, "gain": "beside {'value': 0.5}"}
+    study.complete(found[1], None)
+    assert study.Cell.call_count == 1
+
+
+def test_the_study_ranks_as_scipy_does():
+    from scipy.stats import spearmanr
+    from study_page import rank_correlation
+
+    a, b = {"x": 0.1, "y": 0.1, "z": 3.0, "w": -1.0}, {"w": 2, "x": 5, "y": 1, "z": 5, "v": 9}
+    want = spearmanr(list(a.values()), [b[t] for t in a]).statistic
+    assert rank_correlation(a, b) == pytest.approx(want)
+
+
+def test_what_a_pick_loses_is_against_the_best_term():
+    from study_page import hit, lost
+
+    record = {"reached": {"a": 0.5, "b": 0.75, "c": 0.75, "d": 0.5}}
+    assert (lost(record, ["a"]), hit(record, ["a"])) == (25, 0)
+    assert (lost(record, ["c"]), hit(record, ["c"])) == (0, 1)
+    assert (lost(record, list("abcd")), hit(record, list("abcd"))) == (12.5, 0.5)
+
+
+def test_the_studys_prior_never_saw_the_task():
+    from study_page import LARGE, prior_without
+
+    def cell(task, size, **values):
+        return {"task": task, "size": size, "gain": {"values": values}}
+
+    others = [cell("a", LARGE, x=0.3, y=0.1), cell("b", LARGE, x=0.5, y=0.1)]
+    own = [cell("c", LARGE, x=0.0, y=9.0), cell("a", LARGE // 3, x=0.0, y=9.0)]
+    assert prior_without([*own, *others], "c").means == pytest.approx({"x": 0.15, "y": -0.15})

@@ -48,7 +48,6 @@ def test_biases_and_doctor(minilm, capsys):
         (["--train-file", "EMPTY"], "no rows"),
         (["--train-file", "BROKEN"], "cannot be read"),
         (["--train-file", "DATA", "--terms", "foo", "--steps", "1"], "unknown term 'foo'"),
-        (["--train-file", "DATA", "--settle", "0.7"], "a probability"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(minilm, tmp_path, capsys, args, message):

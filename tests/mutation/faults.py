@@ -370,6 +370,29 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("copy.deepcopy(module).eval()", "copy.deepcopy(module)"),
         ],
     ),
+    "beft_ext/selection/candidates.py": (
+        SELECTION,
+        [
+            ("            module.bias = None  #", "            pass  #"),
+            ("    model.eval()\n", ""),
+            ("[b for b in lack if b in names]", "lack"),
+            ("lack = [] if any(b.term in QKV for b in have) else attention", "lack = attention"),
+            ("v[:4] if isinstance(v, Tensor)", "v if isinstance(v, Tensor)"),
+        ],
+    ),
+    "beft_ext/selection/choice.py": (
+        ("selection/test_choice.py",),
+        [
+            ('PRIORS.get(family, PRIORS["other"])', 'PRIORS["encoder"]'),
+            (".cdf(MARGIN)", ".cdf(0.0)"),
+            ("max(0.0, 1 - sum(doubts))", "1 - sum(doubts)"),
+            (" - fmean(gains.values.values())", ""),
+            ("error / 2**0.5", "error"),
+            ('term.partition("@")[0]', "term"),
+            ("mean * known", "mean"),
+            ("    if first != gains.best:", "    if False:"),
+        ],
+    ),
     "beft_ext/models/find.py": (
         MODELS,
         [

@@ -1,32 +1,89 @@
-"""What 'auto' trains, and that it says why."""
+"""What 'auto' trains, how sure it is, and that it says why."""
 
-from conftest import batch, tiny
+from statistics import NormalDist
 
-from beft_ext import select
-from beft_ext.selection import automatic
+import pytest
+from hypothesis import given, strategies as st
 
-
-def loader():
-    found = [batch(seed=i) for i in range(5)]
-    for each in found:
-        each["input_ids"][:, 0] = 1
-    return found
+from beft_ext.selection import Gains, automatic
+from beft_ext.selection.choice import PRIORS, Prior, weighed
+from beft_ext.selection.gain_result import MARGIN, SURE
 
 
-def test_the_first_by_the_beft_score_with_its_reason():
-    selection = select(tiny("bert"), loader(), lr=1e-2)
-    term, reason = automatic(selection)
-    assert term == selection.ranking["beft"][0]
-    assert selection.ranking["beft"][1] in reason and "magnitude" in reason
+def gains(error, **values):
+    """Of 100 examples; ``error``: of each gain and of the first's lead over each other."""
+    ranking = sorted(values, key=lambda t: -values[t])
+    return Gains(
+        ranking=ranking,
+        values={t: values[t] for t in ranking},
+        errors=dict.fromkeys(ranking, error),
+        chance=dict.fromkeys(ranking, 0.005),
+        leads={t: (values[ranking[0]] - values[t], error) for t in ranking[1:]},
+        bands={t: {} for t in ranking},
+        steps=dict.fromkeys(ranking, 1.0),
+        elements=dict.fromkeys(ranking, 32),
+        curve={},
+        head=None,
+        frontier=[],
+        dead=[],
+        examples=100,
+        folded=False,
+    )
 
 
-def test_the_value_where_biases_start_at_zero(bias_free_family):
-    selection = select(tiny(bias_free_family), loader(), lr=1e-2)
-    term, reason = automatic(selection)
-    assert term == "value" and "undefined" in reason
+@pytest.mark.parametrize("family", [*PRIORS, "a family that nobody studied"])
+def test_a_clear_lead_wins_in_any_family(family):
+    choice = automatic(gains(0.002, query=0.4, value=0.1, mlp_up=0.1), family)
+    assert choice.term == "query" and choice.sure and choice.confidence > 0.99
+    assert "'query'" not in choice.reason  # nothing speaks for another
+    assert "0.400 ± 0.002" in choice.reason and "100 examples; sure" in choice.reason
 
 
-def test_a_settled_selection_says_when():
-    selection = select(tiny("bert"), loader(), lr=1e-2)
-    ended = type(selection)(**{**vars(selection), "steps": 50})
-    assert "settled after 5 of 50 steps" in automatic(ended)[1]
+def test_noise_goes_to_the_term_that_the_prior_names():
+    noisy = gains(0.5, query=0.06, value=0.01, mlp_up=0.02)
+    choice = automatic(noisy, "encoder")
+    assert choice.term == "mlp_up"
+    assert "0.020 ± 0.500" in choice.reason and "'query' 0.060 ± 0.500" in choice.reason
+    assert PRIORS["encoder"].evidence in choice.reason and "'mlp_up'" in choice.reason
+
+
+def test_an_unknown_family_has_the_widest_prior():
+    noisy = gains(0.5, query=0.06, value=0.01, mlp_up=0.02)
+    widest = max(PRIORS.values(), key=lambda prior: prior.spread)
+    assert automatic(noisy, "nobody's") == weighed(noisy, widest)
+
+
+def test_layers_of_a_term_share_its_prior():
+    noisy = {"query": 0.06, "mlp_up@0-1": 0.02}
+    assert automatic(gains(0.5, **noisy), "encoder").term == "mlp_up@0-1"
+
+
+def test_without_data_the_prior_is_what_is_told():
+    """A rival's surplus is normal around the difference of the means, with twice the variance."""
+    prior = Prior({"a": 0.05}, spread=0.03, evidence="nothing")
+    choice = weighed(gains(1e6, a=0.0, b=0.0), prior)
+    want = NormalDist(0.05, 2**0.5 * 0.03).cdf(-MARGIN)
+    assert choice.term == "a" and choice.confidence == pytest.approx(1 - want, rel=1e-6)
+
+
+def test_without_a_prior_the_paired_error_is_what_is_told():
+    prior = Prior({}, spread=1e6, evidence="nothing")
+    choice = weighed(gains(0.07, a=0.2, b=0.1), prior)
+    want = NormalDist(0.2 - 0.1, 0.07).cdf(-MARGIN)
+    assert choice.term == "a" and choice.confidence == pytest.approx(1 - want, rel=1e-6)
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcdefg"), st.floats(-1, 1), min_size=1),
+    st.floats(0, 10),
+    st.floats(0.01, 10),
+)
+def test_confidence_is_a_probability(values, error, spread):
+    choice = weighed(gains(error, **values), Prior({"a": 0.1}, spread, "nothing"))
+    assert choice.term in values and 0 <= choice.confidence <= 1
+    assert choice.sure == (choice.confidence >= SURE)
+
+
+def test_a_term_without_a_rival_is_sure():
+    choice = automatic(gains(0.1, value=0.3), "encoder")
+    assert (choice.term, choice.confidence) == ("value", 1.0)

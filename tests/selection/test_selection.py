@@ -7,14 +7,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from beft_ext.selection.settling import chance
 from conftest import CONFIGS, batch, tiny
 from safetensors.numpy import load_file
 
 from beft_ext import SelectionError, Tap, TapError, find_biases, prepare, select
-from beft_ext.commands import demo
 from beft_ext.selection import ProbeError, dead_terms
-from beft_ext.tasks import HeadObjective
 
 
 def loader(n=5):
@@ -114,9 +111,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_nothing():
         ({"method": "best"}, "unknown method"),
         ({"terms": ["valu"]}, "unknown term 'valu'"),
         ({"terms": "value@2"}, "the model has 2 layers, 0 to 1"),
-        ({"steps": 0}, "nothing to train"),
-        ({"settle": 0.5}, "a probability"),
-        ({"settle": 0.05, "method": "snr"}, "use beft or magnitude"),
+        ({"steps": 0, "method": "beft"}, "nothing to train"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -159,13 +154,6 @@ def test_each_entry_of_a_set_of_terms_is_a_candidate(tmp_path):
     found.save(tmp_path)
     prepared = prepare(model, found.best)
     assert prepared.terms == (found.best,)
-
-
-def test_a_settled_run_counts_each_entry():
-    """Two entries of one term compete: told as one, they would never settle."""
-    given = [batch(seed=i) for i in range(40)]
-    found = select(tiny("bert"), given, lr=1e-2, terms="mlp_norm@0+mlp_norm@1", settle=0.49)
-    assert found.settled and len(found.ranking["beft"]) == 2
 
 
 def test_a_bias_is_added_only_where_one_is_named():
@@ -222,40 +210,6 @@ def test_without_any_bias_those_of_the_attention_are_added_for_the_run(bias_free
     assert "initial" in found.undefined["value"] and found.ranking["magnitude"]
     only = select(model, given, "magnitude", terms=["attention_output"])
     assert only.best == "attention_output"
-
-
-def test_a_settled_first_term_ends_the_run(tmp_path):
-    model, tokenizer = demo.load()
-    rows = demo.examples("train")[:320]
-    batches = HeadObjective(demo.TASK, tokenizer).training(rows, 16, seed=0)
-    whole = select(model, batches, lr=2e-3, steps=12)
-    batches.set_epoch(0)
-    short = select(model, batches, lr=2e-3, settle=0.2)
-    assert not whole.settled and len(whole.losses) == whole.steps == 12
-    assert short.settled and 4 <= len(short.losses) < short.steps == 20
-    assert short.best == whole.best == "value"
-    assert short.losses == whole.losses[: len(short.losses)]
-    short.save(tmp_path)
-    record = json.loads((tmp_path / "selection.json").read_text())
-    assert record["settled"] and record["steps"] == 20
-
-
-def test_chance_is_the_noise_of_an_adamw_step():
-    """Against a simulation of AdamW on gradients drawn anew for each step."""
-    torch.manual_seed(0)
-    steps, rows, width, runs, lr = 400, 8, 4, 300, 1e-3
-    signal, noise = torch.tensor([0.0, 0.1, 0.5, 3.0]), 1.0
-    grads = signal + noise * torch.randn(runs, steps, rows, width, dtype=torch.float64)
-    bias = torch.zeros(runs, width, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.AdamW([bias], lr=lr, weight_decay=0.0)
-    for step in range(steps):
-        bias.grad = grads[:, step].mean(1)
-        optimizer.step()
-    flat = grads[0].flatten(0, 1)
-    share = chance(flat.sum(0), flat.square().sum(0), steps * rows, steps)
-    predicted = (share * steps * lr**2).sqrt()
-    found = bias.detach().std(0)
-    assert ((found / predicted - 1).abs() < 0.35).all()
 
 
 @pytest.mark.parametrize("name", ["bert", "opt", "gpt2"])
