@@ -132,7 +132,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("seed * 1_000_003 + bias.layer", "bias.layer"),
             ("self.whole[row : row + len(grads)] = grads", "self.whole[: len(grads)] = grads"),
             ("[:, :, bias.start : bias.stop]", "[:, :, : bias.stop - bias.start]"),
-            ("scale=scale)\n            return out.sum(0)", "scale=1.0)\n            return out.sum(0)"),
+            ("scale=scale)\n            return out.sum(0)",
+             "scale=1.0)\n            return out.sum(0)"),
         ],
     ),
     "beft_ext/gains.py": (
@@ -368,16 +369,6 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("share = size / most if most > 0", "share = size if most > 0"),
             ("for dtype in (torch.float64, torch.float32)", "for dtype in (torch.float32,)"),
             ("copy.deepcopy(module).eval()", "copy.deepcopy(module)"),
-        ],
-    ),
-    "beft_ext/selection/candidates.py": (
-        SELECTION,
-        [
-            ("            module.bias = None  #", "            pass  #"),
-            ("    model.eval()\n", ""),
-            ("[b for b in lack if b in names]", "lack"),
-            ("lack = [] if any(b.term in QKV for b in have) else attention", "lack = attention"),
-            ("v[:4] if isinstance(v, Tensor)", "v if isinstance(v, Tensor)"),
         ],
     ),
     "beft_ext/selection/choice.py": (

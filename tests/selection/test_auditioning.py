@@ -7,20 +7,18 @@ import pytest
 import torch
 from conftest import batch, tiny
 
-from beft_ext import (
+from beft_ext import load_adapter, prepare, restore, save_adapter, set_adapter
+from beft_ext.models import state as records
+from beft_ext.selection import (
+    Audition,
     AuditionError,
+    Racer,
     audition,
-    load_adapter,
     made_by,
-    prepare,
     rates_around,
-    restore,
-    save_adapter,
-    set_adapter,
+    read_audition,
     terms_of,
 )
-from beft_ext.models import state as records
-from beft_ext.selection import Audition, Racer, read_audition
 from beft_ext.selection.auditioning import FIFTHS, FOLDED, JUDGING, _splits, losses_of
 from beft_ext.selection.racers import paired
 from beft_ext.tasks import Batches

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from beft_ext import SelectionError
 from beft_ext.files import save_json
-from beft_ext.scores import METHODS
+from beft_ext.scores import SCORES
 from beft_ext.selection import Selection
 from beft_ext.selection.result import BIASES, PICTURE, RECORD, read_selection
 
@@ -24,9 +24,9 @@ def made():
     other = means | {"value": 2.0}
     return Selection(
         method="beft",
-        scores={m: means if m == "beft" else other for m in METHODS},
-        per_layer={m: VALUES for m in METHODS},
-        ranking={m: ["query"] if m == "beft" else ["value", "query"] for m in METHODS},
+        scores={m: means if m == "beft" else other for m in SCORES},
+        per_layer={m: VALUES for m in SCORES},
+        ranking={m: ["query"] if m == "beft" else ["value", "query"] for m in SCORES},
         undefined={"value": "the initial bias is zero in layer 0"},
         dead=["key"],
         obtuse=["1.query"],
@@ -65,7 +65,7 @@ def test_the_record_is_plain_json(made, tmp_path):
 
 def test_the_table_ranks_and_marks(made):
     lines = [line.split() for line in str(made).splitlines()]
-    assert lines[0] == ["term", *METHODS]
+    assert lines[0] == ["term", *SCORES]
     assert [line[:3] for line in lines[1:]] == [
         ["1.", "query", "5.0000e-01"],
         ["-", "key", "0.0000e+00"],
