@@ -154,7 +154,7 @@ class Comparison:
 
             path, contender = folder / RACE, made_by(fresh)
             race = raced(path, name, contender, loader, objective, recipe, budget, resume=True)
-            recipe = replace(recipe, lr=race.lr)
+            recipe = replace(recipe, lr=race.rate)
         begun = time.perf_counter()
         loader.set_epoch(0)  # the same batch for every method
         peak = _step_peak(adapted, objective, next(iter(loader)), recipe.lr)

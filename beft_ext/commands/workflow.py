@@ -31,6 +31,8 @@ from beft_ext.selection import (
     Selection,
     audition,
     automatic,
+    measure_gains,
+    rate_of_step,
     rates_around,
     read_audition,
     read_selection,
@@ -202,15 +204,17 @@ def run_tune(
     held_out = objective.held_out(validation, EVALUATION_BATCH)
     _tell(objective)
     selected = out / "selection" / "selection.json" if terms == "auto" else None
+    gains = None
     if selected is not None:
-        terms = _automatic(model, objective, loader, settings, selected, resume, parameters)
+        terms, gains = _automatic(model, objective, loader, settings, selected, resume, parameters)
     chosen = list(find_biases(model).terms) if terms == "all" else [terms]
     recipe, race, budget = settings.recipe(**options), None, settings.budget
     if budget is not None:
+        recipe = replace(recipe, lr=_first_rate(model, objective, loader, chosen, gains))
         contender = terms_of(model, chosen)
         race = raced(out / RACE, terms, contender, loader, objective, recipe, budget, resume)
         print(f"{race}\n")
-        recipe = replace(recipe, lr=race.lr)
+        recipe = replace(recipe, lr=race.rate)
     print(prepare(model, chosen), "\n")
     progress = tune(
         model,
@@ -239,10 +243,10 @@ def _automatic(
     path: Path,
     resume: bool,
     budget: int | None,
-) -> str:
-    """The terms that are selected. ``path`` keeps the selection; a resumed run reads it there.
+) -> tuple[str, Gains]:
+    """The terms that are selected, and all gains.
 
-    budget: number of their parameters, at most.
+    ``path`` keeps the selection; a resumed run reads it there. budget: number of their parameters, at most.
     """
     if resume and path.is_file():
         gains = read_selection(path).gains
@@ -254,7 +258,23 @@ def _automatic(
         found.save(path.parent)
     choice = automatic(gains, family_of(model), budget)
     print(f"\nauto: '{choice.term}': {choice.reason}\n")
-    return choice.term
+    return choice.term, gains
+
+
+def _first_rate(
+    model: nn.Module,
+    objective: Objective,
+    loader: Batches,
+    terms: Sequence[str],
+    gains: Gains | None,
+) -> float:
+    """Where the race for a rate sets out: what suits the term that needs the smallest steps."""
+    if gains is None:
+        gains = measure_gains(model, loader, observe=objective.observe, terms=terms)
+        loader.set_epoch(0)
+    steps = {t.partition("@")[0]: step for t, step in gains.steps.items()}
+    names = {entry.partition("@")[0] for text in terms for entry in text.split("+")}
+    return min(rate_of_step(steps[name]) for name in names if name in steps)
 
 
 def run_evaluate(

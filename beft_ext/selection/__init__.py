@@ -4,6 +4,7 @@ from beft_ext.selection.auditioning import (
     Contender,
     audition,
     made_by,
+    rate_of_step,
     rates_around,
     terms_of,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "dead_terms",
     "made_by",
     "measure_gains",
+    "rate_of_step",
     "rates_around",
     "read_audition",
     "read_selection",

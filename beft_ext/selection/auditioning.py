@@ -83,6 +83,16 @@ def rates_around(center: float = RATE) -> tuple[float, ...]:
     return tuple(sorted({min(max(center * k, LEAST), MOST) for k in (1 / 3, 1, 3)}))
 
 
+def rate_of_step(step: float) -> float:
+    """A first guess of the rate at which biases train, from how far they would move.
+
+    step: root mean square of the ridge regression's step for an element (``Gains.steps``). AdamW
+    moves an element by the rate in each step, and a short training has some tens of steps that
+    agree: a tenth, within 1e-4 and 1e-2.
+    """
+    return min(max(step / 10, 1e-4), 1e-2)
+
+
 def terms_of(model: nn.Module, terms: str | Sequence[str]) -> Contender:
     """The terms of a model as a contender: prepared in place; afterwards it is as it was."""
 

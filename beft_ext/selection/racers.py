@@ -81,6 +81,17 @@ class Audition:
         return self.racers[0].lr
 
     @property
+    def rate(self) -> float:
+        """The rate to train at: the winner's, or the middle one of its grid, from which the race
+        set out, where that is behind by less than the error."""
+        grid = self.rates[self.best]
+        middle = grid[len(grid) // 2]
+        for racer in self.racers:
+            if (racer.contender, racer.lr) == (self.best, middle) and racer.behind is not None:
+                return middle if racer.behind <= (racer.error or 0.0) else self.lr
+        return self.lr
+
+    @property
     def sure(self) -> float:
         """Probability, at least, that no rival is better: one-sided normal, summed over rivals."""
         return _sure(self.racers[1:])
@@ -119,14 +130,14 @@ class Audition:
         noted = f" (the {self.edge} of its rates)" if self.edge else ""
         parts = f"{self.folds} parts in turn" if self.folds > 1 else "one part"
         return (
-            f"'{self.best}' at {self.lr:.2g}{noted}: no rival is better with probability "
-            f"{self.sure:.2f} or more; judged on {parts} of the training rows, in "
-            f"{self.epochs:.1f} epochs' time"
+            f"'{self.best}' won at {self.lr:.2g}{noted}: no rival is better with probability "
+            f"{self.sure:.2f} or more, so train at {self.rate:.2g}; judged on {parts} of the "
+            f"training rows, in {self.epochs:.1f} epochs' time"
         )
 
     def record(self) -> dict[str, Any]:
         """For JSON; ``Audition.of`` reads it."""
-        told = ("best", "lr", "sure", "sure_of_contender", "edge")
+        told = ("best", "lr", "rate", "sure", "sure_of_contender", "edge")
         return {name: getattr(self, name) for name in told} | asdict(self)
 
     def save(self, path: str | Path) -> None:

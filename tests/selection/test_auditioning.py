@@ -355,3 +355,22 @@ def test_losses_come_from_the_models_own_loss():
     model, data = tiny("bert"), batch()
     with torch.no_grad():
         torch.testing.assert_close(losses_of(model, data).mean(), model(**data).loss)
+
+
+@pytest.mark.parametrize(
+    ("behind", "error", "rate"), [(0.1, 0.2, 1e-3), (0.1, 0.1, 1e-3), (0.3, 0.2, 3e-3)]
+)
+def test_the_middle_rate_trains_unless_it_is_clearly_behind(behind, error, rate):
+    racers = (
+        Racer("value", 3e-3, 1, 0.5, 0.0, 0.0, "won"),
+        Racer("value", 1e-3, 1, 0.5 + behind, behind, error, "raced to the end"),
+        Racer("value", 3e-4, 1, None, None, None, "diverged"),
+    )
+    race = Audition(racers, (Rung(3, 1, 4, 1.0),), {"value": (3e-4, 1e-3, 3e-3)}, 2, 1.0, 0.0)
+    assert race.lr == 3e-3 and race.rate == rate
+    assert f"train at {rate:.2g}" in race.summary
+
+
+def test_a_first_rate_is_a_tenth_of_the_step_within_bounds():
+    assert rate_of_step(2e-2) == pytest.approx(2e-3)
+    assert rate_of_step(5.0) == 1e-2 and rate_of_step(0.0) == 1e-4
