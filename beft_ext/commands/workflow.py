@@ -246,7 +246,8 @@ def _automatic(
 ) -> tuple[str, Gains]:
     """The terms that are selected, and all gains.
 
-    ``path`` keeps the selection; a resumed run reads it there. budget: number of their parameters, at most.
+    ``path`` keeps the selection; a resumed run reads it there. budget: number of the terms'
+    parameters, at most.
     """
     if resume and path.is_file():
         gains = read_selection(path).gains

@@ -15,12 +15,13 @@ from beft_ext.selection import (
     Racer,
     audition,
     made_by,
+    rate_of_step,
     rates_around,
     read_audition,
     terms_of,
 )
 from beft_ext.selection.auditioning import FIFTHS, FOLDED, JUDGING, _splits, losses_of
-from beft_ext.selection.racers import paired
+from beft_ext.selection.racers import Rung, paired
 from beft_ext.tasks import Batches
 from beft_ext.tasks.batches import Encoded
 from beft_ext.training.loss import model_loss
