@@ -134,7 +134,7 @@ def _picks(records: Sequence[Record]) -> list[str]:
         "as `--terms auto` does; its prior here is fitted to the cells of the other tasks with",
         f"{LARGE} examples: a term's mean gain above the mean of all terms, with a spread of",
         f"{SPREAD}. The prior that ships is fitted to sentences and SST-2. 'chance' is the mean",
-        "over all terms. The others are the scores of `select`, with its defaults, after some steps.",
+        "over all terms. The others are scores of `select`, with its defaults, after some steps.",
         "",
         _row("picked by", "steps", *heads, "picks"),
         _row(*["---"] * (3 + len(heads))),
