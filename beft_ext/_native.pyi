@@ -2,6 +2,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from beft_ext.ops.bias_adamw_tables import AdamWTables
+
 has_cuda: bool
 bias_adamw_step_limits: tuple[int, int]
 
@@ -79,36 +81,17 @@ def bias_example_grads_cuda(
     /,
 ) -> None: ...
 def bias_adamw_step_gather(
-    params: list[Tensor],
-    grads: list[Tensor | None],
-    state: Tensor,
-    group_of: Sequence[int],
-    /,
+    arguments: AdamWTables, longest: int, /
 ) -> tuple[bytes, bytes, bytes] | None: ...
-def bias_adamw_step_table_fits(
-    params: bytes,
-    grads: bytes,
-    forms: bytes,
-    blocks: int,
-    block_count: int,
-    first_blocks: int,
-    segments: int,
-    elements: int,
-    longest: int,
-    /,
-) -> bool: ...
 def bias_adamw_step_cpu(
     params: bytes,
     grads: bytes,
     forms: bytes,
     groups: Sequence[float],
-    blocks: int,
-    block_count: int,
-    state: int,
-    elements: int,
-    has_master: bool,
-    steps: int,
-    scores: int,
+    blocks: Tensor,
+    state: Tensor,
+    steps: Tensor,
+    scores: Tensor,
     max_grad_norm: float,
     global_norm: float,
     inverse_scale: float,

@@ -5,8 +5,8 @@ A cell is a task, a number of examples and a seed, and has these parts:
 - ``gain``: what each living term of MiniLM would explain, told before any training;
 - ``choices``: the first term by each score of ``select``, after several numbers of steps;
 - ``scores``: those after the most steps;
-- ``reached``: the task's ``metric`` on the whole validation split of each term trained alone, with
-  the head, for the same number of steps from the same start.
+- ``reached``: the task's ``metric`` on the whole validation split of each term trained alone,
+  with the head, for the same number of steps from the same start.
 
 Cells are lines of benchmarks/results/study.jsonl. Only the parts that a cell lacks are measured.
 

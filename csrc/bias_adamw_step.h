@@ -91,12 +91,22 @@ BEFT_HD AdamWFactors adamw_factors(const AdamWGroup& group, double step, double 
   return f;
 }
 
-// One element: moves b, m and v. g is the raw gradient.
-BEFT_HD void adamw_element(float& b, float& m, float& v, float g, const AdamWFactors& f) {
-  g *= f.grad;
+// The moments of one element, or of a vector of them. raw: the gradient before unscaling.
+template <typename Float>
+BEFT_HD void adamw_moments(Float& m, Float& v, const Float& raw, const AdamWFactors& f) {
+  const Float g = raw * f.grad;
   m += f.beta1_rest * (g - m);
   v = f.beta2 * v + f.beta2_rest * g * g;
-  b = f.decay * b - f.step_size * (m / (sqrtf(v) * f.inverse_root + f.eps));
+}
+
+template <typename Float>
+BEFT_HD void adamw_move(Float& b, const Float& m, const Float& root_of_v, const AdamWFactors& f) {
+  b = f.decay * b - f.step_size * (m / (root_of_v * f.inverse_root + f.eps));
+}
+
+BEFT_HD void adamw_element(float& b, float& m, float& v, float raw, const AdamWFactors& f) {
+  adamw_moments(m, v, raw, f);
+  adamw_move(b, m, sqrtf(v), f);
 }
 
 // Sums of one segment, with d = b - b0: every score follows without cancellation, as
@@ -110,6 +120,14 @@ struct AdamWScores {
     change_dot_initial += d * b0;
     change_dot_current += d * b;
     grad_sq += g * g;
+  }
+
+  BEFT_HD AdamWScores& operator+=(const AdamWScores& other) {
+    change_abs += other.change_abs;
+    change_dot_initial += other.change_dot_initial;
+    change_dot_current += other.change_dot_current;
+    grad_sq += other.grad_sq;
+    return *this;
   }
 };
 

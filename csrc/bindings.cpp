@@ -1,11 +1,12 @@
-// The native module: raw addresses in, nothing of torch. beft_ext/ops/ holds the operators'
-// schemas and checks; what arrives here has been checked there.
+// The native module: raw addresses, or tensors as tensor_views.h reads them; no link to torch.
+// beft_ext/ops/ holds the operators' schemas and checks; what arrives here has been checked there.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <stdexcept>
 #include <string>
 
+#include "adamw_tables.h"
 #include "cpu/bias_adamw_step_cpu.h"
 #include "cpu/bias_grad_stats_cpu.h"
 #include "tensor_views.h"
@@ -81,66 +82,33 @@ std::vector<beft::AdamWGroup> groups_of(const std::vector<double>& numbers) {
   return groups;
 }
 
-// The kernels' number of a dtype of DLPack (floats are 2, bfloat is 4); -1 for fp64.
-int64_t dtype_number(const beft::TensorView& view) {
-  return view.type_code == 4 ? 1 : view.type_bits == 16 ? 2 : view.type_bits == 32 ? 0 : -1;
+// Addresses of params and grads and the forms that tensors_of reads, of the operator's arguments;
+// None where something does not fit.
+py::object adamw_gather(const py::tuple& arguments, int64_t longest) {
+  beft::AdamWTables tables(arguments);
+  if (!tables.fit(longest)) return py::none();
+  return py::make_tuple(beft::packed(tables.params), beft::packed(tables.grads),
+                        beft::packed(tables.forms));
 }
 
-// Addresses of params and grads and the forms that tensors_of reads, or None where one of them is
-// not what the step takes: plain memory of the state's device, a float type, a gradient of its
-// parameter's form.
-py::object adamw_gather(const py::list& params, const py::list& grads, py::handle state,
-                        const std::vector<int64_t>& group_of) {
-  std::vector<uint64_t> addresses, grad_addresses, forms;
-  beft::TensorView flat{}, own{}, its{};
-  if (!beft::view_of(state, flat) || params.size() != grads.size()) return py::none();
-  for (size_t i = 0; i < params.size(); ++i) {
-    const py::handle p = params[i], g = grads[i];
-    if (!beft::view_of(p, own) || beft::negative(p)) return py::none();
-    const bool is_float =
-        (own.type_code == 2 && own.type_bits >= 16) || (own.type_code == 4 && own.type_bits == 16);
-    const bool fits = own.type_bits != 64 || flat.type_bits == 64;
-    const bool has_master = own.type_bits != 16 || flat.sizes[0] == 4;
-    if (!is_float || !fits || !has_master || !own.same_device(flat)) return py::none();
-    addresses.push_back(own.address());
-    grad_addresses.push_back(0);
-    for (int64_t x : {dtype_number(own), group_of[i], own.reach(), own.elements()})
-      forms.push_back(x);
-    if (g.is_none()) continue;
-    if (!beft::view_of(g, its) || !its.same_kind(own) || !its.contiguous() || beft::negative(g))
-      return py::none();
-    grad_addresses.back() = its.address();
-  }
-  return py::make_tuple(beft::packed(addresses), beft::packed(grad_addresses), beft::packed(forms));
-}
-
-bool adamw_table_fits(const py::bytes& params, const py::bytes& grads, const py::bytes& forms,
-                      uintptr_t blocks, int64_t block_count, uintptr_t first_blocks,
-                      int64_t segments, int64_t elements, int64_t longest) {
-  const auto tensors = tensors_of(params, grads, forms);
-  return beft::table_fits(pointer<const beft::AdamWBlock>(blocks), block_count,
-                          pointer<const int64_t>(first_blocks), segments, tensors.data(),
-                          static_cast<int64_t>(tensors.size()), elements, longest);
-}
-
-// groups: six numbers each, as in AdamWGroup. state: (rows, elements), its rows exp_avg,
-// exp_avg_sq, initial and, where kept, master. global_norm: -1 for that of these gradients.
+// groups: six numbers each, as in AdamWGroup. Then tensors of AdamWTables (beft_ext/ops/), and
+// global_norm: -1 for that of these gradients.
 double adamw_cpu(const py::bytes& params, const py::bytes& grads, const py::bytes& forms,
-                 const std::vector<double>& groups, uintptr_t blocks, int64_t block_count,
-                 uintptr_t state, int64_t elements, bool has_master, uintptr_t steps,
-                 uintptr_t scores, double max_grad_norm, double global_norm, double inverse_scale,
-                 int threads) {
-  float* flat = pointer<float>(state);
+                 const std::vector<double>& groups, py::handle blocks, py::handle state,
+                 py::handle steps, py::handle scores, double max_grad_norm, double global_norm,
+                 double inverse_scale, int threads) {
+  const auto table = beft::plain_view(blocks), flat = beft::plain_view(state);
+  auto row = [&](int64_t i) { return pointer<float>(flat.address()) + i * flat.sizes[1]; };
   const beft::AdamWView view{tensors_of(params, grads, forms),
                              groups_of(groups),
-                             pointer<const beft::AdamWBlock>(blocks),
-                             block_count,
-                             flat,
-                             flat + elements,
-                             flat + 2 * elements,
-                             has_master ? flat + 3 * elements : nullptr,
-                             pointer<float>(steps),
-                             pointer<float>(scores),
+                             pointer<const beft::AdamWBlock>(table.address()),
+                             table.sizes[0],
+                             row(0),
+                             row(1),
+                             row(2),
+                             flat.sizes[0] == 4 ? row(3) : nullptr,
+                             pointer<float>(beft::plain_view(steps).address()),
+                             pointer<float>(beft::plain_view(scores).address()),
                              max_grad_norm,
                              global_norm,
                              inverse_scale};
@@ -218,7 +186,6 @@ PYBIND11_MODULE(_native, m) {
   m.def("bias_example_grads_cpu", &example_grads_cpu);
   m.def("bias_adamw_step_cpu", &adamw_cpu);
   m.def("bias_adamw_step_gather", &adamw_gather);
-  m.def("bias_adamw_step_table_fits", &adamw_table_fits);
 #ifdef BEFT_WITH_CUDA
   m.attr("has_cuda") = true;
   m.def("bias_grad_stats_cuda", &stats_cuda);

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <vector>
 
 namespace beft {
@@ -75,6 +76,13 @@ inline bool view_of(py::handle tensor, TensorView& view) {
   return false;
 }
 
+// Of a tensor that is known to have plain memory.
+inline TensorView plain_view(py::handle tensor) {
+  TensorView view{};
+  if (!view_of(tensor, view)) throw std::invalid_argument("a tensor without plain memory");
+  return view;
+}
+
 // Whether the values are the negative of what lies in memory.
 inline bool negative(py::handle tensor) {
   static PyObject* const is_neg = of_tensor("is_neg");
@@ -94,34 +102,38 @@ inline py::bytes packed(const std::vector<uint64_t>& words) {
 //   the gradients' addresses, 0 for None; or None where one is not contiguous memory of its
 //   parameter's device, dtype and sizes.
 inline py::tuple survey(const py::list& params) {
-  static PyObject* const grad = PyUnicode_InternFromString("grad");
-  static PyObject* const plain_type =
-      py::object(py::module_::import("torch").attr("Tensor")).release().ptr();
+  // As getattr(p, "grad") without the search through the bases of p's type.
+  static PyObject* const grad = of_tensor("grad");
+  static const descrgetfunc grad_of = Py_TYPE(grad)->tp_descr_get;
+  static PyTypeObject* const plain_type = reinterpret_cast<PyTypeObject*>(
+      py::object(py::module_::import("torch").attr("Tensor")).release().ptr());
   const size_t count = params.size();
   std::vector<uint64_t> addresses(count), grad_addresses(count), forms;
-  forms.reserve(6 * count);
+  forms.reserve(8 * count);
   py::list grads(count);
   bool plain = true;
   for (size_t i = 0; i < count; ++i) {
-    const py::handle p = params[i];
+    const py::handle p = PyList_GET_ITEM(params.ptr(), i);
     TensorView own{}, its{};
     const bool seen = view_of(p, own);
     if (seen) {
       addresses[i] = own.address();
       forms.push_back(uint64_t(own.device_type) << 32 | uint32_t(own.device_id));
-      forms.push_back(uint64_t(own.type_code) << 16 | own.type_bits << 8 | negative(p));
-      forms.push_back(own.ndim);
-      forms.insert(forms.end(), own.sizes, own.sizes + own.ndim);
-      forms.insert(forms.end(), own.strides, own.strides + own.ndim);
+      forms.push_back(uint64_t(own.type_code) << 24 | uint64_t(own.type_bits) << 16 |
+                      uint64_t(own.ndim) << 1 | negative(p));
+      for (int d = 0; d < own.ndim; ++d) {
+        forms.push_back(own.sizes[d]);
+        forms.push_back(own.strides[d]);
+      }
     } else {
       forms.push_back(~uint64_t{0});
     }
-    PyObject* const g = PyObject_GetAttr(p.ptr(), grad);
+    PyObject* const g = grad_of(grad, p.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(p.ptr())));
     if (!g) throw py::error_already_set();
     PyList_SET_ITEM(grads.ptr(), i, g);
     if (g == Py_None) continue;
-    plain = plain && seen && reinterpret_cast<PyObject*>(Py_TYPE(g)) == plain_type &&
-            view_of(g, its) && its.same_kind(own) && its.contiguous() && !negative(g);
+    plain = plain && seen && Py_TYPE(g) == plain_type && view_of(g, its) && its.same_kind(own) &&
+            its.contiguous() && !negative(g);
     if (plain) grad_addresses[i] = its.address();
   }
   return py::make_tuple(grads, packed(addresses), packed(forms),

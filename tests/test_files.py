@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import re
+from hashlib import sha256
 
 import pytest
 import torch
@@ -44,6 +45,25 @@ def test_a_file_is_whole_or_as_it_was(tmp_path):
         temporary.write_text("half")
         raise KeyboardInterrupt
     assert path.read_text() == "old" and names(path.parent) == ["file.txt"]
+
+
+def test_a_writer_that_breaks_its_own_folder_still_says_why(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_file(tmp_path / "x") as temporary:
+        temporary.parent.rmdir()
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_file_may_be_read_by_whom_the_umask_says(tmp_path, umask):
+    """Whatever the library that wrote it thinks, as safetensors does of its owner."""
+    before = os.umask(umask)
+    try:
+        with whole_file(tmp_path / "x") as temporary:
+            temporary.touch(0o600)
+    finally:
+        assert os.umask(before) == umask
+    assert (tmp_path / "x").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_of_several_files_the_last_goes_first_and_comes_last(tmp_path, monkeypatch):
@@ -145,11 +165,23 @@ def test_no_flipped_bit_passes(tmp_path, kind):
             assert "damaged" in str(error)
 
 
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_digest_is_looked_for_in_the_first_16_mib(tmp_path, beyond):
+    """No header that we write is longer, and what lies behind it may look like one by chance."""
+    seal = f'"{DIGEST}": "{UNSEALED}"'.encode()
+    data = bytes(16 * 2**20 - len(seal) + beyond) + seal + b"more"
+    path = tmp_path / "x"
+    path.write_bytes(data.replace(UNSEALED.encode(), sha256(data).hexdigest().encode()))
+    assert digest(path, BeftError) == (None if beyond else sha256(data).hexdigest())
+
+
 def test_the_same_tensors_give_the_same_bytes(tmp_path):
     found = set()
     for _ in range(8):
         save_tensors(
-            tmp_path / "x", {"b": torch.ones(3), "a": torch.zeros(1)}, {"one": "1", "2": "2"}
+            tmp_path / "x",
+            {"b": torch.ones(3), "\u00e4\u4e2d": torch.zeros(1)},
+            {"one": "1", "2": "\u00fc"},
         )
         found.add((tmp_path / "x").read_bytes())
     assert len(found) == 1

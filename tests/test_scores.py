@@ -54,3 +54,21 @@ def test_a_single_example_has_no_noise():
     g = torch.ones(3)
     assert math.isnan(scores.signal_to_noise(g, g, 1))
     assert math.isnan(scores.signal_to_noise(2 * g, 2 * g, 2))
+
+
+def test_half_precision_is_summed_in_double():
+    """Squares of these, and their difference, are beyond what fp16 can hold."""
+    b0, b = torch.tensor([6e4, 3.0]), torch.tensor([-6e4, 1e-3])
+    half = b0.half(), b.half()
+    for score in (scores.beft_score, scores.magnitude):
+        assert score(*half) == score(*(x.double() for x in half))
+    for error in (scores.beft_error, scores.magnitude_error):
+        assert error(*half, half[0]) == error(*(x.double() for x in half), half[0].double()) > 0
+    assert scores.fisher(half[0], 2) == float(half[0].double().sum()) / 4
+    assert scores.magnitude(b0, b) == (12e4 + (3 - float(b[1]))) / 2
+
+
+def test_what_rounding_leaves_below_zero_is_no_noise():
+    total, squares = torch.tensor([2.0, 2.0]), torch.tensor([1.9, 4.0])
+    # Of two examples with mean 1: no noise in the first element, 2 in the second.
+    assert scores.signal_to_noise(total, squares, 2) == 2 / 2 - 1 / 2

@@ -1,11 +1,13 @@
 """The tap: the gradient autograd would give, and the statistics of a batch-of-one loop."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 import transformers as hf
 from conftest import batch, tiny
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 from beft_ext import Tap, TapError, find_biases
@@ -42,6 +44,7 @@ def test_statistics_equal_a_batch_of_one_loop_in_float64(family):
 def test_forward_is_unchanged_to_the_bit_and_removal_restores(family):
     model, inputs = tiny(family), batch()
     before, keys = model(**inputs).logits, list(model.state_dict())
+    model.get_parameter(find_biases(model)[0].parameter).requires_grad_(False)
     required = [p.requires_grad for p in model.parameters()]
     with Tap(model, find_biases(model)):
         assert torch.equal(model(**inputs).logits, before)
@@ -218,6 +221,60 @@ def test_rows_in_any_order_are_found(order):
     assert_squares(found, {b: sum(g[b].square() for g in ones) for b in biases})
 
 
+class Texts(torch.nn.Module):
+    """Texts one after another in one row, each with a loss of its own."""
+
+    def __init__(self, uses):
+        super().__init__()
+        self.layers = torch.nn.ModuleList([torch.nn.Module()])
+        self.layers[0].wq = torch.nn.Linear(8, 8)
+        self.embedding, self.uses = torch.nn.Embedding(64, 8), uses
+        self.double()
+
+    def forward(self, input_ids, cu_seq_lens_q):
+        y = self.embedding(input_ids)
+        for _ in range(self.uses):
+            y = self.layers[0].wq(y.tanh())
+        texts = y[0].tensor_split(cu_seq_lens_q[1:-1])
+        losses = torch.stack([t.square().sum().square() for t in texts])
+        return type("Output", (), {"loss": losses.mean()})
+
+
+@pytest.mark.parametrize("uses", [1, 2])
+def test_packed_texts_are_examples(uses):
+    model, ids = Texts(uses), batch(rows=1, tokens=12)["input_ids"].clamp(min=1)
+    ends = [[0, 3, 8, 12], [0, 5, 6, 12]]
+    biases = find_biases(model, names={"query": "wq"})
+    with Tap(model, biases) as tap:
+        for offsets in map(torch.tensor, ends):
+            tap.step(3, scale=3.0, example_offsets=offsets)
+            model(ids, offsets).loss.backward()
+        found = tap.statistics()[biases[0]]
+    ones = [
+        autograd(
+            model,
+            biases,
+            {"input_ids": ids[:, a:b], "cu_seq_lens_q": torch.tensor([0, b - a])},
+        )[biases[0]]
+        for offsets in ends
+        for a, b in itertools.pairwise(offsets)
+    ]
+    torch.testing.assert_close(found[0], sum(ones), rtol=1e-8, atol=1e-12)
+    torch.testing.assert_close(found[1], sum(g.square() for g in ones), rtol=1e-8, atol=1e-14)
+
+
+def test_packed_texts_that_are_not_all_there_are_refused():
+    model, ids = Texts(1), batch(rows=1, tokens=12)["input_ids"].clamp(min=1)
+    offsets = torch.tensor([0, 3, 8, 12])
+    with Tap(model, find_biases(model, names={"query": "wq"})) as tap:
+        tap.step(3, example_offsets=offsets)
+        model(ids, offsets).loss.backward()
+        tap.step(3, example_offsets=offsets)
+        loss = model(ids[:, :11], offsets).loss
+        with pytest.raises(TapError, match="gives out 11 rows, but the packed batch has 12 tokens"):
+            loss.backward()
+
+
 def test_examples_that_see_each_other_are_refused():
     model, inputs = Rearranged("mixed"), batch(tokens=8)
     del inputs["attention_mask"]
@@ -309,3 +366,135 @@ def test_equal_texts_in_a_batch_are_told_apart():
             expected[bias] += bias.read(model.get_parameter(bias.parameter).grad).square()
     for bias, squares in found.items():
         torch.testing.assert_close(squares, expected[bias], rtol=1e-3, atol=1e-9)
+
+
+def test_gradients_alone_before_any_step_and_at_rest():
+    model, inputs = tiny("bert").double(), batch()
+    biases = find_biases(model)
+    want = autograd(model, biases, inputs)
+    with Tap(model, biases) as tap:
+        for announced in (False, True):
+            if announced:
+                tap.step(4)
+                tap.rest()
+            for _, leaf in tap.leaves():
+                leaf.grad = None
+            model(**inputs).loss.backward()
+            for bias, leaf in tap.leaves():
+                torch.testing.assert_close(leaf.grad.flatten(), want[bias], rtol=1e-9, atol=1e-12)
+            assert not any(s.any() for both in tap.statistics().values() for s in both)
+
+
+def test_a_scale_that_the_forward_tells():
+    model, inputs = tiny("bert").double(), batch()
+    biases = find_biases(model)
+    found = []
+    for announced, told in ((1.0, 4.0), (4.0, None), (1.0, None)):
+        with Tap(model, biases) as tap:
+            tap.step(4) if announced == 1 else tap.step(4, announced)
+            loss = model(**inputs).loss
+            if told is not None:
+                tap.divided_by(told)
+            loss.backward()
+            found.append(tap.statistics())
+    for told, scaled, plain in zip(*(f.values() for f in found), strict=True):
+        assert torch.equal(told[0], scaled[0]) and torch.equal(told[1], scaled[1])
+        torch.testing.assert_close(scaled[0], 4 * plain[0])
+        torch.testing.assert_close(scaled[1], 16 * plain[1])
+
+
+def test_half_precision_has_single_precision_statistics():
+    model, inputs = tiny("bert").bfloat16(), batch()
+    with Tap(model, find_biases(model)) as tap:
+        tap.step(4, scale=4.0)
+        model(**inputs).loss.backward()
+        for bias, leaf in tap.leaves():
+            assert leaf.dtype == leaf.grad.dtype == torch.bfloat16
+            total, squares = tap.statistics()[bias]
+            assert total.dtype == squares.dtype == torch.float32
+            # The gradient is the sum, rounded once.
+            torch.testing.assert_close(leaf.grad.flatten().float(), total / 4, rtol=2**-8, atol=0)
+
+
+def test_statistics_of_shared_layers_add_up_over_steps():
+    """The squares of one step are taken before the next one begins."""
+    model = tiny("albert").double()
+    with Tap(model, find_biases(model)) as tap:
+        for seed in (1, 2):
+            tap.step(4, scale=4.0)
+            model(**batch(seed=seed)).loss.backward()
+        found = tap.statistics()
+    first, second = (one_by_one(model, batch(seed=seed)) for seed in (1, 2))
+    assert_squares(found, {b: first[b] + second[b] for b in first})
+
+
+def test_where_examples_lie_is_found_once_and_the_model_does_not_notice():
+    model, inputs = tiny("bert"), batch()
+    model.train()
+    model.bert.encoder.layer[0].eval()
+    modes = [m.training for m in model.modules()]
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with Tap(model, find_biases(model)) as tap:
+        torch.manual_seed(5)
+        tap.step(4)
+        model(**inputs).loss.backward()
+        drawn = torch.rand(3)
+        located = len(calls)
+        assert located > 1 and [m.training for m in model.modules()] == modes
+        torch.manual_seed(5)
+        tap.step(4)
+        model(**inputs).loss.backward()
+        assert len(calls) == located + 1 and torch.equal(torch.rand(3), drawn)
+
+
+def test_where_examples_lie_may_be_found_before_the_step():
+    model, inputs = tiny("bert").double(), batch()
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    with Tap(model, find_biases(model)) as tap:
+        tap.locate(lambda given: model(**given), inputs, 4)
+        assert not any(s.any() for both in tap.statistics().values() for s in both)
+        calls.clear()
+        tap.step(4, scale=4.0)
+        model(**inputs).loss.backward()
+        assert len(calls) == 1
+        found = tap.statistics()
+    assert_squares(found, one_by_one(model, inputs))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda y: y[..., :4], r"'layers\.0\.wq' gives out 4 columns, not 8"),
+        (lambda y: (y, None), "a Linear gives out a tuple, not a tensor"),
+    ],
+    ids=["narrower", "tuple"],
+)
+def test_an_output_that_is_no_projections_is_refused(changed, message):
+    model, inputs = Rearranged("flat"), batch(tokens=8)
+    del inputs["attention_mask"]
+    model.layers[0].wq.register_forward_hook(lambda module, args, output: changed(output))
+    with Tap(model, find_biases(model, names={"query": "wq"})) as tap:
+        tap.step(4)
+        with pytest.raises(TapError, match=message):
+            model.layers[0].wq(torch.ones(4, 8, dtype=torch.double)).sum().backward()
+
+
+def test_a_single_example_needs_no_search():
+    model, inputs = Rearranged("mixed"), batch(rows=1, tokens=8)
+    del inputs["attention_mask"]
+    biases = find_biases(model, names={"query": "wq"})
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    found = stats_of_a_step(model, model, inputs, biases, rows=1)
+    assert len(calls) == 1
+    assert_squares(found, {b: g.square() for b, g in autograd(model, biases, inputs).items()})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_a_compiler_is_told_what_the_backward_gives(dtype):
+    with FakeTensorMode():
+        grad = torch.ops.beft_ext.tap_backward(torch.empty(2, 3, 5, dtype=dtype), 1, 0)
+    single = torch.float32 if dtype == torch.bfloat16 else dtype
+    assert grad.shape == (5,) and grad.dtype == single

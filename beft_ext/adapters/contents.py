@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
@@ -332,6 +333,7 @@ def _check_entries(
     # PEFT wraps by the end of a name, whole components or not.
     kept = [m for m in modules if m and any(m.endswith(s) for s in saved if s)]
     inside = tuple(f"{m}." for m in kept)
+    counters = {n for n, b in model.named_buffers() if b.dtype == torch.int64}  # a batch norm's
     name = type(model).__name__
     seen: set[str] = set()
     for key, (dtype, shape) in kinds.items():
@@ -345,14 +347,14 @@ def _check_entries(
             expected = tuple(state[own].shape)
         else:
             raise AdapterError(f"'{own[:80]}' is neither a bias nor in a head of {name}")
-        if own in state and is_quantised(state[own]):
+        if own in state and own not in counters and is_quantised(state[own]):
             raise AdapterError(
                 f"'{own}' of {name} is quantised, and the adapter has a value for it: quantise "
                 "model.base_model alone"
             )
         if shape != expected:
             raise AdapterError(f"'{own}' has shape {shape}, but {name} needs {expected}")
-        if dtype not in FLOAT_DTYPES:
+        if dtype not in (("I64",) if own in counters else FLOAT_DTYPES):
             raise AdapterError(f"'{own}' is {dtype}: only {', '.join(FLOAT_DTYPES)} are read")
     # In a kept module PEFT trains a copy as a whole: a target inside it has no bias of its own.
     targets = [m for m in _targets(modules, config) if not f"{m}.".startswith(inside)]

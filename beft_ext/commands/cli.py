@@ -102,6 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="auto|all|T+T",
         help=f"what trains: {TERMS_HELP}",
     )
+    tune.add_argument(
+        "--budget", type=int, metavar="N", help="parameters that auto may choose, at most"
+    )
     tune.add_argument("--resume", action="store_true", help="go on after a kill")
     tune.add_argument("--save-every", type=int, default=50, metavar="STEPS")
     tune.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
@@ -245,7 +248,9 @@ def _tune(arguments: argparse.Namespace) -> None:
     a = arguments
     require_writable(a.out)
     settings = workflow.Settings.of(a)
-    options = {"resume": a.resume, "save_every": a.save_every}
+    if a.budget is not None and a.terms != "auto":
+        raise WorkflowError("--budget is what --terms auto may choose: give one of the two")
+    options = {"resume": a.resume, "save_every": a.save_every, "parameters": a.budget}
     options |= {"bf16": a.bf16, "compile": a.compile, "graphs": a.graphs}
     workflow.run_tune(_source(a), _spec(a), settings, a.terms, a.out, **options)
 

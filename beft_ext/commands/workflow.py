@@ -26,8 +26,8 @@ from beft_ext.models import find_biases
 from beft_ext.selection import (
     GAIN,
     Audition,
-    Choice,
     Contender,
+    Gains,
     Selection,
     audition,
     automatic,
@@ -124,13 +124,13 @@ def run_select(
     )
 
 
-def chosen_by_gains(
+def gains_of_all(
     model: nn.Module, objective: Objective, loader: Batches, seed: int
-) -> tuple[Selection, Choice]:
-    """What 'auto' trains: by the gains of all terms, before any training."""
+) -> tuple[Selection, Gains]:
+    """The gains of all terms, before any training."""
     found = select(model, loader, observe=objective.observe, steps=0, seed=seed)
     assert found.gains is not None
-    return found, automatic(found.gains, family_of(model))
+    return found, found.gains
 
 
 def family_of(model: nn.Module) -> str:
@@ -186,11 +186,12 @@ def run_tune(
     *,
     resume: bool = False,
     save_every: int = 50,
+    parameters: int | None = None,
     **options: bool,
 ) -> None:
     """``beft-ext tune``: ``out`` gets adapter/, log.jsonl, learning_curve.png, for terms 'auto'
     selection/, and for a rate that is raced audition.json. Prints what trains and each
-    evaluation. options: of Recipe."""
+    evaluation. parameters: that 'auto' may choose, at most. options: of Recipe."""
     from beft_ext.adapters import save_adapter
     from beft_ext.plots import draw, learning_curve
     from beft_ext.training.preparation import prepare
@@ -202,7 +203,7 @@ def run_tune(
     _tell(objective)
     selected = out / "selection" / "selection.json" if terms == "auto" else None
     if selected is not None:
-        terms = _automatic(model, objective, loader, settings, selected, resume)
+        terms = _automatic(model, objective, loader, settings, selected, resume, parameters)
     chosen = list(find_biases(model).terms) if terms == "all" else [terms]
     recipe, race, budget = settings.recipe(**options), None, settings.budget
     if budget is not None:
@@ -237,17 +238,21 @@ def _automatic(
     settings: Settings,
     path: Path,
     resume: bool,
+    budget: int | None,
 ) -> str:
-    """The term that is selected. ``path`` keeps the selection; a resumed run reads it there."""
+    """The terms that are selected. ``path`` keeps the selection; a resumed run reads it there.
+
+    budget: number of their parameters, at most.
+    """
     if resume and path.is_file():
         gains = read_selection(path).gains
         if gains is None:
             raise WorkflowError(f"{path} has no gains: it is of another version, so start anew")
-        choice = automatic(gains, family_of(model))
     else:
-        found, choice = chosen_by_gains(model, objective, loader, settings.seed)
+        found, gains = gains_of_all(model, objective, loader, settings.seed)
         print(found)
         found.save(path.parent)
+    choice = automatic(gains, family_of(model), budget)
     print(f"\nauto: '{choice.term}': {choice.reason}\n")
     return choice.term
 

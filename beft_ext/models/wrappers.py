@@ -27,7 +27,7 @@ def whole(
     device (offloaded).
     """
     layers = _layers(model)
-    found = next((why for layer in layers if (why := _spread(layer)) is not None), None)
+    found = next((why for layer in reversed(layers) if (why := _spread(layer)) is not None), None)
     if not adapted and _from(layers[-1], "peft"):
         found = found or (
             "this model is wrapped by PEFT (its merge_and_unload() gives the model inside)"

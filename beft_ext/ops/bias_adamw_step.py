@@ -38,7 +38,7 @@ def bias_adamw_step(tables: AdamWTables) -> Tensor:
     Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101).
     """
     name = dispatch.choose(tables.state.device.type)
-    if not len(tables.blocks):
+    if not tables.blocks.numel():
         return tables.state.new_zeros(())
     return _BACKENDS["reference" if tables.state.dtype == torch.float64 else name](tables)
 
@@ -55,14 +55,18 @@ _LIBRARY.define(
 
 def _op(*arguments: Any) -> Tensor:
     """The operator as anyone may call it: whatever does not fit is an OperatorError."""
-    tables = AdamWTables(*arguments)
-    _check_buffers(tables)
-    tables = _gathered(tables)
-    _check_blocks(tables)
+    tables = _gathered(AdamWTables(*arguments))
     norm = bias_adamw_step(tables)
     written = (*tables.params, tables.state, tables.steps, tables.scores, tables.workspace)
-    torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
+    torch.autograd.graph.increment_version(written)
     return norm
+
+
+def _op_negative(*arguments: Any) -> Tensor:
+    """The operator where an argument is the negative of its memory, which is refused. (torch's
+    own handling of the negative bit ends in an internal assertion for what is mutated.)"""
+    _check(AdamWTables(*arguments))
+    return _op(*arguments)
 
 
 def _fake(*arguments: Any) -> Tensor:
@@ -75,8 +79,7 @@ def _fake(*arguments: Any) -> Tensor:
 
 
 _LIBRARY.impl("bias_adamw_step", _op, "CompositeExplicitAutograd")
-# torch's own handling of the negative bit ends in an internal assertion for what is mutated.
-_LIBRARY.impl("bias_adamw_step", torch.library.fallthrough_kernel, "Negative")
+_LIBRARY.impl("bias_adamw_step", _op_negative, "Negative")
 torch.library.register_fake("beft_ext::bias_adamw_step", _fake, lib=_LIBRARY)
 
 
@@ -84,14 +87,27 @@ def _gathered(t: AdamWTables) -> AdamWTables:
     """The tables with all that kernels are told of parameters and gradients, once they fit."""
     found = None
     if dispatch.native is not None:
-        found = dispatch.native.bias_adamw_step_gather(
-            list(t.params), list(t.grads), t.state, t.group_of
-        )
+        found = dispatch.native.bias_adamw_step_gather(t, BLOCK)
     if found is None:  # to be told why, or where there is no native module
-        _check_tensors(t)
+        _check(t)
         return t._replace(params=locate(t.params, t.group_of), grads=Located(t.grads))
     params, grads, forms = found
-    return t._replace(params=Located(t.params, params, forms), grads=Located(t.grads, grads))
+    return AdamWTables(Located(t.params, params, forms), Located(t.grads, grads), *t[2:])
+
+
+def _check(t: AdamWTables) -> None:
+    """AdamWTables::fit of csrc/adamw_tables.h, and whether a sign is turned; it says what is
+    wrong."""
+    _check_buffers(t)
+    _check_tensors(t)
+    # Not read on a GPU: the host would have to wait for it, and the kernels bring each block
+    # inside of what it names.
+    if not t.state.is_cuda and not _blocks_fit(t):
+        raise OperatorError(
+            "blocks and first_blocks do not fit the tensors: an entry names a tensor, a segment "
+            "or elements that are not there, is not among its segment's or is of more than "
+            f"{BLOCK} elements"
+        )
 
 
 def _check_buffers(t: AdamWTables) -> None:
@@ -141,30 +157,9 @@ def _check_tensors(t: AdamWTables) -> None:
             checks.require(f"grads[{i}]", g, shape, p.dtype, p.device)
 
 
-def _check_blocks(t: AdamWTables) -> None:
-    """That the kernels stay within their buffers. Not read on a GPU: the host would have to wait
-    for it, and the kernels bring each block inside of what it names."""
-    if t.state.is_cuda:
-        return
-    segments, elements = len(t.first_blocks) - 1, t.state.shape[1]
-    if dispatch.native is not None and t.state.device.type == "cpu":
-        assert isinstance(t.params, Located)
-        fits = dispatch.native.bias_adamw_step_table_fits(
-            t.params.addresses, t.params.addresses, t.params.forms, t.blocks.data_ptr(),
-            len(t.blocks), t.first_blocks.data_ptr(), segments, elements, BLOCK,
-        )  # fmt: skip
-    else:
-        fits = _fits(t, segments, elements)
-    if not fits:
-        raise OperatorError(
-            "blocks and first_blocks do not fit the tensors: an entry names a tensor, a segment "
-            "or elements that are not there, is not among its segment's or is of more than "
-            f"{BLOCK} elements"
-        )
-
-
-def _fits(t: AdamWTables, segments: int, elements: int) -> bool:
-    """``table_fits`` of csrc/bias_adamw_step.h."""
+def _blocks_fit(t: AdamWTables) -> bool:
+    """``table_fits`` of csrc/bias_adamw_step.h: that the kernels stay within their buffers."""
+    elements = t.state.shape[1]
     first, rows = t.first_blocks.tolist(), t.blocks.tolist()
     if first[0] != 0 or first[-1] != len(rows) or any(a > b for a, b in itertools.pairwise(first)):
         return False
@@ -188,25 +183,21 @@ def _cpu(t: AdamWTables) -> Tensor:
     groups = t.groups
     if t.lr is not None:
         groups = [x if i % 6 else float(t.lr[i // 6]) for i, x in enumerate(groups)]
-    rows, elements = t.state.shape
     norm = dispatch.native.bias_adamw_step_cpu(
         t.params.addresses,
         packed_addresses(t.grads),
         t.params.forms,
         groups,
-        t.blocks.data_ptr(),
-        t.blocks.shape[0],
-        t.state.data_ptr(),
-        elements,
-        rows == 4,
-        t.steps.data_ptr(),
-        t.scores.data_ptr(),
+        t.blocks,
+        t.state,
+        t.steps,
+        t.scores,
         t.max_grad_norm,
         -1.0 if t.global_norm is None else float(t.global_norm),
         1.0 if t.grad_scale is None else 1.0 / float(t.grad_scale),
         torch.get_num_threads(),
     )
-    return torch.scalar_tensor(norm, dtype=torch.float32, device="cpu")
+    return torch.scalar_tensor(norm, dtype=torch.float32, device=t.state.device)
 
 
 def _cuda(t: AdamWTables) -> Tensor:
@@ -226,7 +217,7 @@ def _cuda(t: AdamWTables) -> Tensor:
             t.params.forms,
             t.groups,
             t.blocks.data_ptr(),
-            len(t.blocks),
+            t.blocks.shape[0],
             t.first_blocks.data_ptr(),
             len(t.first_blocks) - 1,
             t.state.data_ptr(),

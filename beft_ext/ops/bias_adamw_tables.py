@@ -71,6 +71,8 @@ class Located(list[Held]):
     for parameters, what else the kernels are told of each. To ask torch costs as much as the
     kernel's work, so it is asked once."""
 
+    __slots__ = ("addresses", "forms")
+
     def __init__(
         self,
         tensors: Sequence[Held],

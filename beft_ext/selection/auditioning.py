@@ -17,7 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from itertools import count, islice, pairwise
+from itertools import islice, pairwise
 from typing import Any, Protocol
 
 import torch
@@ -27,7 +27,14 @@ from beft_ext.errors import BeftWarning
 from beft_ext.models import state
 from beft_ext.selection.racers import Audition, AuditionError, Racer, Rung, paired
 from beft_ext.selection.run import ModelSnapshot
-from beft_ext.training.loss import Batch, Loss, model_loss, model_observe, on_device, rows_of
+from beft_ext.training.loss import (
+    Batch,
+    Loss,
+    model_loss,
+    on_device,
+    rows_of,
+)
+from beft_ext.training.observed import model_observe
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.preparation import prepare, restore
 from beft_ext.training.steps import EagerStep
@@ -47,9 +54,9 @@ RATE, LEAST, MOST = 1e-3, 1e-5, 1e-1
 
 
 class Part(Protocol):
-    """Batches of some rows. ``plan`` tells which rows the next pass has in each batch."""
+    """Batches of some rows; each pass may draw a new order, the first one always the same.
+    ``plan`` tells which rows the next pass has in each batch."""
 
-    def set_epoch(self, epoch: int) -> None: ...
     def plan(self) -> list[list[int]]: ...
     def __iter__(self) -> Iterator[dict[str, Tensor]]: ...
     def __len__(self) -> int: ...
@@ -325,8 +332,7 @@ class _Track:
 
     def _batches(self, rows: list[int]) -> Iterator[dict[str, Tensor]]:
         part = self.batches.part(rows, self.seed)
-        for epoch in count():
-            part.set_epoch(epoch)
+        while True:
             yield from part
 
     @torch.no_grad()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
 from beft_ext.selection.gain_result import MARGIN, SURE, Gains
+from beft_ext.selection.result import SelectionError
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,18 @@ class Choice:
         return self.confidence >= SURE
 
 
-def automatic(gains: Gains, family: str) -> Choice:
-    """The term to train. family: a key of ``PRIORS``; another one has the widest prior."""
+def automatic(gains: Gains, family: str, budget: int | None = None) -> Choice:
+    """The term to train; or a set within a budget, from the frontier, by its gain alone.
+
+    Args:
+        family: a key of ``PRIORS``; another one has the widest prior.
+        budget: number of parameters that the biases may have, at most.
+
+    Raises:
+        SelectionError: no set is small enough.
+    """
+    if budget is not None:
+        return _affordable(gains, budget)
     return weighed(gains, PRIORS.get(family, PRIORS["other"]))
 
 
@@ -82,6 +93,21 @@ def weighed(gains: Gains, prior: Prior) -> Choice:
         f"probability {confidence:.2f})"
     )
     return Choice(first, confidence, reason)
+
+
+def _affordable(gains: Gains, budget: int) -> Choice:
+    """The set of the frontier that explains most for at most so many parameters."""
+    sets = gains.frontier or [(t, gains.elements[t], gains.values[t]) for t in gains.ranking]
+    within = [entry for entry in sets if entry[1] <= budget]
+    if not within:
+        name, size, _ = min(sets, key=lambda entry: entry[1])
+        raise SelectionError(
+            f"no set of biases has {budget:,} parameters or fewer: the smallest that was measured "
+            f"is '{name}' with {size:,}"
+        )
+    name, size, told = max(within, key=lambda entry: entry[2])
+    reason = f"its gain is {told:.3f}, the largest of sets with {budget:,} parameters or fewer"
+    return Choice(name, gains.confidence, f"{reason}; it has {size:,} ({gains.examples} examples)")
 
 
 def _above_mean(gains: Gains, term: str, prior: Prior) -> NormalDist:

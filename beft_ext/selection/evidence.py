@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from beft_ext.gains import GainError, Regression, equal_rows
 from beft_ext.models import Bias, head_parameters
 from beft_ext.tap import Tap
-from beft_ext.training.loss import Batch, Observed, offsets_of, on_device, rows_of
+from beft_ext.training.loss import Batch, offsets_of, on_device, rows_of
+from beft_ext.training.observed import Observed
 
 Observe = Callable[[nn.Module, Batch], Observed]
 
@@ -120,6 +121,8 @@ class Collector:
             raise GainError(f"a batch of {size} examples goes beyond the {self.examples} to read")
         self._locate(inputs, size, offsets)
         self.tap.step(size, 1.0, offsets, row=self.rows)
+        for head in self.heads:
+            head.batch = size if offsets is None else 0
         with torch.enable_grad():
             seen = self.observe(self.model, inputs)
             function = seen.losses if seen.outputs is None else seen.outputs
@@ -152,6 +155,11 @@ class Collector:
         regression = Regression(
             targets[kept], prior[kept], equal_rows([self.keys[i] for i in kept.tolist()])
         )
+        right = _joined([s.right for s in self.seen])
+        if right is not None and len(right[kept].unique()) == 1:
+            raise GainError(
+                f"every example has the label {int(right[kept][0])}: there is nothing to tell apart"
+            )
         weights = weights[kept]
         grams: dict[str, dict[tuple[int, int], Tensor]] = {}
         elements: dict[str, dict[tuple[int, int], int]] = {}
@@ -166,8 +174,9 @@ class Collector:
             mine[band] = mine[band] + product if band in mine else product
             sizes[band] = sizes.get(band, 0) + bias.width
         head = None
-        if self.heads:
-            total = torch.stack([h.gram()[kept][:, kept] for h in self.heads]).sum(0)
+        heard = [h for h in self.heads if sum(map(len, h.rows)) == self.rows]
+        if heard and len(heard) == len(self.heads):
+            total = torch.stack([h.gram()[kept][:, kept] for h in heard]).sum(0)
             head = total * weights * weights[:, None]
         return Evidence(regression, grams, elements, head)
 
@@ -274,17 +283,20 @@ def _bytes(values: Tensor) -> bytes:
 
 
 class _HeadRows:
-    """A linear layer of the task head: inputs and output gradients of each example, ``(B, H)``."""
+    """A linear layer of the task head, and its gradient for each example, ``(B, out * (in + 1))``.
+
+    batch: number of examples that the next forward has.
+    """
 
     def __init__(self, module: nn.Linear) -> None:
-        self.inputs: list[Tensor] = []
-        self.grads: list[Tensor] = []
+        self.rows: list[Tensor] = []
+        self.batch = 0
         self.biased = module.bias is not None
         self.handle = module.register_forward_hook(self._forward)
 
     @classmethod
     def all_of(cls, model: nn.Module) -> list[_HeadRows]:
-        """Of each layer of the head; none where the head has other layers too, or no rows."""
+        """Of each layer of the head; none where the head has layers of another kind."""
         own = {id(p) for p in head_parameters(model)}
         layers = [
             m for m in model.modules() if any(id(p) in own for p in m.parameters(recurse=False))
@@ -294,15 +306,18 @@ class _HeadRows:
         return [cls(m) for m in layers if isinstance(m, nn.Linear)]
 
     def _forward(self, _module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if output.requires_grad and output.ndim == 2:
+        if output.requires_grad and self.batch and len(output) % self.batch == 0:
             given = args[0].detach()
             output.register_hook(lambda grad: self._keep(given, grad))
 
     def _keep(self, given: Tensor, grad: Tensor) -> None:
-        self.inputs.append(given.double().cpu())
-        self.grads.append(grad.detach().double().cpu())
+        """The outer products of inputs and output gradients, summed over an example's rows."""
+        x, d = (t.double().cpu().reshape(self.batch, -1, t.shape[-1]) for t in (given, grad))
+        if self.biased:
+            x = nn.functional.pad(x, (0, 1), value=1.0)
+        self.rows.append((d.mT @ x).flatten(1))
 
     def gram(self) -> Tensor:
-        """``(N, N)``: of an outer product the inner product is the product of two."""
-        x, d = torch.cat(self.inputs), torch.cat(self.grads)
-        return (d @ d.T) * (x @ x.T + float(self.biased))
+        """``(N, N)``."""
+        rows = torch.cat(self.rows)
+        return rows @ rows.T

@@ -45,7 +45,7 @@ class Gains:
         >>> gains = beft_ext.measure_gains(model, loader, terms=["value", "mlp_up"])
         >>> gains.best == max(gains.values, key=gains.values.get)
         True
-    Source: docs/definitions.md, section 4.
+    Source: docs/definitions.md, section 7.
     """
 
     ranking: list[str]

@@ -25,12 +25,11 @@ from beft_ext.training.data import generators
 from beft_ext.training.loss import (
     Batch,
     Loss,
-    Observed,
     model_loss,
-    model_observe,
     offsets_of,
     rows_of,
 )
+from beft_ext.training.observed import Observed, model_observe
 
 LOOKS = (0.25, 0.5, 1.0)  # parts of the examples at which the pass may end
 FLIPS = 199
@@ -81,7 +80,7 @@ def measure_gains(
         >>> gains = beft_ext.measure_gains(model, loader, terms="value+mlp_up")
         >>> sorted(gains.ranking), gains.examples
         (['mlp_up', 'value'], 12)
-    Source: docs/definitions.md, section 4; the kernel of gradients is that of Malladi et al. 2023
+    Source: docs/definitions.md, section 7; the kernel of gradients is that of Malladi et al. 2023
     (arXiv 2210.05643).
     """
     model = whole(model, SelectionError, copies=False)

@@ -16,7 +16,8 @@ from beft_ext.tasks.examples import Example
 from beft_ext.tasks.metrics import measure
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
-from beft_ext.training.loss import Observed, model_loss, model_observe
+from beft_ext.training.loss import model_loss
+from beft_ext.training.observed import Observed, model_observe
 
 Prediction = int | float | str  # a class or choice, a number, a text
 

@@ -21,7 +21,7 @@ from beft_ext.tasks.objective import Objective, Prediction, device_of, log_proba
 from beft_ext.tasks.reading import reading, takes
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
-from beft_ext.training.loss import Observed
+from beft_ext.training.observed import Observed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -243,17 +243,18 @@ class Flat:
         groups: list[float],
         rates: list[Tensor] | None,
         max_grad_norm: float,
-        scalars: Mapping[str, Tensor | None],
+        grad_scale: Tensor | None,
+        found_inf: Tensor | None,
+        global_norm: Tensor | None,
     ) -> Tensor:
         """One step of what ``look`` found.
 
         Args:
-            groups, rates, max_grad_norm: as of ``AdamWTables``, rates one a group.
-            scalars: ``grad_scale``, ``found_inf`` and ``global_norm``, or None for each.
+            groups, rates and all that follows: as of ``AdamWTables``, on any device, rates one a
+                group.
         Returns:
             The norm of this device's gradients.
         """
-        single = {"device": self.device, "dtype": torch.float32}
         norm = bias_adamw_step(
             AdamWTables(
                 work.params,
@@ -265,10 +266,12 @@ class Flat:
                 self.first_blocks,
                 self.group_of,
                 groups,
-                None if rates is None else torch.stack([r.to(**single) for r in rates]),
+                None if rates is None else torch.stack([self._single(r) for r in rates]),
                 max_grad_norm,
-                workspace=self.workspace,
-                **{k: None if s is None else s.to(**single) for k, s in scalars.items()},
+                None if grad_scale is None else self._single(grad_scale),
+                None if found_inf is None else self._single(found_inf),
+                self.workspace,
+                None if global_norm is None else self._single(global_norm),
             )
         )
         for i, value in work.stand_ins.items():
@@ -279,6 +282,9 @@ class Flat:
         # The kernels write through raw addresses; autograd must learn of it.
         torch.autograd.graph.increment_version(self.params)
         return norm
+
+    def _single(self, scalar: Tensor) -> Tensor:
+        return scalar.to(self.device, torch.float32)
 
     def scored(self) -> Iterable[tuple[str, BiasScore]]:
         """Each segment's name and scores after the last step."""

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, nll_loss
 
 from beft_ext.errors import BeftError
 from beft_ext.models.modes import quiet
@@ -37,127 +35,6 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """What a transformers model gives out beside its logits when the batch has labels."""
     loss: Tensor = model(**batch).loss
     return loss
-
-
-@dataclass(frozen=True)
-class Observed:
-    """A batch, example by example, with autograd's graph where gradients are enabled.
-
-    Attributes:
-        losses: ``(B,)``, each the sum over the example's labels that count; in fp32 at least.
-        counts: ``(B,)``, how many these are: 1 for a class, 0 for an example that is left out.
-            ``losses.sum() / counts.sum()`` is the batch's loss.
-        probabilities, right: ``(B, C)`` of classes or options, and ``(B,)`` the right ones.
-        outputs, residuals: ``(B,)`` of a regression: predictions, and these less the targets.
-    """
-
-    losses: Tensor
-    counts: Tensor
-    probabilities: Tensor | None = None
-    right: Tensor | None = None
-    outputs: Tensor | None = None
-    residuals: Tensor | None = None
-
-    @property
-    def means(self) -> Tensor:
-        """``(B,)``: each example's loss, a mean over its labels; 0 where none counts."""
-        return self.losses / self.counts.clamp(min=1)
-
-    def detached(self) -> Observed:
-        """The same facts, without autograd's graph."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Observed(**{k: None if v is None else v.detach() for k, v in values.items()})
-
-    @classmethod
-    def of_classes(cls, scores: Tensor, right: Tensor) -> Observed:
-        """Cross-entropy of ``(B, C)`` logits or scores against the right ones ``(B,)``."""
-        logs = scores.log_softmax(-1, dtype=_wide(scores))
-        losses = nll_loss(logs, right, reduction="none")
-        return cls(losses, right.ne(IGNORED_LABEL).to(losses), logs.exp(), right)
-
-
-def model_observe(model: nn.Module, batch: Batch) -> Observed:
-    """What a transformers model says of each example of a batch with labels.
-
-    Classes, numbers, several targets, and tokens, each for its own place or for the next, are
-    told apart by the model's own loss. Packed texts are examples each.
-
-    Raises: LossError where the model's loss is none of these, such as a weighted one.
-    """
-    output: Any = model(**batch)
-    labels: Any = batch.get("labels")
-    logits: Any = getattr(output, "logits", None)
-    loss: Any = getattr(output, "loss", None)
-    readings: list[Observed] = []
-    if all(isinstance(t, Tensor) for t in (labels, logits, loss)):
-        readings = _readings(logits, labels, offsets_of(batch))
-
-    def off(reading: Observed) -> float:
-        divisor = _given(batch) or float(reading.counts.sum())
-        # NaN where the loss is not finite: below, that counts as none.
-        return float((reading.losses.sum() / divisor - loss).detach().abs())
-
-    best = min(readings, key=off, default=None)
-    if best is None or off(best) > _rounding(loss.detach(), logits.detach()):
-        raise LossError(
-            "the losses of single examples cannot be told from this model's loss: let the loss "
-            "return the losses of the examples (B,)"
-        )
-    return best
-
-
-def _readings(logits: Tensor, labels: Tensor, offsets: Tensor | None) -> list[Observed]:
-    """What the examples' losses may be, by the shapes and dtypes of logits and labels."""
-    if labels.is_floating_point() and logits.numel() == labels.numel():
-        outputs = logits.view_as(labels).to(_wide(logits))
-        residuals = outputs - labels
-        entropies = binary_cross_entropy_with_logits(outputs, labels.to(outputs), reduction="none")
-        squares, ones = residuals.square(), torch.ones_like(residuals)
-        alone = {"outputs": outputs.flatten(), "residuals": residuals.flatten()}
-        options = alone if labels.numel() == len(labels) else {}
-        return [
-            Observed(_per_example(squares, None), _per_example(ones, None), **options),
-            Observed(_per_example(entropies, None), _per_example(ones, None)),
-        ]
-    if labels.is_floating_point() or logits.shape[:-1] != labels.shape or logits.shape[-1] < 2:
-        return []
-    if labels.ndim == 1:
-        return [Observed.of_classes(logits, labels)]
-    return [
-        Observed(*(_per_example(t, offsets) for t in _of_tokens(logits, labels, ahead)))
-        for ahead in (1, 0)
-    ]
-
-
-def _of_tokens(logits: Tensor, labels: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
-    """``(B, T)``: each label's loss by the logits ``ahead`` places before it, and whether it has
-    one. Only those logits are widened: a vocabulary's are many."""
-    told = labels.ne(IGNORED_LABEL)
-    told[:, :ahead] = False
-    by = told.roll(-ahead, 1)
-    found = cross_entropy(logits[by].to(_wide(logits)), labels[told], reduction="none")
-    return found.new_zeros(labels.shape).masked_scatter(told, found), told.to(found)
-
-
-def _per_example(values: Tensor, offsets: Tensor | None) -> Tensor:
-    """Sums over each row or, in packed rows, over each text."""
-    if offsets is None:
-        return values.reshape(len(values), -1).sum(1)
-    texts = torch.arange(len(offsets) - 1, device=values.device)
-    owner = texts.repeat_interleave(offsets.to(values.device).diff())
-    return values.new_zeros(len(texts)).index_add(0, owner, values.flatten())
-
-
-def _wide(values: Tensor) -> torch.dtype:
-    return torch.promote_types(values.dtype, torch.float32)
-
-
-def _rounding(loss: Tensor, logits: Tensor) -> float:
-    """How far the same loss may be off: a mean's rounding grows with the logarithm of its terms
-    (16 for 65,536), and a log-probability is as coarse as its logit."""
-    single = torch.finfo(torch.float32).eps
-    own = torch.finfo(loss.dtype).eps
-    return 16 * float(own * loss.abs() + single * logits.abs().max())
 
 
 def scalar(value: LossValue) -> Tensor:
@@ -195,7 +72,7 @@ def offsets_of(batch: Batch) -> Tensor | None:
         return None
     starts = torch.ones_like(places, dtype=torch.bool)
     starts[:, 1:] = places[:, 1:] != places[:, :-1] + 1
-    if int(starts.sum()) == len(places) or places.shape[1] == 1:
+    if int(starts.sum()) == len(places):
         return None
     begin = starts.flatten().nonzero().flatten()
     return torch.cat([begin, begin.new_tensor([places.numel()])])
@@ -213,7 +90,8 @@ def examples_of(batch: Batch, offsets: Tensor | None) -> int:
     return int(ends.diff().gt(0).sum())
 
 
-def _given(batch: Batch) -> float | None:
+def items_given(batch: Batch) -> float | None:
+    """The number of labels that the Trainer counted over accumulated batches."""
     items = batch.get("num_items_in_batch")
     return None if items is None else float(items)
 
@@ -221,7 +99,7 @@ def _given(batch: Batch) -> float | None:
 def _next_labels(batch: Batch) -> float | None:
     """Labels that count where a model predicts the next one: all but the first of each row."""
     labels = batch.get("labels")
-    if labels is None or labels.ndim < 2 or labels.is_floating_point():
+    if labels is None or labels.ndim < 2 or labels.is_floating_point() or labels.shape[-1] < 2:
         return None
     return float(labels[..., 1:].ne(IGNORED_LABEL).sum())
 
@@ -237,7 +115,7 @@ def _labels(batch: Batch) -> float | None:
 # What the sum of the examples' losses may have been divided by. Where two differ by a constant
 # factor alone the first is taken, by which an example's loss is the sum over its labels.
 DIVISORS: tuple[Measure, ...] = (
-    _given,
+    items_given,
     _next_labels,
     _labels,
     lambda batch: float(rows_of(batch)),
@@ -370,7 +248,9 @@ def _pairs(batch: Batch) -> list[Batch]:
             counted = labels.reshape(rows, -1).ne(IGNORED_LABEL)
             unlike = (labels != labels[int(counted.sum(1).argmax())]).reshape(rows, -1).any(1)
             places["a"] = int(counted.sum(1).argmax())
-            places["b"] = int((unlike & counted.any(1)).long().argmax())
+            fitting = unlike & counted.any(1)
+            other = places["a"] if labels.ndim == 1 else (places["a"] + 1) % rows
+            places["b"] = int(fitting.long().argmax()) if bool(fitting.any()) else other
         given["a"], given["b"] = _told_apart(labels[places["a"]], labels[places["b"]])
         if has_ignored(batch):
             places["x"] = int(labels.eq(IGNORED_LABEL).long().argmax())
@@ -402,10 +282,23 @@ def _told_apart(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
         return first, second
     if first.ndim == 0:
         return first, torch.full_like(second, int(first == 0)) if first == second else second
-    for row, kept in ((first, LABELS_KEPT), (second, LABELS_KEPT // 2)):
-        counted = row.ne(IGNORED_LABEL).nonzero().flatten()
-        row[counted[counted > 0][kept:]] = IGNORED_LABEL
-        row[0] = IGNORED_LABEL
-    if bool(first.ne(IGNORED_LABEL).any()):
-        first[0] = first[first.ne(IGNORED_LABEL)][0]
+    labels = first[first.ne(IGNORED_LABEL)]
+    if len(first) < 2 or not len(labels):
+        return first, second
+    first = _thinned(first, 2, LABELS_KEPT, labels[0])
+    kept = max(1, int(first.ne(IGNORED_LABEL).sum()) // 2)
+    second = _thinned(second, 1, kept, labels[0])
+    first[0] = labels[0]
     return first, second
+
+
+def _thinned(row: Tensor, least: int, most: int, label: Tensor) -> Tensor:
+    """Labels ``(T,)`` with ``least`` to ``most`` that count, none of them the first."""
+    counted = row[1:].ne(IGNORED_LABEL).nonzero().flatten() + 1
+    row[counted[most:]] = IGNORED_LABEL
+    row[0] = IGNORED_LABEL
+    if len(counted) < least:  # beside one that is there: it may have padding around
+        near = int(counted[0]) if len(counted) else 1
+        places = [p for p in (near, near - 1, near + 1) if 0 < p < len(row)]
+        row[places[:least]] = label
+    return row

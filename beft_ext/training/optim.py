@@ -172,15 +172,13 @@ class BiasAdamW(torch.optim.Optimizer):
                 loss = closure()
         work = self._look()
         groups, rates = self._settings()
-        scalars = {
-            "grad_scale": getattr(self, "grad_scale", None),
-            "found_inf": getattr(self, "found_inf", None),
-            "global_norm": None,
-        }
+        scale = getattr(self, "grad_scale", None)
+        found_inf = getattr(self, "found_inf", None)
+        norm = None
         if len(work) > 1 and self.max_grad_norm > 0:
-            scalars["global_norm"] = _global_norm(work, scalars["grad_scale"])
+            norm = _global_norm(work, scale)
         norms = [
-            flat.step(w, groups, rates, self.max_grad_norm, scalars)
+            flat.step(w, groups, rates, self.max_grad_norm, scale, found_inf, norm)
             for flat, w in zip(self._flats, work, strict=True)
         ]
         self.grad_norm = norms[0] if len(norms) == 1 else _norm_of(norms)
@@ -222,10 +220,9 @@ class BiasAdamW(torch.optim.Optimizer):
             ]
         for group in self.param_groups:
             lr = 0.0 if rates is not None else _number("the learning rate", group["lr"])
-            beta1, beta2 = group["betas"]
+            beta1, beta2 = map(float, group["betas"])
             sign = -1.0 if group["maximize"] else 1.0
-            numbers = (beta1, beta2, group["eps"], group["weight_decay"])
-            groups += [lr, *map(float, numbers), sign]
+            groups += (lr, beta1, beta2, float(group["eps"]), float(group["weight_decay"]), sign)
         return groups, rates
 
     def scores(self) -> dict[str, BiasScore]:

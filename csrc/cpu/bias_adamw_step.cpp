@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "cpu/bias_adamw_step_cpu.h"
+#include "cpu/eights.h"
 #include "cpu/parallel.h"
 
 namespace beft {
@@ -75,6 +76,73 @@ BEFT_KERNELS(bf16, BF16)
 BEFT_KERNELS(f16, F16)
 #undef BEFT_KERNELS
 
+// The same for 16-bit numbers, eight at a time.
+#ifdef BEFT_F16C
+template <typename T>
+BEFT_F16C float norm_eights(const void* grad, int64_t n, float factor) {
+  const auto* g = static_cast<const uint16_t*>(grad);
+  __m256 sum{};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 x = T::load(g + i) * factor;
+    sum += x * x;
+  }
+  return sum_of(sum) + block_norm<typename T::One>(g + i, n - i, factor);
+}
+
+template <typename T>
+BEFT_F16C AdamWScores step_eights(void* param, const void* grad, const Slices& s, int64_t n,
+                                  const AdamWFactors& factors, float unscale) {
+  using One = typename T::One;
+  const AdamWFactors f = factors;
+  auto* p = static_cast<uint16_t*>(param);
+  const auto* g = static_cast<const uint16_t*>(grad);
+  float *exp_avg = s.exp_avg, *exp_avg_sq = s.exp_avg_sq, *master = s.master;
+  const float* initial = s.initial;
+  __m256 change_abs{}, dot{}, change_dot{}, grad_sq{};
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    if (__builtin_expect(!T::follows(p + i, _mm256_loadu_ps(master + i)), false))
+      for (int64_t k = i; k < i + 8; ++k)
+        if (One::store(master[k]) != p[k]) master[k] = One::load(p[k]);
+    const __m256 raw = T::load(g + i), b0 = _mm256_loadu_ps(initial + i);
+    __m256 b = _mm256_loadu_ps(master + i);
+    __m256 m = _mm256_loadu_ps(exp_avg + i), v = _mm256_loadu_ps(exp_avg_sq + i);
+    adamw_moments(m, v, raw, f);
+    adamw_move(b, m, _mm256_sqrt_ps(v), f);
+    _mm256_storeu_ps(exp_avg + i, m);
+    _mm256_storeu_ps(exp_avg_sq + i, v);
+    _mm256_storeu_ps(master + i, b);
+    T::store(p + i, b);
+    const __m256 d = b - b0, x = raw * unscale;
+    change_abs += _mm256_andnot_ps(_mm256_set1_ps(-0.0f), d);
+    dot += d * b0;
+    change_dot += d * b;
+    grad_sq += x * x;
+  }
+  AdamWScores sums{sum_of(change_abs), sum_of(dot), sum_of(change_dot), sum_of(grad_sq)};
+  if (i < n)
+    sums += block_step<One>(p + i, g + i, {master + i, exp_avg + i, exp_avg_sq + i, initial + i},
+                            n - i, factors, unscale);
+  return sums;
+}
+#endif
+
+struct Kernels {
+  decltype(&norm_f32) norm;
+  decltype(&step_f32) step;
+};
+
+Kernels kernels_of(DType dtype) {
+  if (dtype == DType::f32) return {norm_f32, step_f32};
+#ifdef BEFT_F16C
+  if (__builtin_cpu_supports("x86-64-v3"))
+    return dtype == DType::bf16 ? Kernels{norm_bf16, step_eights<BF16x8>}
+                                : Kernels{norm_eights<F16x8>, step_eights<F16x8>};
+#endif
+  return dtype == DType::bf16 ? Kernels{norm_bf16, step_bf16} : Kernels{norm_f16, step_f16};
+}
+
 const void* at(const void* data, int64_t dtype, int64_t offset) {
   return static_cast<const char*>(data) + offset * (DType(dtype) == DType::f32 ? 4 : 2);
 }
@@ -90,8 +158,8 @@ double bias_adamw_step_cpu(const AdamWView& view, int threads) {
       static_cast<int>(std::min<int64_t>(threads, 1 + elements / ELEMENTS_PER_THREAD));
   std::vector<AdamWScores> sums(count);
   const float unscale = static_cast<float>(view.inverse_scale);
-  constexpr decltype(&norm_f32) norms[] = {norm_f32, norm_bf16, norm_f16};
-  constexpr decltype(&step_f32) moves[] = {step_f32, step_bf16, step_f16};
+  const Kernels kernels[] = {kernels_of(DType::f32), kernels_of(DType::bf16),
+                             kernels_of(DType::f16)};
 
   auto global_norm = [&] {
     double total = 0;
@@ -106,17 +174,23 @@ double bias_adamw_step_cpu(const AdamWView& view, int threads) {
       const AdamWBlock& b = view.blocks[i];
       const AdamWTensor& t = view.tensors[b.tensor];
       if (t.grad)
-        sums[i].grad_sq = norms[t.dtype](at(t.grad, t.dtype, b.grad_offset), b.length, unscale);
+        sums[i].grad_sq =
+            kernels[t.dtype].norm(at(t.grad, t.dtype, b.grad_offset), b.length, unscale);
     });
     clip = clip_factor(global_norm(), view.max_grad_norm);
   }
 
   std::vector<AdamWFactors> factors(view.tensors.size());
-  for (size_t t = 0; t < view.tensors.size(); ++t) {
+  int64_t known = -1;  // a tensor whose factors are there; mostly they are the next one's too
+  for (int64_t t = 0; t < static_cast<int64_t>(factors.size()); ++t) {
     if (!view.tensors[t].grad) continue;
+    const int64_t group = view.tensors[t].group;
     view.steps[t] += 1;
-    factors[t] =
-        adamw_factors(view.groups[view.tensors[t].group], view.steps[t], clip * view.inverse_scale);
+    if (known >= 0 && view.tensors[known].group == group && view.steps[known] == view.steps[t])
+      factors[t] = factors[known];
+    else
+      factors[t] = adamw_factors(view.groups[group], view.steps[t], clip * view.inverse_scale);
+    known = t;
   }
   parallel(count, useful, [&](int64_t i) {
     const AdamWBlock& b = view.blocks[i];
@@ -125,9 +199,9 @@ double bias_adamw_step_cpu(const AdamWView& view, int threads) {
     const Slices slices{view.master ? view.master + b.flat_offset : nullptr,
                         view.exp_avg + b.flat_offset, view.exp_avg_sq + b.flat_offset,
                         view.initial + b.flat_offset};
-    sums[i] = moves[t.dtype](const_cast<void*>(at(t.param, t.dtype, b.param_offset)),
-                             at(t.grad, t.dtype, b.grad_offset), slices, b.length,
-                             factors[b.tensor], unscale);
+    sums[i] = kernels[t.dtype].step(const_cast<void*>(at(t.param, t.dtype, b.param_offset)),
+                                    at(t.grad, t.dtype, b.grad_offset), slices, b.length,
+                                    factors[b.tensor], unscale);
   });
 
   for (int64_t i = 0; i < count;) {

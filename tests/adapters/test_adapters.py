@@ -191,7 +191,7 @@ def test_training_goes_on_from_an_adapter(tmp_path):
     model = tiny("gpt-neox")
     prepare(model, "value")
     before = values(model)
-    with pytest.raises(AdapterError, match="beyond the prepared biases"):
+    with pytest.raises(AdapterError, match=r"layers\.0\..* beyond the prepared biases"):
         load_adapter(model, tmp_path / "a")
     assert same(model, before)
     restore(model)

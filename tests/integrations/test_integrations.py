@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import batch, tiny
 
+from beft_ext import prepare
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.tuning import Recipe, tune
 
@@ -92,7 +93,6 @@ def test_tensorboard_shows_the_scores(tmp_path, monkeypatch):
         "tensorboard.backend.event_processing.event_accumulator",
         reason="tensorboard is not installed",
     )
-    from beft_ext import prepare
     from beft_ext.integrations.trainer import log_scores, term_scores
 
     model = tiny("bert")
@@ -117,6 +117,32 @@ def test_the_trainer_resumes_in_the_middle_of_an_epoch(ours, tmp_path):
     trainer(resumed, tmp_path, **options).train(str(tmp_path / "checkpoint-5"))
     for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_half_precision_trainer_resumes_with_its_fp32_masters(tmp_path):
+    """With dropout, torch's own shuffling, and steps below the spacing of bf16."""
+    import transformers
+
+    def begun():
+        model = tiny("bert").bfloat16()
+        prepare(model, "value")
+        assert model.config.hidden_dropout_prob > 0
+        optimizer = BiasAdamW(model, lr=1e-5)
+        options = {"save_steps": 5, "num_train_epochs": 2, "max_grad_norm": 0.0}
+        options |= {"disable_tqdm": True, "use_cpu": True, "report_to": "none"}
+        arguments = transformers.TrainingArguments(
+            str(tmp_path), per_device_train_batch_size=8, save_strategy="steps", **options
+        )
+        both = (optimizer, schedule(optimizer))
+        return transformers.Trainer(model, arguments, train_dataset=ROWS, optimizers=both)
+
+    whole, resumed = begun(), begun()
+    whole.train()
+    resumed.train(str(tmp_path / "checkpoint-5"))
+    states = [run.optimizer.optimizer.state.values() for run in (whole, resumed)]
+    for a, b in zip(*states, strict=True):
+        assert torch.equal(a["master"], b["master"])
+        assert not torch.equal(a["master"], a["master"].bfloat16().float())
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])

@@ -23,13 +23,19 @@ class Fault:
 SELECTION = ("selection",)
 AUDITION = ("selection/test_auditioning.py",)
 TAP = ("test_tap.py", "test_layouts.py", *SELECTION)
-OPTIM = ("training/test_optim.py", "ops/test_bias_adamw_step.py")
+OPTIMIZER = ("training/test_optim.py", "training/test_torch_optimizer.py")
+OPTIM = (*OPTIMIZER, "ops/test_bias_adamw_step.py")
 ROWS = ("ops/test_bias_grad_stats.py", "ops/test_bias_example_grads.py")
 STATS = (*ROWS, "ops/test_cuda_sources.py")
 CUDA = ("ops/test_cuda_sources.py",)
 TRITON = ("ops/test_triton.py",)
 ADAPTERS = ("adapters",)
-MODELS = ("models/test_models.py", "training/test_preparation.py")
+MODELS = (
+    "models/test_models.py",
+    "models/test_registry.py",
+    "models/test_wrappers.py",
+    "training/test_preparation.py",
+)
 TUNING = ("training/test_tuning.py",)
 PREPARATION = ("training/test_preparation.py", "adapters/test_adapters.py")
 
@@ -55,12 +61,12 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("loss.mean() if loss.ndim else loss", "loss.sum() if loss.ndim else loss"),
         ],
     ),
-    "beft_ext/training/loss.py#observed": (
+    "beft_ext/training/observed.py": (
         ("training/test_observed.py", "tasks/test_prompts.py"),
         [
             ("told[:, :ahead] = False", "told[:, :1] = False"),
             ("by = told.roll(-ahead, 1)", "by = told"),
-            ("divisor = _given(batch) or float", "divisor = float"),
+            ("divisor = items_given(batch) or float", "divisor = float"),
             ("self.losses / self.counts.clamp(min=1)", "self.losses / self.counts"),
             ("residuals = outputs - labels", "residuals = labels - outputs"),
             ("best = min(readings, key=off, default=None)", "best = (readings or [None])[0]"),
@@ -79,7 +85,6 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("min(int(steps * 2**r), longest)", "int(steps * 2**r)"),
             ("state.kept(model), ModelSnapshot(model)", "ModelSnapshot(model)"),
             ("if i not in held]", "]"),
-            ("            part.set_epoch(epoch)\n", ""),
             ("                restore(model)\n", "                pass\n"),
             ("rate * factor)", "rate)"),
         ],
@@ -101,18 +106,61 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("parameter.requires_grad_(required)", "parameter.requires_grad_(True)"),
             ("        state.take(self._model, Tap)", "        pass"),
             ("        hook.remove()\n        self._hooks", "        pass\n        self._hooks"),
+            ("site.finish_step(self._step.row)", "site.finish_step(None)"),
         ],
     ),
     "beft_ext/listener.py": (
-        TAP,
+        (*TAP, "test_slab.py"),
         [
             ("scaled = grads * step.scale", "scaled = grads"),
+            ("self.grad_sum_sq += self.pending.square().sum(0)",
+             "self.grad_sum_sq += self.pending.sum(0).square()"),
             ("else site.pending + scaled", "else scaled"),
-            ("self.pending.square().sum(0)", "self.pending.sum(0).square()"),
             ("            return RECOMPUTED  #", "            pass  #"),
             ("        step.begun = True\n", ""),
             ("        if site.uses < 2:", "        if True:"),
             ("use == STALE or use in self.reduced or", "use == STALE or"),
+            (" and site.uses < 2:", ":"),
+        ],
+    ),
+    "beft_ext/slab.py": (
+        ("test_slab.py",),
+        [
+            ("b.width <= columns for b in biases", "True for b in biases"),
+            (" * self.sign\n", "\n"),
+            ("[:, self.order]", ""),
+            ("seed * 1_000_003 + bias.layer", "bias.layer"),
+            ("self.whole[row : row + len(grads)] = grads", "self.whole[: len(grads)] = grads"),
+            ("[:, :, bias.start : bias.stop]", "[:, :, : bias.stop - bias.start]"),
+            ("scale=scale)\n            return out.sum(0)",
+             "scale=1.0)\n            return out.sum(0)"),
+        ],
+    ),
+    "beft_ext/gains.py": (
+        ("test_gains.py",),
+        [
+            ("among - a_q[:, block] @ half[:, block].mT", "among"),
+            (" - (a_q * half).sum(-1)  #", "  #"),
+            ("a_t - half @ (q.T @ a_t)", "a_t"),
+            (".argmin())\n    ridge", ".argmax())\n    ridge"),
+            ("(1 / n + 1 / (n - 1)) ** 0.5", "(1 / n) ** 0.5"),
+            ("torch.maximum(largest, 1 - left / before)", "1 - left / before"),
+            ("(1 + int(", "(int("),
+            ("gram.values.sqrt() * (", "gram.values * ("),
+            ("order[k::number]", "order[::number]"),
+        ],
+    ),
+    "beft_ext/selection/evidence.py": (
+        ("selection/test_measuring.py",),
+        [
+            ("1 / weights, ((probabilities", "weights, ((probabilities"),
+            ("(probabilities - hot) * weights[:, None])", "(probabilities - hot))"),
+            ("function = seen.losses if seen.outputs is None else seen.outputs",
+             "function = seen.losses"),
+            ("        self.rows += size\n", "        self.rows += len(seen.losses) - 1\n"),
+            ("(told / (1 - told)).sqrt()", "told / (1 - told)"),
+            ("roots, losses * roots", "roots, losses"),
+            ("row[own.bool()]", "row"),
         ],
     ),
     "beft_ext/layouts.py": (
@@ -129,12 +177,11 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("norm if scale is None else norm / scale.to(norm.device)", "norm"),
             ("torch.float32) for n in norms]).norm()", "torch.float32) for n in norms]).sum()"),
             ('sign = -1.0 if group["maximize"] else 1.0', "sign = 1.0"),
-            ('(beta1, beta2, group["eps"], group["weight_decay"])',
-             '(beta1, beta2, group["eps"], 0.0)'),
+            ('float(group["weight_decay"]), sign)', "0.0, sign)"),
             ("(values.get(\"master\", p))", "(p)"),
             ('views["initial"].copy_(values["initial"])', "pass"),
             ("                del self.param_groups[-1]\n", ""),
-            ('"found_inf": getattr(self, "found_inf", None)', '"found_inf": None'),
+            ('found_inf = getattr(self, "found_inf", None)', '"found_inf": None'),
             ("            with torch.enable_grad():\n                loss = closure()",
              "            loss = closure()"),
             ("                    del self.state[flat.params[i]]", "                    pass"),
@@ -202,7 +249,13 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     ),
     "beft_ext/training/data.py": (
         TUNING,
-        [("            self.loader.set_epoch(number)", "            pass")],
+        [
+            ("            self.loader.set_epoch(number)", "            pass"),
+            ("_seeded(self.seed * 1_000_003 + number)", "_seeded(self.seed)"),
+            ("            _set_states(outside)", "            pass"),
+            ("            self._stream = _states()\n", ""),
+            ("digest_of(batch, self.digest)", "digest_of(batch)"),
+        ],
     ),
     "beft_ext/training/steps.py": (
         ("training/test_steps.py",),
@@ -239,12 +292,31 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("    for name, tensor in tensors.items():\n", "    for name, tensor in ():\n"),
             ("    _check_model(model, config)\n", ""),
             ("if target.parent not in (home, blobs)", "if False"),
-            ("        if dtype not in FLOAT_DTYPES:", "        if False:"),
+            ("        if dtype not in ((", "        if False and dtype not in (("),
+            ("header > min(size - 8, LARGEST_HEADER)", "header > size - 8"),
+            ("names.isdisjoint(endings)", "any(m.endswith(n) for n in names)"),
+            ("any(m.endswith(s) for s in saved if s)", "m in saved"),
+            ("    if not any(n.endswith(BIAS_ENDING) for n in seen):", "    if False:"),
+        ],
+    ),
+    "beft_ext/adapters/saving.py": (
+        ADAPTERS,
+        [
+            ("        upload.check()\n", ""),
+            ("into = whole.setdefault(bias.parameter, torch.zeros_like"
+             "(parameter, dtype=torch.float64))",
+             "into = whole[bias.parameter] = torch.zeros_like(parameter, dtype=torch.float64)"),
+            ("dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32",
+             "dtype = torch.float32"),
+            ('        facts["not_in_peft"] = reason', "        pass"),
         ],
     ),
     "beft_ext/adapters/merging.py": (
         ADAPTERS,
         [
+            ("            guard(model, merged.adapters)", "            pass"),
+            ("        release(adapters)\n", "        pass\n"),
+            ("        mark(model, merged.prepared)", "        pass"),
             ("    undo_plain(model, merged.plain)\n", ""),
             ("        state.put(model, merged.adapters)", "        pass"),
             ("    state.take(model, Adapters)\n", ""),
@@ -264,6 +336,14 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("elif values[\"beft\"] > 1", "elif values[\"beft\"] > 2"),
             ("key=lambda t: -values[t]", "key=lambda t: values[t]"),
             ("setdefault(names[bias], [])", "setdefault(bias.term, [])"),
+        ],
+    ),
+    "beft_ext/selection/candidates.py": (
+        SELECTION,
+        [
+            ("            module.bias = None  #", "            pass  #"),
+            ("    model.eval()\n", ""),
+            ("[b for b in lack if b in names]", "lack"),
         ],
     ),
     "beft_ext/selection/run.py": (
@@ -289,16 +369,6 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("share = size / most if most > 0", "share = size if most > 0"),
             ("for dtype in (torch.float64, torch.float32)", "for dtype in (torch.float32,)"),
             ("copy.deepcopy(module).eval()", "copy.deepcopy(module)"),
-        ],
-    ),
-    "beft_ext/selection/candidates.py": (
-        SELECTION,
-        [
-            ("            module.bias = None  #", "            pass  #"),
-            ("    model.eval()\n", ""),
-            ("[b for b in lack if b in names]", "lack"),
-            ("lack = [] if any(b.term in QKV for b in have) else attention", "lack = attention"),
-            ("v[:4] if isinstance(v, Tensor)", "v if isinstance(v, Tensor)"),
         ],
     ),
     "beft_ext/selection/choice.py": (
@@ -347,7 +417,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         ],
     ),
     "beft_ext/models/added.py": (
-        (*MODELS, *ADAPTERS),
+        (*MODELS, "adapters/test_merging.py"),
         [
             ("        setattr(model.config, flag, value)\n    for path, parameter",
              "        pass\n    for path, parameter"),
@@ -356,11 +426,33 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("output.bias.double() + constant", "output.bias.double() - constant"),
             ("    source.bias = None\n", ""),
             ("any(_holds(model, n, modules) for n in classes)", "True"),
+            ("in range(len(known) + 1)", "in reversed(range(len(known) + 1))"),
+            (".requires_grad_(module.weight.requires_grad)", ""),
+            ("output.bias.detach().clone()", "output.bias.detach()"),
+        ],
+    ),
+    "beft_ext/models/head.py": (
+        MODELS,
+        [
+            ("for m in (base, embeddings)", "for m in (base,)"),
+            ("        if is_quantised(parameter):", "        if False:"),
+        ],
+    ),
+    "beft_ext/models/state.py": (
+        MODELS,
+        [
+            ("_records(model) | {type(record): record}", "{type(record): record}"),
+            ("        inside(model).__dict__.pop(_NAME, None)",
+             "        setattr(inside(model), _NAME, records)"),
         ],
     ),
     "beft_ext/models/wrappers.py": (
-        ("models", "selection", "training/test_preparation.py"),
+        MODELS,
         [
+            ("isinstance(layer, nn.DataParallel) for layer in layers",
+             "isinstance(layer, nn.DataParallel) for layer in layers[:1]"),
+            (".split(\".\")[: package.count(\".\") + 1] == package.split(\".\")",
+             ".startswith(package)"),
             ('        if "_orig_mod" in model._modules:', "        if False:"),
             ("        if parameter.is_meta:", "        if False:"),
             ('not adapted and _from(layers[-1], "peft")', "False"),
@@ -373,6 +465,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ('("query", 0, width), ("value", width, 2 * width), ("key", 2 * width, 3 * width)',
              '("query", 0, width), ("key", width, 2 * width), ("value", 2 * width, 3 * width)'),
             ("    q, k = heads * width, shared * width", "    q, k = heads * width, heads * width"),
+            ('"multi_query", True) is False', '"multi_query", True)'),
+            ("        return heads, 1\n", "        return heads, heads\n"),
         ],
     ),
     "beft_ext/ops/dispatch.py": (
@@ -463,11 +557,51 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [("example.label >= outputs", "example.label > outputs")],
     ),
     "beft_ext/files.py": (
-        ("test_files.py", "commands/test_kill.py", "commands/test_interrupted.py"),
+        ("test_files.py",),
         [
             ('glob(PARTIAL + "*")', 'glob("partial-*")'),
             ("                (folder / last).unlink(missing_ok=True)", "                pass"),
             ("    path.chmod(0o666 & ~umask)  #", "    #"),
+            ("while part := file.read(LARGEST_HEADER):", "if part := file.read(9):"),
+            ("key in held or ", ""),
+            ("(p.name == last, p)", "p"),
+        ],
+    ),
+    "beft_ext/plots.py": (
+        ("test_plots.py",),
+        [
+            ("[math.nan] * (layers - len(row))", "[0.0] * (layers - len(row))"),
+            ("mean = sum(values) / len(values)", "mean = values[0]"),
+            ("    except PlotError as error:", "    except Exception as error:"),
+            ("if o.method == name and o.failure is None]", "if o.failure is None]"),
+        ],
+    ),
+    "beft_ext/commands/demo.py": (
+        ("commands/test_demo.py",),
+        [
+            ("    torch.manual_seed(SEED)\n    model =", "    model ="),
+            ("[b for b in biases if b.term == term]", "list(biases)"),
+            ("ModelSnapshot(model), torch.random.fork_rng(devices=[])", "ModelSnapshot(model)"),
+            ("steps = EPOCHS * len(loader)", "steps = len(loader)"),
+        ],
+    ),
+    "beft_ext/commands/doctor.py": (
+        ("test_install.py",),
+        [
+            ("find_spec(package) is not None", "find_spec(package) is None"),
+            ('("pictures", "plots")', '("pictures", "data")'),
+            ('if reason else "usable"', 'if not reason else "usable"'),
+        ],
+    ),
+    "setup.py": (
+        ("test_build.py",),
+        [
+            ('os.environ.get("BEFT_CUDA", "1") != "0"', "True"),
+            ('                "-ffp-contract=off",\n', ""),
+            ('CUDA_TARGETS = ("80", "90")', 'CUDA_TARGETS = ("90",)'),
+            ("code=compute_{newest}", "code=sm_{newest}"),
+            ("            optional=True,\n", ""),
+            ('        ext.define_macros.append(("BEFT_WITH_CUDA", "1"))\n', ""),
         ],
     ),
     "csrc/bias_grad_stats.h": (
@@ -483,7 +617,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "csrc/bias_adamw_step.h": (
         (*OPTIM, *CUDA),
         [
-            ("sqrtf(v) * f.inverse_root + f.eps", "sqrtf(v + f.eps) * f.inverse_root"),
+            ("root_of_v * f.inverse_root + f.eps", "(root_of_v + f.eps) * f.inverse_root"),
             ("1 - group.lr * group.weight_decay", "1 - group.weight_decay"),
             ("change_dot_initial += d * b0;", "change_dot_initial += b * b0;"),
             ("max_grad_norm <= 0 || factor > 1", "max_grad_norm <= 0"),
@@ -507,6 +641,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("    if (!view.tensors[first.tensor].grad) continue;\n", ""),
             ("    if (half) master[i] = b;\n", ""),
             ("x = raw * unscale;", "x = raw;"),
+            ("!T::follows(p + i, _mm256_loadu_ps(master + i))", "false"),
+            ("view.steps[known] == view.steps[t]", "true"),
             ("    view.steps[t] += 1;\n", "    view.steps[t] = view.steps[0] + 1;\n"),
         ],
     ),
@@ -543,6 +679,53 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if sum(b.width for b in own) < parameter.numel():",
         "if sum(b.width for b in own) != parameter.numel():",
     ): "slices of a parameter never hold more than all of it",
+    (
+        "beft_ext/training/loss.py",
+        "counted = labels.flatten().ne(IGNORED_LABEL).long().cumsum(0)",
+        "counted = labels.flatten().ne(IGNORED_LABEL).long().cumsum( -1)",
+    ): "a vector has one axis",
+    (
+        "beft_ext/training/loss.py",
+        "first = _thinned(first, 2, LABELS_KEPT, labels[0])",
+        "first = _thinned(first, 2, LABELS_KEPT, labels[ -1])",
+    ): "any label of the row will do",
+    (
+        "beft_ext/training/loss.py",
+        "places = [p for p in (near, near - 1, near + 1) if 0 < p < len(row)]",
+        "places = [p for p in (near, near - 1, near + 1) if 0 < p is not len(row)]",
+    ): "none of them is beyond the length",
+    (
+        "beft_ext/training/loss.py",
+        "k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v",
+        "k: v[index] if isinstance(v, Tensor) and v.ndim and len(v) is rows else v",
+    ): "small integers are one object each",
+    (
+        "beft_ext/training/loss.py",
+        "return first, torch.full_like(second, int(first == 0)) if first == second else second",
+        "return first, torch.full_like(second, int(first <= 0)) if first == second else second",
+    ): "a label that counts is not below zero",
+    (
+        "beft_ext/training/loss.py",
+        "if labels is None or labels.ndim < 2 or labels.is_floating_point() or "
+        "labels.shape[-1] < 2:",
+        "if labels is None or labels.ndim < 1 or labels.is_floating_point() or "
+        "labels.shape[-1] < 2:",
+    ): "of a row alone there is no next label, so it never fits",
+    (
+        "beft_ext/listener.py",
+        "if use == STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):",
+        "if use is STALE or use in self.reduced or (number or 0) not in (0, -1, step.number):",
+    ): "small integers are one object each",
+    (
+        "beft_ext/training/flat.py",
+        "if p.ndim == 2 and p.stride(1) == 1 and p.stride(0) >= p.shape[1]:",
+        "if p.ndim == 2 and p.stride(1) == 1 and p.stride(0) >= p.shape[ 0]:",
+    ): "says only whether a step goes through a copy, to the same numbers",
+    (
+        "beft_ext/training/tuning.py",
+        "best = max((h[self.metric] for h in state.history), default=-math.inf)",
+        "best = max((h[self.metric] for h in state.history), default=math.inf)",
+    ): "the first epoch is kept whatever it reaches",
 }
 
 

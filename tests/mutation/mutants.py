@@ -31,7 +31,7 @@ from typing import Any
 
 import coverage
 import pytest
-from faults import EQUIVALENT, FAULTS, Fault
+from faults import EQUIVALENT, FAULTS, MODELS, OPTIMIZER, Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 COPIED = ("beft_ext", "csrc", "tests", "docs", "benchmarks")
@@ -45,17 +45,19 @@ MODULES: dict[str, tuple[str, ...]] = {
     "scores": ("test_scores.py", "selection"),
     "tap": ("test_tap.py", "test_layouts.py", "selection"),
     "layouts": ("test_tap.py", "test_layouts.py", "selection"),
-    "training/loss": ("training/test_loss.py", "training/test_observed.py", "selection"),
-    "training/optim": ("training/test_optim.py", "ops/test_bias_adamw_step.py"),
-    "training/flat": ("training/test_optim.py", "ops/test_bias_adamw_step.py"),
+    "training/loss": ("training/test_loss.py", "selection"),
+    "training/observed": ("training/test_observed.py",),
+    "training/optim": OPTIMIZER,
+    "training/flat": OPTIMIZER,
     "training/preparation": ("training/test_preparation.py", "training/test_optim.py"),
     "training/tuning": ("training/test_tuning.py",),
+    "training/data": ("training/test_tuning.py",),
     "training/steps": ("training/test_steps.py",),
     "adapters": ("adapters",),
     "selection": ("selection", "test_scores.py"),
-    "models": ("models/test_models.py", "training/test_preparation.py", "selection"),
-    "ops": ("ops", "test_tap.py"),
-    "files": ("test_files.py", "commands/test_kill.py"),
+    "models": (*MODELS, "adapters/test_merging.py"),
+    "ops": ("ops", "test_tap.py", "training/test_optim.py"),
+    "files": ("test_files.py",),
 }
 # Beyond these the sample says nothing about the tests: help for the eye, kernels as data.
 LEFT_OUT = ("__init__.py", "card.py", "hub.py", "registry.py")

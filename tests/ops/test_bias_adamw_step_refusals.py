@@ -4,6 +4,8 @@ written; with the native module and without it, eager and compiled.
 
 import pytest
 import torch
+import torch.utils._pytree as pytree
+from torch._subclasses import FakeTensorMode
 
 from beft_ext.ops import dispatch
 from beft_ext.ops.bias_adamw_tables import AdamWTables
@@ -150,6 +152,22 @@ def test_what_does_not_fit_is_refused_when_compiled(what):
     tables = made()
     call = torch.compile(lambda *arguments: operator(*arguments), backend="aot_eager")
     refused(tables._replace(**WRONG[what](tables)), call)
+
+
+def faked(tables):
+    with FakeTensorMode() as mode:
+        return operator(*pytree.tree_map_only(torch.Tensor, mode.from_tensor, tuple(tables)))
+
+
+@pytest.mark.parametrize(
+    "what", ["state bf16", "steps short", "rates of two groups", "gradient short", "group missing"]
+)
+def test_a_fake_call_is_refused_as_well(what):
+    tables = made()
+    with pytest.raises(OperatorError):
+        faked(tables._replace(**WRONG[what](tables)))
+    norm = faked(tables)
+    assert norm.shape == () and norm.dtype == torch.float32
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

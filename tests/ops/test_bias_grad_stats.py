@@ -221,6 +221,26 @@ def test_what_does_not_fit_is_refused_and_nothing_written(name, backend):
     assert same_as_before(call, before)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("wider", "torch.float32 of shape (6,) on cpu"),
+        ("double", "torch.float64 of shape (5,) on cpu"),
+        ("strided", "torch.float32 of shape (5,) on cpu, not contiguous"),
+        ("another device", "torch.float32 of shape (5,) on meta"),
+        ("sparse", "torch.float32 of shape (5,) on cpu, torch.sparse_coo"),
+        ("negative bit", "torch.float32 of shape (5,) on cpu, with the negative bit: call "
+         "resolve_neg() on it"),
+    ],
+)  # fmt: skip
+def test_the_sentence_says_what_was_given_and_what_was_expected(name, said):
+    call, _ = BAD[f"sum {name}"]
+    with pytest.raises(OperatorError) as error:
+        torch.ops.beft_ext.bias_grad_stats(*call)
+    expected = "a contiguous torch.float32 tensor of shape (5,) on cpu"
+    assert str(error.value) == f"grad_sum must be {expected}, but is {said}"
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_a_fake_call_is_refused_as_well(name):
     call, message = BAD[name]

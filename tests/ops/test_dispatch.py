@@ -84,6 +84,41 @@ def test_what_cannot_run_says_why(monkeypatch, gpu):
     assert dispatch.backends()["cpu"] == dispatch.backends()["cuda"] == "no native module"
 
 
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("Torch not compiled with CUDA enabled", "torch was built without CUDA: install a CUDA"),
+        ("The NVIDIA driver on your system is too old (11)", "the NVIDIA driver is too old for"),
+        ("Found no NVIDIA driver on your system.", "there is no NVIDIA driver: install it"),
+        ("No CUDA GPUs are available", "no GPU is visible: check nvidia-smi"),
+        ("out of luck\nmore", "out of luck"),
+        ("", "RuntimeError"),
+        (None, "torch sees no CUDA GPU"),
+    ],
+)
+def test_what_torch_says_of_a_gpu_is_told_with_a_remedy(monkeypatch, said, told):
+    def init():
+        if said is not None:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    reason = dispatch.backends()["triton"]
+    assert reason.startswith(told) and "\n" not in reason
+
+
+def test_without_the_native_module_the_reference_runs_and_says_why():
+    code = """if True:
+        import sys
+        sys.modules["beft_ext._native"] = None
+        from beft_ext.ops import backends, dispatch
+        print(dispatch.choose("cpu"), backends()["cpu"])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("reference the native module is missing ("), done.stderr
+    assert done.stdout.endswith("): reinstall with a C++17 compiler\n")
+
+
 def test_an_unknown_backend_is_named_and_changes_nothing():
     set_backend("reference")
     with pytest.raises(BackendError, match=r"unknown backend 'gpu': choose one of reference, cpu"):

@@ -1,31 +1,30 @@
 """audition: the right racer wins, in pairs and within its budget, and nothing else is changed."""
 
 from contextlib import contextmanager
+from itertools import count
 
 import pytest
 import torch
 from conftest import batch, tiny
 
-from beft_ext import (
+from beft_ext import load_adapter, prepare, restore, save_adapter, set_adapter
+from beft_ext.models import state as records
+from beft_ext.selection import (
+    Audition,
     AuditionError,
+    Racer,
     audition,
-    load_adapter,
     made_by,
-    prepare,
     rates_around,
-    restore,
-    save_adapter,
-    set_adapter,
+    read_audition,
     terms_of,
 )
-from beft_ext.models import state as records
-from beft_ext.selection import Audition, read_audition
-from beft_ext.selection.auditioning import FIFTHS, FOLDED, JUDGING, losses_of
+from beft_ext.selection.auditioning import FIFTHS, FOLDED, JUDGING, _splits, losses_of
 from beft_ext.selection.racers import paired
 from beft_ext.tasks import Batches
 from beft_ext.tasks.batches import Encoded
 from beft_ext.training.loss import model_loss
-from beft_ext.training.tuning import Recipe
+from beft_ext.training.tuning import Recipe, tune
 
 ROWS, SIZE = 24, 4
 RECIPE = Recipe(epochs=20)
@@ -234,6 +233,22 @@ def test_racers_start_alike():
         assert [x for _, x in run] == pytest.approx([x for _, x in runs[0]], abs=1e-6)
 
 
+def test_a_racer_trains_as_tune_would(tmp_path):
+    recipe = Recipe(epochs=2, lr=1e-1, warmup=0.5)
+    contenders = {"value": terms_of(tiny("bert"), "value")}
+    found = audition(contenders, rows(), (1e-1,), recipe=recipe, budget=100)
+    judged, rising = [], count()
+    for train, held in _splits([row.label for row in rows().rows], seed=0):
+        model = tiny("bert")
+        prepare(model, "value")
+        # A metric that rises: the last epoch's parameters are kept.
+        tune(model, rows().part(train, 0), lambda _: next(rising), tmp_path, recipe)
+        model.eval()
+        with torch.no_grad():
+            judged += [losses_of(model, b).double() for b in rows().part(held)]
+    assert found.racers[0].loss == pytest.approx(float(torch.cat(judged).mean()), rel=1e-12)
+
+
 def test_a_racer_does_not_feel_those_before_it():
     both, alone = race(rates=(1e-2, 1e-1), budget=8.0), race(rates=(1e-1,), budget=4.0)
     assert both.rungs[0].steps == alone.rungs[0].steps
@@ -260,6 +275,17 @@ def test_errors_are_those_of_rows_that_share_their_training():
     assert mean == 2.5 and error**2 == pytest.approx((5 / 3) * (1 / 4 + 1 / 3))
     halves = (5 / 3) / 2 * (1 / 2 + 2 / 2)  # var / n (1 / J + n / trained), J = n = trained = 2
     assert paired(rival, first, trained=2)[1] ** 2 == pytest.approx(halves)
+
+
+def test_how_sure_the_winner_is_counts_every_rival_or_those_of_other_contenders():
+    rivals = [("a", 3e-3, 0.0, 1.0), ("b", 1e-3, 1.0, 1.0), ("c", 1e-3, 0.0, 0.0)]
+    racers = [Racer(n, lr, 1, 1.0, behind, error, "") for n, lr, behind, error in rivals]
+    first = Racer("a", 1e-3, 1, 1.0, 0.0, 0.0, "won")
+    racers.append(Racer("d", 1e-3, 1, None, None, None, "diverged"))
+    found = Audition((first, *racers), (), {"a": (1e-3, 3e-3)}, 2, 1.0, 0.0)
+    normal = 0.15865525393145707  # Phi(-1)
+    assert found.sure == 0.0  # 1 - 1/2 - Phi(-1) - 1/2, and no less than nothing
+    assert found.sure_of_contender == pytest.approx(0.5 - normal)
 
 
 def test_the_record_is_read_again(tmp_path):

@@ -1,14 +1,16 @@
 """The training run of a selection against torch's own AdamW, in float64, step by step."""
 
 import itertools
+import math
+import re
 
 import pytest
 import torch
 import transformers as hf
 from conftest import MLP, SIZES, batch, tiny
 
-from beft_ext import find_biases, select
-from beft_ext.models import head_parameters
+from beft_ext import SelectionError, find_biases, select
+from beft_ext.models import BiasMap, head_parameters
 from beft_ext.selection import dead_terms
 
 TERMS = ["query", "value", "mlp_up"]
@@ -57,11 +59,13 @@ def trained(model, rates, weight_decay, max_norm):
     return losses, grads, {n: p.detach() for n, p in biases.items()}
 
 
-def test_it_is_torchs_training_with_warmup_decay_and_clipping():
-    options = {"weight_decay": 0.1, "warmup": 0.5, "max_grad_norm": 0.05}
+@pytest.mark.parametrize("max_norm", [0.05, 0.0])
+def test_it_is_torchs_training_with_warmup_decay_and_clipping(max_norm):
+    """Clipped to 0 is not clipped at all."""
+    options = {"weight_decay": 0.1, "warmup": 0.5, "max_grad_norm": max_norm}
     found = select(quiet(), batches(), terms=TERMS, lr=1e-2, epochs=2, **options)
     rates = [1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2, 1e-2, 1e-2]
-    losses, grads, values = trained(quiet(), rates, 0.1, 0.05)
+    losses, grads, values = trained(quiet(), rates, 0.1, max_norm or math.inf)
     assert found.losses == pytest.approx(losses, rel=1e-6)
     for name, value in values.items():
         # Each step's rate and the clipping are rounded to single precision on their way.
@@ -148,3 +152,52 @@ def test_a_term_that_lives_in_one_layer_is_not_dead():
         attention.v_proj.weight.zero_()
         attention.v_proj.bias.zero_()
     assert dead_terms(model, find_biases(model), lambda: model(**batch())) == []
+
+
+def test_a_loader_is_read_again_where_the_run_is_longer():
+    losses = select(quiet(), batches(), terms=TERMS, lr=1e-12, steps=7).losses
+    assert losses == pytest.approx([losses[0], losses[1], losses[2]] * 2 + [losses[0]], rel=1e-6)
+    assert len(select(quiet(), batches(), terms=TERMS, epochs=2).losses) == 6
+    once = select(quiet(), iter(batches()), terms=TERMS, steps=3, lr=1e-12).losses
+    assert once == losses[:3]
+
+
+def test_a_loader_that_cannot_be_read_again_is_named():
+    with pytest.raises(SelectionError, match="the loader ran dry: pass one that can be read again"):
+        select(quiet(), iter(batches()), terms=TERMS, steps=4)
+    with pytest.raises(SelectionError, match=r"a loader without a length needs steps=\.\.\."):
+        select(quiet(), iter(batches()), terms=TERMS)
+
+
+def test_candidates_are_the_given_biases_and_the_given_terms_of_them():
+    model = quiet()
+    first = BiasMap([b for b in find_biases(model) if b.layer == 0])
+    found = select(model, batches(), biases=first, terms=["value", "mlp_up"])
+    assert set(found.initial) == {"0.value", "0.mlp_up"}
+    assert all(len(row) == 1 for row in found.per_layer["beft"].values())
+    only = BiasMap([b for b in first if b.term == "value"])
+    assert set(select(model, batches(), biases=only).initial) == {"0.value"}
+
+
+def test_progress_shows_the_loss_and_who_leads(capsys):
+    """Every ten steps, and it changes nothing."""
+    silent = select(quiet(), batches(), terms=TERMS, steps=10, lr=1e-2)
+    assert capsys.readouterr().err == ""
+    found = select(quiet(), batches(), terms=TERMS, steps=10, lr=1e-2, progress=True)
+    shown = capsys.readouterr().err
+    assert re.findall(r"leading=(\w+), loss=([\d.]+)", shown)[-1] == (
+        found.best,
+        f"{found.losses[-1]:.3f}",
+    )
+    assert "10/10" in shown and found.scores == silent.scores
+    select(quiet(), batches(), terms=TERMS, steps=9, lr=1e-2, progress=True)
+    assert "leading" not in capsys.readouterr().err
+
+
+def test_a_model_with_a_cache_has_it_off_while_it_trains():
+    model, seen = tiny("qwen2"), []
+    model.register_forward_pre_hook(lambda m, _: seen.append(m.config.use_cache) or None)
+    for cached in (True, False):
+        model.config.use_cache = cached
+        select(model, batches(), terms=["value"])
+        assert model.config.use_cache is cached and not any(seen)

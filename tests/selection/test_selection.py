@@ -156,6 +156,18 @@ def test_each_entry_of_a_set_of_terms_is_a_candidate(tmp_path):
     assert prepared.terms == (found.best,)
 
 
+def test_a_bias_is_added_only_where_one_is_named():
+    seen = []
+
+    def loss(model, inputs):
+        seen.append({n for n, p in model.named_parameters() if n.endswith("bias")})
+        return model(**inputs).loss
+
+    select(tiny("llama"), loader(), loss=loss, terms="value@1+mlp_gate@0", lr=1e-2)
+    places = {f"model.layers.{p}.bias" for p in ("1.self_attn.v_proj", "0.mlp.gate_proj")}
+    assert seen and all(names == places for names in seen)
+
+
 def test_the_probe_needs_one_attention_at_a_time_and_leaves_no_trace(monkeypatch):
     model, given = tiny("bert"), batch()
     before = state(model)

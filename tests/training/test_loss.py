@@ -4,10 +4,11 @@ import pytest
 import torch
 import transformers as hf
 from conftest import SIZES, T5, tiny
+from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from beft_ext import SelectionError, select
-from beft_ext.training.loss import examples_of, offsets_of
+from beft_ext.training.loss import Divisor, LossError, examples_of, offsets_of, rows_of, scalar
 
 NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 OPT = {"ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
@@ -237,3 +238,171 @@ def test_models_of_both_ways_and_of_other_names_are_measured(name):
 def test_a_model_in_half_precision_is_measured_too():
     found = select(tiny("bert").bfloat16(), [MIXED], steps=1, lr=1e-9)
     assert found.ranking["example_fisher"]
+
+
+def masked(seed, *shape):
+    """Random labels of three classes, some left out; at least one counts behind the first."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(3, shape, generator=generator)
+    share = torch.rand((), generator=generator)
+    labels[torch.rand(shape, generator=generator) < share] = -100
+    labels[seed % len(labels), -1] = 2
+    return {"x": torch.randn(*shape, 3, generator=generator).double(), "labels": labels}
+
+
+def shifted(batch):
+    return batch["labels"][:, 1:]
+
+
+# What the sum over the labels is divided by, as users' losses do it.
+DIVIDED = {
+    "labels": lambda batch: batch["labels"].ne(-100).sum(),
+    "labels but the first": lambda batch: shifted(batch).ne(-100).sum(),
+    "number given": lambda batch: batch["num_items_in_batch"],
+    "rows": lambda batch: len(batch["labels"]),
+    "nothing": lambda batch: 1,
+}
+
+
+def measured(by, *batches, causal=False):
+    """The divisor of the last batch, after those before."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 3).double()
+
+    def loss(model, batch):
+        found, labels = model(batch["x"]), batch["labels"]
+        if causal:
+            found, labels = found[:, :-1], shifted(batch)
+        return cross_entropy(found.movedim(-1, 1), labels, reduction="sum") / by(batch)
+
+    divisor = Divisor(loss, list(model.parameters()))
+    return [divisor.measured(model, batch) for batch in batches][-1]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("by", DIVIDED)
+def test_what_a_sum_over_labels_was_divided_by_is_measured(by, causal):
+    for seed in range(25):
+        batch = masked(seed, 2 + seed % 3, 3 + seed % 4)
+        if by == "number given":
+            batch["num_items_in_batch"] = torch.tensor(17)
+        if causal != (by == "labels but the first") and by.startswith("labels"):
+            continue  # another sum than the one divided by
+        assert measured(DIVIDED[by], batch, causal=causal) == float(DIVIDED[by](batch)), batch
+
+
+@pytest.mark.parametrize("places", [[0], [1], [3], [0, 3], [1, 2]], ids=str)
+@pytest.mark.parametrize("by", ["labels", "labels but the first", "rows", "nothing"])
+def test_a_batch_of_few_labels_tells_as_much_as_any(by, places):
+    few = masked(0, 3, 4)
+    few["labels"] = torch.full((3, 4), -100)
+    for column in places:
+        few["labels"][:, column] = torch.arange(3)
+    other = masked(1, 4, 6)
+    causal = by == "labels but the first"
+    assert measured(DIVIDED[by], few, other, causal=causal) == float(DIVIDED[by](other))
+
+
+def test_a_number_that_is_given_and_not_used_is_not_taken():
+    for number in (1, 2, 50):
+        batch = masked(0, 3, 4) | {"num_items_in_batch": number}
+        assert measured(DIVIDED["labels"], batch) == float(DIVIDED["labels"](batch))
+
+
+def test_a_batch_without_any_label_divides_by_one():
+    empty = masked(0, 3, 4)
+    empty["labels"] = torch.full((3, 4), -100)
+    assert measured(DIVIDED["labels"], masked(0, 3, 4), empty) == 1.0
+
+
+@pytest.mark.parametrize("by", ["labels", "nothing"])
+@pytest.mark.parametrize("shape", [(4,), (4, 1)], ids=str)
+def test_a_label_a_row_is_measured_in_any_shape(shape, by):
+    for labels in ([0, 1, 2, 0], [1, 1, 1, 1], [0, -100, 1, 0], [0, -100, -100, 0]):
+        batch = {"x": torch.randn(*shape, 3).double(), "labels": torch.tensor(labels).view(shape)}
+        assert measured(DIVIDED[by], batch) == float(DIVIDED[by](batch))
+
+
+@pytest.mark.parametrize("labels", [[0, 0, 0, 0], [1, 1, 1, 1], [0, -100, -100, 0]], ids=str)
+def test_a_batch_of_one_class_does_not_hide_that_classes_are_weighted(labels):
+    model, weights = nn.Linear(3, 2), torch.tensor([1.0, 3.0])
+    batch = {"x": torch.randn(4, 3), "labels": torch.tensor(labels)}
+    divisor = Divisor(
+        lambda m, b: cross_entropy(m(b["x"]), b["labels"], weights), list(model.parameters())
+    )
+    with pytest.raises(LossError, match="cannot be told"):
+        divisor.measured(model, batch)
+
+
+@pytest.mark.parametrize("shape", [(4,), (4, 3)], ids=str)
+def test_labels_that_are_floats_stay_those_of_the_batch(shape):
+    """A loss may be defined for them alone, as a logarithm of what is positive is."""
+    seen, model = [], nn.Linear(3, 1)
+    batch = {"x": torch.rand(*shape, 3), "labels": torch.full(shape, 0.5)}
+
+    def loss(model, batch):
+        seen.append(batch["labels"])
+        return (model(batch["x"])[..., 0] - batch["labels"].log()).square().mean()
+
+    assert Divisor(loss, list(model.parameters())).measured(model, batch) == batch["labels"].numel()
+    assert all(labels.eq(0.5).all() for labels in seen)
+
+
+def test_a_batch_without_labels_is_measured_by_its_rows():
+    model, batch = nn.Linear(3, 1), {"x": torch.rand(4, 3), "name": "text"}
+    for value, want in ((torch.mean, 4.0), (torch.sum, 1.0)):
+        divisor = Divisor(lambda m, b, f=value: f(m(b["x"])), list(model.parameters()))
+        assert divisor.measured(model, batch) == want
+    with pytest.raises(LossError, match="first axis"):
+        rows_of({"name": "text", "scale": torch.tensor(1.0)})
+
+
+def test_measuring_leaves_the_model_as_it_was():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.5)).train()
+    model[0].bias.requires_grad_(False)
+    batch = {"x": torch.rand(4, 3), "labels": torch.tensor([0, 1, 2, 0])}
+    parameters, calls = list(model.parameters()), []
+
+    def loss(model, batch):
+        calls.append(model.training)
+        assert all(p.requires_grad for p in parameters)
+        return cross_entropy(model(batch["x"]), batch["labels"])
+
+    torch.manual_seed(3)
+    divisor = Divisor(loss, parameters)
+    assert divisor.measured(model, batch) == 4 and not any(calls)
+    assert divisor.measured(model, {k: v[:3] for k, v in batch.items()}) == 3
+    assert len(calls) == 4 and model.training and model[1].training
+    assert [p.requires_grad for p in parameters] == [True, False]
+    drawn = torch.rand(2)
+    torch.manual_seed(3)
+    assert torch.equal(torch.rand(2), drawn) and all(p.grad is None for p in parameters)
+
+
+def test_a_loss_that_tells_is_believed():
+    divisor = Divisor(lambda m, b: (m(b["x"]).sum(), 7), [])
+    assert divisor.of((torch.tensor(2.0), torch.tensor(7)), {}, 4) == 7.0
+    assert divisor.of(torch.ones(4), {}, 4) == 4.0
+    model = nn.Linear(3, 1)
+    divisor.parameters = list(model.parameters())
+    assert divisor.measured(model, {"x": torch.rand(4, 3)}) is None
+    assert scalar((torch.tensor(2.0), 7)) == 2 and scalar(torch.tensor([1.0, 3.0])) == 2
+
+
+def test_packed_texts_by_their_lengths_or_positions():
+    lengths = torch.tensor([[0, 3, 8]], dtype=torch.int32)
+    for name in ("cu_seq_lens_q", "cu_seq_lens"):
+        found = offsets_of({name: lengths, "labels": torch.zeros(1, 8)})
+        assert found.dtype == torch.int64 and found.tolist() == [0, 3, 8]
+    places = torch.tensor([[5, 6, 0, 1]])  # the second text starts anew
+    assert offsets_of({"position_ids": places}).tolist() == [0, 2, 4]
+    assert offsets_of({"position_ids": torch.tensor([[0], [0]])}) is None
+    assert offsets_of({"position_ids": torch.tensor([[0, 0]])}).tolist() == [0, 1, 2]
+    assert offsets_of({"position_ids": torch.tensor([0, 1, 0])}) is None
+    assert offsets_of({"position_ids": places, "labels": torch.tensor([1])}).tolist() == [0, 2, 4]
+    assert offsets_of({"position_ids": [[0, 0]]}) is None
+    offsets = torch.tensor([0, 2, 4, 8])
+    assert examples_of({"labels": torch.tensor([1])}, offsets) == 3
+    last = torch.tensor([[-100, -100, -100, 5, -100, -100, -100, 6]])
+    assert examples_of({"labels": last}, offsets) == 2
+    assert examples_of({"labels": torch.tensor([1, 0])}, None) == 2

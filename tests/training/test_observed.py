@@ -6,7 +6,8 @@ import transformers as hf
 from conftest import SIZES, T5, tiny
 from test_loss import MIXED, SEVERAL, bert, classes, numbers, opt, several, tokens
 
-from beft_ext.training.loss import LossError, model_observe
+from beft_ext.training.loss import LossError
+from beft_ext.training.observed import model_observe
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -9,7 +9,7 @@ from conftest import batch, tiny
 from beft_ext.ops import backends, set_backend
 from beft_ext.ops.bias_adamw_step import AdamWTables
 from beft_ext.scores import beft_score, magnitude
-from beft_ext.training.optim import BiasAdamW, OptimizerError
+from beft_ext.training.optim import BiasAdamW, OptimizerError, rate_factor
 
 DEVICES = {"reference": "cpu", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 USABLE = [name for name in DEVICES if not backends()[name]]
@@ -352,3 +352,36 @@ def test_an_empty_state_is_loaded_whatever_the_default_device_is():
     with torch.device("meta"):
         optimizer.load_state_dict(optimizer.state_dict() | {"state": {}})
     assert not optimizer.state[bias]["exp_avg"].any() and optimizer.state[bias]["step"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_parameter_holds_wherever_its_master_does_not_round_to_it(dtype):
+    """Each finite number, beside masters up to a step away, at and around the half."""
+    step = 2**16 if dtype == torch.bfloat16 else 2**13
+    distances = torch.tensor([0, step // 2 - 1, step // 2, step // 2 + 1, step], dtype=torch.int32)
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = patterns[patterns.isfinite()]
+    value = numbers.float().repeat(10)
+    away = torch.cat([distances, -distances]).repeat_interleave(len(numbers))
+    master = (value.view(torch.int32) + away).view(torch.float32)
+    p = numbers.repeat(10).requires_grad_()
+    optimizer = BiasAdamW([p], lr=0.0)
+    optimizer.state[p]["master"].copy_(master)
+    p.grad = torch.zeros_like(p)
+    optimizer.step()
+    expected = torch.where(master.to(dtype) == p.detach(), master, value)
+    found = optimizer.state[p]["master"]
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(p.detach(), expected.to(dtype), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.06, 0.3, 1.0])
+@pytest.mark.parametrize("steps", [1, 2, 10, 33])
+def test_the_rate_rises_and_falls_along_straight_lines(steps, warmup):
+    peak = max(1, round(warmup * steps)) - 1
+    rates = [rate_factor(i, steps, warmup, decay=True) for i in range(steps)]
+    up = torch.linspace(0, 1, peak + 2, dtype=torch.float64)[1:]
+    down = torch.linspace(1, 0, steps - peak + 1, dtype=torch.float64)[1:-1]
+    assert rates == pytest.approx([*up.tolist(), *down.tolist()], abs=1e-12)
+    rates = [rate_factor(i, steps, warmup, decay=False) for i in range(steps)]
+    assert rates == pytest.approx([*up.tolist(), *[1.0] * (steps - 1 - peak)], abs=1e-12)

@@ -9,7 +9,16 @@ from conftest import inputs, tiny, train, values
 from safetensors.torch import load_file
 from torch import nn
 
-from beft_ext import PrepareError, find_biases, prepare, restore, save_adapter
+from beft_ext import (
+    AdapterError,
+    PrepareError,
+    find_biases,
+    load_adapter,
+    prepare,
+    restore,
+    save_adapter,
+    set_adapter,
+)
 from beft_ext.errors import BeftWarning
 from beft_ext.models import head_parameters
 from beft_ext.training.preparation import prepared_of, trained_slices
@@ -84,6 +93,21 @@ def test_gradient_outside_a_slice_is_zero_even_where_it_would_not_be_finite(name
     assert not parameter.grad.any()
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gpt-neox"])
+@pytest.mark.parametrize("terms", [("query", "value"), ("key", "value"), ("query", "key", "value")])
+def test_all_chosen_slices_of_one_parameter_have_a_gradient_and_no_other(name, terms):
+    model = tiny(name)
+    wanted = {b for b in find_biases(model) if b.term in terms}
+    prepare(model, terms)
+    for key in {b.parameter for b in wanted}:
+        parameter = model.get_parameter(key)
+        parameter.sum().backward()
+        for bias in (b for b in wanted if b.parameter == key):
+            assert bias.view(parameter.grad).eq(1).all(), bias.name
+            bias.view(parameter.grad).zero_()
+        assert not parameter.grad.any()
+
+
 def test_trained_slices():
     model = tiny("gpt2")
     assert all(bias is None for _, _, bias in trained_slices(model))
@@ -101,6 +125,68 @@ def test_the_printed_counts():
     assert f"biases: 128 of {total:,} parameters ({12800 / total:.4f} %)" in text
     assert f"with the head {128 + 66:,}; adapter {4 * 194:,} bytes" in text
     assert "classifier.weight, classifier.bias" in text
+
+
+TABLES = {
+    "llama": """\
+trains             layers   elements  first parameter
+value                   1         16  model.layers.1.self_attn.v_proj.bias (added)
+mlp_up                  1         48  model.layers.1.mlp.up_proj.bias (added)
+head                              64  score.weight
+biases: 64 of 17,696 parameters (0.3617 %); with the head 128; adapter 512 bytes""",
+    "gpt2": """\
+trains             layers   elements  first parameter
+value                   1         32  transformer.h.1.attn.c_attn.bias
+mlp_up                  1        128  transformer.h.1.mlp.c_fc.bias
+head                              64  score.weight
+biases: 160 of 60,352 parameters (0.2651 %); with the head 224; adapter 1,152 bytes""",
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_printed_table(name):
+    assert str(prepare(tiny(name), ("mlp_up", "value"), layers=[1])) == TABLES[name]
+
+
+def test_without_a_head_the_biases_train_alone():
+    prepared = prepare(tiny("bert").bert, "value")
+    assert prepared.head == [] and prepared.head_initial == {}
+    assert "head                               0  none\n" in str(prepared)
+
+
+def test_what_prepare_tells_is_of_before_training():
+    model = tiny("gpt2")
+    before, own = values(model), find_biases(model)
+    prepared = prepare(model, ["value", "query", "value"], layers=[1, 0, 1])
+    assert prepared.terms == ("query", "value") and prepared.layers == (0, 1)
+    assert prepared.model_type == "gpt2" and prepared_of(model) is prepared
+    assert prepared.biases == sorted(
+        (b for b in own if b.term in prepared.terms), key=lambda b: (b.layer, b.term)
+    )
+    train(model)
+    for bias in prepared.biases:
+        assert torch.equal(prepared.initial[bias.name], bias.read(before[bias.parameter]))
+    assert list(prepared.head_initial) == prepared.head == ["score.weight"]
+    assert torch.equal(prepared.head_initial["score.weight"], before["score.weight"])
+    assert not torch.equal(model.score.weight, before["score.weight"])
+
+
+def test_parameters_that_come_later_are_as_the_others_were():
+    for required in (True, False):
+        model = tiny("bert").requires_grad_(required)
+        prepare(model)
+        model.extra = nn.Linear(2, 2).requires_grad_(not required)
+        restore(model)
+        assert all(p.requires_grad is required for p in model.parameters())
+
+
+def test_a_tied_bias_is_prepared_once():
+    model = tiny("bert")
+    first, second = (layer.attention.self for layer in model.bert.encoder.layer)
+    second.value.bias = first.value.bias
+    (bias,) = prepare(model).biases
+    assert model.get_parameter(bias.parameter) is first.value.bias
+    assert len(trained_slices(model)) == 1 + len(prepared_of(model).head)
 
 
 def test_the_mark_is_not_part_of_the_model(tmp_path):
@@ -176,6 +262,15 @@ def test_one_vector_is_added_for_gate_and_up():
     assert prepared.parameters == elements + 2 * 96
     restore(model)
     assert sum(p.numel() for p in model.parameters()) == elements
+
+
+def test_a_quantised_head_is_refused():
+    model = tiny("bert")
+    whole = torch.ones(2, 32, dtype=torch.int8)
+    model.classifier.weight = nn.Parameter(whole, requires_grad=False)
+    with pytest.raises(PrepareError, match=r"head's 'classifier\.weight' is quantised"):
+        prepare(model)
+    assert prepared_of(model) is None and model.classifier.bias.requires_grad
 
 
 def test_twice_and_never():
@@ -258,3 +353,18 @@ def test_an_added_bias_is_announced(recwarn):
     assert not [w for w in recwarn if issubclass(w.category, BeftWarning)]
     with pytest.warns(BeftWarning, match="from_pretrained drops it; use save_adapter"):
         prepare(tiny("llama"))
+
+
+def test_an_inactive_adapter_is_forgotten(tmp_path):
+    """Its differences are to values that training changes."""
+    model = tiny("bert")
+    prepare(model)
+    train(model)
+    save_adapter(model, tmp_path)
+    other = tiny("bert")
+    load_adapter(other, tmp_path)
+    set_adapter(other, None)
+    prepare(other)
+    restore(other)
+    with pytest.raises(AdapterError, match="no adapter 'default'"):
+        set_adapter(other, "default")

@@ -6,6 +6,8 @@ import torch
 from conftest import batch, tiny
 
 from beft_ext import BiasAdamW, prepare
+from beft_ext.ops import dispatch
+from beft_ext.training.loss import model_loss
 from beft_ext.training.steps import LENGTH_MULTIPLE, EagerStep, GraphedStep, StepError
 from beft_ext.training.tuning import Recipe, TuningError, tune
 
@@ -54,6 +56,44 @@ def test_graphed_steps_are_the_eager_ones():
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("kind", [EagerStep, lambda *made: GraphedStep(*made, capture=again)])
+def test_a_step_is_torchs(kind):
+    step, model, batches = made(kind), tiny("bert"), [batch(4, 32, seed=i) for i in range(4)]
+    prepare(model, "value")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1.0, weight_decay=0.0)
+    found, want = losses(step, batches), []
+    model.train()
+    torch.manual_seed(0)
+    for i, one in enumerate(batches):
+        optimizer.param_groups[0]["lr"] = 1e-2 / (1 + i)
+        optimizer.zero_grad()
+        loss = model(**one).loss
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        want.append((float(loss.detach()), float(norm)))
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(want), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+@pytest.mark.parametrize("kind", [EagerStep, lambda *a, **o: GraphedStep(*a, capture=again, **o)])
+def test_the_forward_alone_runs_in_bf16_and_only_if_asked(kind, bf16):
+    seen = []
+
+    def loss(model, batch):
+        logits = model(**batch).logits
+        seen.append(logits.dtype)
+        assert not torch.is_autocast_cache_enabled()  # a replay would read what was cast before it
+        logits.register_hook(lambda _: seen.append(torch.is_autocast_enabled("cpu")))
+        return logits.float().square().mean(1)  # of each example: their mean is minimised
+
+    step = made(kind, loss=loss, bf16=bf16)
+    value, _ = step(batch(), 1e-2)
+    assert seen == [torch.bfloat16 if bf16 else torch.float32, False]
+    assert value.ndim == 0 and not value.requires_grad
+
+
 def test_padding_changes_no_loss():
     graphed, eager = made(GraphedStep, capture=again), made(EagerStep)
     for step in (graphed, eager):
@@ -71,6 +111,34 @@ def test_what_cannot_be_padded_is_left_as_it_is():
     assert step.padded(strange)["input_ids"].shape == (2, 5)
     tokens = batch(2, 5) | {"labels": torch.ones(2, 5, dtype=torch.long)}
     assert step.padded(tokens)["labels"][:, 5:].eq(-100).all()
+
+
+def test_every_text_is_filled_up_with_what_counts_for_nothing():
+    step = made(GraphedStep, capture=again, pad=7)
+    ones = torch.ones(4, 2, 9, dtype=torch.long)
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    given = dict.fromkeys(names, ones) | {"labels": torch.arange(4)}
+    padded = step.padded(given)
+    assert torch.equal(padded["labels"], given["labels"])
+    for name, fill in zip(names, (7, 0, 0), strict=True):
+        assert padded[name].shape == (4, 2, 32)
+        assert padded[name][..., :9].eq(1).all() and padded[name][..., 9:].eq(fill).all()
+    for tokens, length in ((1, 32), (31, 32), (32, 32), (33, 64), (64, 64)):
+        assert step.padded(batch(2, tokens))["input_ids"].shape == (2, length)
+    assert step.padded({"input_ids": ones, "labels": ones})["input_ids"] is ones
+
+
+def test_inputs_that_differ_in_dtype_or_name_alone_have_graphs_of_their_own():
+    def loss(model, given):
+        given = {k: v.long() if k == "attention_mask" else v for k, v in given.items()}
+        return model_loss(model, given)
+
+    step = made(GraphedStep, capture=again, loss=loss)
+    one = batch(2, 32)
+    types = one | {"token_type_ids": torch.zeros_like(one["input_ids"])}
+    other = one | {"attention_mask": one["attention_mask"].bool()}
+    losses(step, [one, other, types] * 2)
+    assert len(step.graphs) == 3
 
 
 def test_a_bounded_number_of_graphs(monkeypatch):
@@ -122,6 +190,24 @@ def test_a_step_that_cannot_be_captured_is_named():
     step = made(GraphedStep, capture=refused)
     with pytest.raises(StepError, match=r"cannot be captured \(operation not permitted"):
         losses(step, [batch(), batch()])
+
+
+class OnGpu:
+    def parameters(self):
+        yield type("Parameter", (), {"device": torch.device("cuda")})
+
+
+@pytest.mark.parametrize(("backend", "refused"), [("triton", 1), ("reference", 1), ("cuda", 0)])
+def test_graphs_need_the_compiled_kernels(monkeypatch, backend, refused):
+    monkeypatch.setattr(dispatch, "choose", lambda device: backend)
+    try:
+        GraphedStep(OnGpu(), None)
+    except StepError as error:
+        assert refused and "compiled CUDA kernels" in str(error)
+    except Exception:  # torch, where there is no GPU
+        assert not refused
+    else:
+        assert not refused
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

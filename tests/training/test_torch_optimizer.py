@@ -365,6 +365,19 @@ def test_a_parameter_changed_after_a_step_is_one_sentence(change):
     assert torch.equal(p.detach(), before)
 
 
+def test_a_change_is_told_with_before_and_after():
+    p = parameter(2, 3)
+    optimizer = BiasAdamW([("bias", p)])
+    p.grad = torch.ones(2, 3)
+    optimizer.step()
+    optimizer.zero_grad()
+    p.data = torch._neg_view(torch.ones(3, 2).half().t())
+    before = r"from torch\.float32 \(2, 3\) on cpu, strides \(3, 1\) "
+    after = r"to torch\.float16 \(2, 3\) on cpu, strides \(1, 2\), the negative of its memory: "
+    with pytest.raises(OptimizerError, match=before + after):
+        optimizer.step()
+
+
 def test_a_gradient_of_the_size_before_is_one_sentence():
     p = parameter(10)
     optimizer = BiasAdamW([("bias", p)])
@@ -391,6 +404,16 @@ GRADIENTS = {
 @pytest.mark.parametrize("form", GRADIENTS)
 def test_gradients_of_any_form(form, dtype):
     follow(parameter(10, dtype=dtype), GRADIENTS[form])
+
+
+@pytest.mark.parametrize("form", GRADIENTS)
+def test_a_missing_gradient_says_nothing_of_the_next(form):
+    (missing, p), alone = (parameter(3), parameter(10)), parameter(10)
+    for tensors in ([missing, p], [alone]):
+        optimizer = BiasAdamW(tensors, lr=1e-2)
+        give(tensors[-1], GRADIENTS[form](gradient((10,), 0)))
+        optimizer.step()
+    assert torch.equal(p, alone) and torch.equal(missing, parameter(3))
 
 
 def test_a_gradient_too_large_for_its_parameters_dtype():
@@ -421,6 +444,7 @@ LAYOUTS = {
     "every_other": lambda: torch.randn(20)[::2],
     "channels_last": lambda: torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
     "rows": lambda: torch.randn(6, 10)[:, 2:5],
+    "every_other_column": lambda: torch.randn(6, 10)[:, ::2],
     "inner": lambda: torch.randn(4, 5, 6)[:, :, 1:3],
     "scalar": lambda: torch.randn(()),
     "empty": lambda: torch.randn(3, 0),
@@ -443,6 +467,15 @@ def test_what_lies_between_the_elements_is_not_touched():
     p.grad = torch.ones(6, 3)
     optimizer.step()
     assert (whole[:, :2] == 3).all() and (whole[:, 5:] == 3).all() and (whole[:, 2:5] < 3).all()
+
+
+def test_rows_that_overlap_are_stepped_once():
+    whole = torch.ones(8)
+    p = nn.Parameter(whole.as_strided((3, 4), (2, 1)))
+    optimizer = BiasAdamW([p], lr=0.5)
+    p.grad = torch.ones(3, 4)
+    optimizer.step()  # the first step is of the rate's length
+    torch.testing.assert_close(whole, torch.full((8,), 0.5))
 
 
 @pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float64], ids=str)
@@ -600,6 +633,23 @@ def test_a_compiled_model_as_the_model_inside():
     assert BiasAdamW(nn.DataParallel(model)).scores().keys() == names
 
 
+class Replica(nn.parallel.DistributedDataParallel):
+    """As a process of several holds it."""
+
+    def __init__(self, model):
+        nn.Module.__init__(self)
+        self.module = model
+
+
+def test_equal_replicas_are_stepped_and_a_model_that_lies_elsewhere_is_refused():
+    model = tiny("bert")
+    prepare(model, "value")
+    assert BiasAdamW(Replica(model)).scores().keys() == BiasAdamW(model).scores().keys()
+    model.bert.pooler.to("meta")  # as offloading does
+    with pytest.raises(OptimizerError, match="in one process and on its devices"):
+        BiasAdamW(model)
+
+
 def test_every_element_of_an_interleaved_slice_moves():
     model = tiny("gpt-neox")
     (bias,) = prepare(model, "value", layers=[1]).biases
@@ -609,6 +659,30 @@ def test_every_element_of_an_interleaved_slice_moves():
     p.grad = torch.ones_like(p)
     BiasAdamW(model, lr=0.5).step()
     assert bias.groups > 1 and torch.equal(p != before, inside)
+
+
+class Own(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (lambda: torch.ones(3, dtype=torch.complex64), "is torch.complex64, torch.strided: "),
+        (lambda: torch.eye(3).to_sparse(), "is torch.float32, torch.sparse_coo: "),
+        (lambda: torch.ones(1).expand(4), "in several places"),
+        (lambda: torch.ones(2, 1).expand(2, 3), "in several places"),
+        (lambda: torch.ones(3).as_subclass(Own), "is a Own: "),
+    ],
+    ids=["complex", "sparse", "expanded", "expanded rows", "subclass"],
+)
+def test_what_cannot_be_stepped_is_named(value, message):
+    with pytest.raises(OptimizerError, match=f"^parameter 'odd' .*{message}"):
+        BiasAdamW([("fits", parameter(3)), ("odd", nn.Parameter(value()))])
+
+
+def test_an_axis_of_one_may_have_any_stride():
+    follow(nn.Parameter(torch.randn(3).as_strided((1, 3), (0, 1))))
 
 
 def test_what_has_no_values_is_refused():

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import batch, tiny
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from beft_ext.errors import BeftWarning
+from beft_ext.training import tuning
 from beft_ext.training.data import Passes, digest_of
 from beft_ext.training.optim import rate_factor
 from beft_ext.training.tuning import CHECKPOINT, Recipe, TuningError, tune
@@ -51,19 +54,30 @@ def test_trains_only_what_requires_grad_and_logs_each_epoch(tmp_path):
     assert falling_loss(model) == max(x["minus loss"] for x in lines)
 
 
-def test_without_decay_the_rate_stays(tmp_path):
-    """Oracle: torch's AdamW in a loop of its own, the rate never touched."""
+SCHEDULES = {
+    "constant": ({"warmup": 0.0, "decay": False}, [1, 1, 1, 1, 1]),
+    "rising": ({"warmup": 0.4, "decay": False}, [1 / 2, 1, 1, 1, 1]),
+    "falling": ({"warmup": 0.4, "weight_decay": 0.5}, [1 / 2, 1, 3 / 4, 1 / 2, 1 / 4]),
+    "clipped": ({"warmup": 0.0, "decay": False, "max_grad_norm": 0.05}, [1, 1, 1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_one_epoch_is_torchs_adamw_at_these_rates(tmp_path, name):
+    """Oracle: torch's AdamW and clipping in a loop of its own, the rates written out."""
+    options, factors = SCHEDULES[name]
+    recipe = Recipe(epochs=1, lr=1e-2, **options)
     ours, oracle = prepared(), prepared()
-    recipe = Recipe(epochs=1, lr=1e-2, warmup=0.0, weight_decay=0.1, decay=False)
     tune(ours, loader(), falling_loss, tmp_path, recipe)
     torch.manual_seed(recipe.seed)
     parameters = [p for p in oracle.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-2, weight_decay=0.1)
+    optimizer = torch.optim.AdamW(parameters, weight_decay=options.get("weight_decay", 0.0))
     oracle.train()
-    for inputs in loader():
+    for inputs, factor in zip(loader(), factors, strict=True):
+        optimizer.param_groups[0]["lr"] = 1e-2 * factor
         optimizer.zero_grad()
         oracle(**inputs).loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.nn.utils.clip_grad_norm_(parameters, options.get("max_grad_norm", 1.0))
         optimizer.step()
     for a, b in zip(ours.parameters(), oracle.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
@@ -127,6 +141,28 @@ def test_resumed_after_any_step_it_ends_in_the_same_bits(tmp_path):
     assert (folder / "log.jsonl").read_text() == (tmp_path / "whole" / "log.jsonl").read_text()
 
 
+@pytest.mark.parametrize("batches", [1, 2])
+def test_killed_between_an_epochs_last_step_and_its_end_it_goes_on(tmp_path, batches):
+    def killed(_):
+        raise Killed
+
+    whole, model, data = prepared(), prepared(), loader()[:batches]
+    tune(whole, data, falling_loss, tmp_path / "whole", RECIPE)
+    with pytest.raises(Killed):
+        tune(model, data, killed, tmp_path / "a", RECIPE, save_every=1)
+    tune(model := prepared(), data, falling_loss, tmp_path / "a", RECIPE, resume=True)
+    for a, b in zip(whole.parameters(), model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_is_written_every_fifty_steps(tmp_path):
+    data = broken_off(lambda: loader()[:1] * 60, 55)
+    with pytest.raises(Killed):
+        tune(prepared(), data, falling_loss, tmp_path, Recipe(epochs=1))
+    with safe_open(tmp_path / CHECKPOINT, "pt") as file:
+        assert json.loads(file.metadata()["progress"])["step"] == 50
+
+
 SCRIPT = """
 import sys; sys.path[:0] = sys.argv[2:]
 from test_tuning import *
@@ -167,6 +203,20 @@ def test_compiled_and_bf16_runs_have_the_losses_of_the_plain_one(tmp_path):
     plain, compiled, bf16 = ([h["loss"] for h in history] for history in histories)
     assert compiled == pytest.approx(plain, rel=1e-4)
     assert bf16 == pytest.approx(plain, rel=2**-6)  # bf16 has 8 bits, activations are a few deep
+
+
+@pytest.mark.parametrize(("own", "used"), [(7, 7), (None, 0)])
+def test_graphed_steps_pad_with_the_models_own_token(tmp_path, monkeypatch, own, used):
+    """What pads without a GPU is told by test_steps: here, what it is given."""
+
+    def stand_in(model, optimizer, loss, bf16, pad):
+        raise TuningError(f"pads with {pad}")
+
+    monkeypatch.setattr(tuning, "GraphedStep", stand_in)
+    model = prepared()
+    model.config.pad_token_id = own
+    with pytest.raises(TuningError, match=f"pads with {used}$"):
+        tune(model, loader(), falling_loss, tmp_path, Recipe(graphs=True))
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path):
@@ -247,6 +297,24 @@ def test_resumed_with_other_loaders_and_dropout_to_the_bit(tmp_path, make, stop)
         assert torch.equal(a, b)
 
 
+def test_a_half_precision_run_resumes_with_its_fp32_masters(tmp_path):
+    """At this rate a step is below the spacing of bf16: only the masters hold it."""
+    recipe = Recipe(epochs=2, lr=1e-5)
+    whole, model = prepared().bfloat16(), prepared().bfloat16()
+    tune(whole, global_order(), falling_loss, tmp_path / "whole", recipe)
+    broken = broken_off(global_order, 7)
+    with pytest.raises(Killed):
+        tune(model, broken, falling_loss, tmp_path / "a", recipe, save_every=1)
+    model = prepared().bfloat16()
+    tune(model, global_order(), falling_loss, tmp_path / "a", recipe, resume=True)
+    ends = [load_file(tmp_path / name / CHECKPOINT) for name in ("whole", "a")]
+    masters = [k for k in ends[0] if k.startswith("optimizer/master/")]
+    assert len(masters) == 4
+    for key in masters:
+        assert torch.equal(ends[0][key], ends[1][key])
+        assert not torch.equal(ends[0][key], ends[0][key].bfloat16().float())
+
+
 def test_the_loader_disturbs_no_random_state_but_its_own(tmp_path):
     states = torch.get_rng_state(), random.getstate()
     passes = Passes(Noisy(), seed=3)
@@ -314,6 +382,17 @@ def test_no_flipped_bit_of_a_checkpoint_passes(tmp_path):
             tune(model, loader(), falling_loss, tmp_path, Recipe(epochs=1), resume=True)
 
 
+class Endless:
+    """Gives up itself where nobody else does."""
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        yield from loader()
+        raise AssertionError("asked for more after the fifth batch")
+
+
 def test_a_loader_must_give_what_its_length_says(tmp_path):
     class Lying(list):
         def __len__(self):
@@ -321,15 +400,18 @@ def test_a_loader_must_give_what_its_length_says(tmp_path):
 
     with pytest.raises(TuningError, match=r"more batches in epoch 1 than its length says \(4\)"):
         tune(prepared(), Lying(loader()), falling_loss, tmp_path, RECIPE)
+    with pytest.raises(TuningError, match="more batches"):
+        tune(prepared(), Endless(), falling_loss, tmp_path, RECIPE)
     with pytest.raises(TuningError, match="fewer batches"):
         tune(prepared(), Lying(loader()[:2]), falling_loss, tmp_path, RECIPE)
     with pytest.raises(TuningError, match="with a length"):
         tune(prepared(), iter(loader()), falling_loss, tmp_path, RECIPE)
 
 
-def test_the_best_epoch_is_put_back_and_losses_are_those_of_their_epoch(tmp_path):
+@pytest.mark.parametrize("reached", [(0.9, 0.5, 0.1), (0.9, 0.9, 0.9)], ids=["best", "equal"])
+def test_the_first_best_epoch_is_put_back_and_losses_are_of_their_epoch(tmp_path, reached):
     """Oracle: the same run of one epoch; and the mean of the losses that it saw."""
-    seen, metrics = [], iter([0.9, 0.5, 0.1])
+    seen, metrics = [], iter(reached)
 
     def watched(model, inputs):
         loss = model(**inputs).loss
@@ -342,6 +424,7 @@ def test_the_best_epoch_is_put_back_and_losses_are_those_of_their_epoch(tmp_path
     for epoch, record in enumerate(progress.history):
         mean = sum(seen[5 * epoch : 5 * epoch + 5]) / 5
         assert record["loss"] == pytest.approx(mean, rel=1e-6)
+        assert record["step"] == 5 * epoch + 5 and record["accuracy"] == reached[epoch]
     short = Recipe(epochs=1, lr=1e-2, decay=False, warmup=0.0)
     tune(one, loader(), lambda _: 0.9, tmp_path / "b", short)
     for a, b in zip(best.parameters(), one.parameters(), strict=True):
@@ -353,6 +436,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         tune(
             prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=9, lr=1e30, max_grad_norm=0)
         )
+
+
+def test_one_step_is_a_run(tmp_path):
+    done = tune(prepared(), loader()[:1], falling_loss, tmp_path, Recipe(epochs=1))
+    assert done.step == 1 and [r["epoch"] for r in done.history] == [1]
+
+
+def test_the_recipe_by_default():
+    """A checkpoint names its recipe: with other defaults, yesterday's runs could not go on."""
+    stated = {"epochs": 10, "lr": 1e-3, "warmup": 0.06, "weight_decay": 0.0, "max_grad_norm": 1.0}
+    switches = {"seed": 0, "bf16": False, "compile": False, "graphs": False, "decay": True}
+    assert asdict(Recipe()) == stated | switches
 
 
 def test_nothing_to_train(tmp_path):

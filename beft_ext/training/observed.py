@@ -1,0 +1,137 @@
+"""A batch, example by example: losses, probabilities, residuals.
+
+What the losses of examples are is told by the model's own loss: of the readings that logits and
+labels allow, the one whose mean it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, nll_loss
+
+from beft_ext.training.loss import IGNORED_LABEL, Batch, LossError, items_given, offsets_of
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A batch, example by example, with autograd's graph where gradients are enabled.
+
+    Attributes:
+        losses: ``(B,)``, each the sum over the example's labels that count; in fp32 at least.
+        counts: ``(B,)``, how many these are: 1 for a class, 0 for an example that is left out.
+            ``losses.sum() / counts.sum()`` is the batch's loss.
+        probabilities, right: ``(B, C)`` of classes or options, and ``(B,)`` the right ones.
+        outputs, residuals: ``(B,)`` of a regression: predictions, and these less the targets.
+    """
+
+    losses: Tensor
+    counts: Tensor
+    probabilities: Tensor | None = None
+    right: Tensor | None = None
+    outputs: Tensor | None = None
+    residuals: Tensor | None = None
+
+    @property
+    def means(self) -> Tensor:
+        """``(B,)``: each example's loss, a mean over its labels; 0 where none counts."""
+        return self.losses / self.counts.clamp(min=1)
+
+    def detached(self) -> Observed:
+        """The same facts, without autograd's graph."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Observed(**{k: None if v is None else v.detach() for k, v in values.items()})
+
+    @classmethod
+    def of_classes(cls, scores: Tensor, right: Tensor) -> Observed:
+        """Cross-entropy of ``(B, C)`` logits or scores against the right ones ``(B,)``."""
+        logs = scores.log_softmax(-1, dtype=_wide(scores))
+        losses = nll_loss(logs, right, reduction="none")
+        return cls(losses, right.ne(IGNORED_LABEL).to(losses), logs.exp(), right)
+
+
+def model_observe(model: nn.Module, batch: Batch) -> Observed:
+    """What a transformers model says of each example of a batch with labels.
+
+    Classes, numbers, several targets, and tokens, each for its own place or for the next, are
+    told apart by the model's own loss. Packed texts are examples each.
+
+    Raises: LossError where the model's loss is none of these, such as a weighted one.
+    """
+    output: Any = model(**batch)
+    labels: Any = batch.get("labels")
+    logits: Any = getattr(output, "logits", None)
+    loss: Any = getattr(output, "loss", None)
+    readings: list[Observed] = []
+    if all(isinstance(t, Tensor) for t in (labels, logits, loss)):
+        readings = _readings(logits, labels, offsets_of(batch))
+
+    def off(reading: Observed) -> float:
+        divisor = items_given(batch) or float(reading.counts.sum())
+        # NaN where the loss is not finite: below, that counts as none.
+        return float((reading.losses.sum() / divisor - loss).detach().abs())
+
+    best = min(readings, key=off, default=None)
+    if best is None or off(best) > _rounding(loss.detach(), logits.detach()):
+        raise LossError(
+            "the losses of single examples cannot be told from this model's loss: let the loss "
+            "return the losses of the examples (B,)"
+        )
+    return best
+
+
+def _readings(logits: Tensor, labels: Tensor, offsets: Tensor | None) -> list[Observed]:
+    """What the examples' losses may be, by the shapes and dtypes of logits and labels."""
+    if labels.is_floating_point() and logits.numel() == labels.numel():
+        outputs = logits.view_as(labels).to(_wide(logits))
+        residuals = outputs - labels
+        entropies = binary_cross_entropy_with_logits(outputs, labels.to(outputs), reduction="none")
+        squares, ones = residuals.square(), torch.ones_like(residuals)
+        alone = {"outputs": outputs.flatten(), "residuals": residuals.flatten()}
+        options = alone if labels.numel() == len(labels) else {}
+        return [
+            Observed(_per_example(squares, None), _per_example(ones, None), **options),
+            Observed(_per_example(entropies, None), _per_example(ones, None)),
+        ]
+    if labels.is_floating_point() or logits.shape[:-1] != labels.shape or logits.shape[-1] < 2:
+        return []
+    if labels.ndim == 1:
+        return [Observed.of_classes(logits, labels)]
+    return [
+        Observed(*(_per_example(t, offsets) for t in _of_tokens(logits, labels, ahead)))
+        for ahead in (1, 0)
+    ]
+
+
+def _of_tokens(logits: Tensor, labels: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
+    """``(B, T)``: each label's loss by the logits ``ahead`` places before it, and whether it has
+    one. Only those logits are widened: a vocabulary's are many."""
+    told = labels.ne(IGNORED_LABEL)
+    told[:, :ahead] = False
+    by = told.roll(-ahead, 1)
+    found = cross_entropy(logits[by].to(_wide(logits)), labels[told], reduction="none")
+    return found.new_zeros(labels.shape).masked_scatter(told, found), told.to(found)
+
+
+def _per_example(values: Tensor, offsets: Tensor | None) -> Tensor:
+    """Sums over each row or, in packed rows, over each text."""
+    if offsets is None:
+        return values.reshape(len(values), -1).sum(1)
+    texts = torch.arange(len(offsets) - 1, device=values.device)
+    owner = texts.repeat_interleave(offsets.to(values.device).diff())
+    return values.new_zeros(len(texts)).index_add(0, owner, values.flatten())
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    return torch.promote_types(values.dtype, torch.float32)
+
+
+def _rounding(loss: Tensor, logits: Tensor) -> float:
+    """How far the same loss may be off: a mean's rounding grows with the logarithm of its terms
+    (16 for 65,536), and a log-probability is as coarse as its logit."""
+    single = torch.finfo(torch.float32).eps
+    own = torch.finfo(loss.dtype).eps
+    return 16 * float(own * loss.abs() + single * logits.abs().max())
