@@ -116,7 +116,7 @@ def _cells(records: Sequence[Record]) -> list[str]:
     """Seeds of each task and size."""
     places = [(r["task"], r["size"]) for r in records]
     return [
-        f"{task} with {size} examples ({places.count((task, size))} seeds)"
+        f"{task} with {size} examples (seeds: {places.count((task, size))})"
         for task, size in dict.fromkeys(places)
     ]
 
@@ -133,8 +133,8 @@ def _picks(records: Sequence[Record]) -> list[str]:
         "points of accuracy. 'gain' takes the largest gain. 'auto' weighs the gains and a prior,",
         "as `--terms auto` does; its prior here is fitted to the cells of the other tasks with",
         f"{LARGE} examples: a term's mean gain above the mean of all terms, with a spread of",
-        f"{SPREAD}. 'chance' is the mean over all terms. The others are the scores of `select`,",
-        "with its defaults, after some steps.",
+        f"{SPREAD}. The prior that ships is fitted to sentences and SST-2. 'chance' is the mean",
+        "over all terms. The others are scores of `select`, with its defaults, after some steps.",
         "",
         _row("picked by", "steps", *heads, "picks"),
         _row(*["---"] * (3 + len(heads))),
@@ -155,16 +155,19 @@ def _sureness(records: Sequence[Record]) -> list[str]:
         f"'auto' is sure where its confidence is at least {SURE}: the probability that no rival",
         f"explains {MARGIN} more. A pick is wrong here where it lost more than {WRONG:.0f} point.",
         "",
-        _row("examples", "sure", "wrong when sure", "wrong when not sure"),
-        _row(*["---"] * 4),
+        _row("examples", "sure", "wrong when sure", "wrong when not sure", "sure and wrong in"),
+        _row(*["---"] * 5),
     ]
     for size, own in by_size(records).items():
         wrong: dict[bool, list[bool]] = {True: [], False: []}
+        where = []
         for r in own:
             choice = chosen(records, r)
             wrong[choice.sure].append(lost(r, [choice.term]) > WRONG)
+            where += [r["task"]] if choice.sure and wrong[True][-1] else []
         shown = [f"{sum(wrong[sure])} of {len(wrong[sure])}" for sure in (True, False)]
-        lines.append(_row(size, f"{len(wrong[True])} of {len(own)}", *shown))
+        sure = f"{len(wrong[True])} of {len(own)}"
+        lines.append(_row(size, sure, *shown, ", ".join(where) or "none"))
     return lines
 
 
@@ -249,6 +252,8 @@ def _limits() -> list[str]:
         "  may suit other terms.",
         "- The validation rows that judge a pick also name the best term. So what is lost is not",
         "  cross-fitted: a part of it is the best term's luck.",
+        "- Sentences are judged on 200 rows, SST-2 on 872, RTE on 277: an accuracy of 0.6 has a",
+        "  standard error of 3.5, 1.7 and 2.9 points.",
         "- RTE learns nothing here: its terms differ by chance.",
         "- It is one encoder. No decoder is in the study.",
         "- The snr's picks are older than its floor of 1/N, which is the same for each term and",

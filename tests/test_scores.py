@@ -62,8 +62,6 @@ def test_half_precision_is_summed_in_double():
     half = b0.half(), b.half()
     for score in (scores.beft_score, scores.magnitude):
         assert score(*half) == score(*(x.double() for x in half))
-    for error in (scores.beft_error, scores.magnitude_error):
-        assert error(*half, half[0]) == error(*(x.double() for x in half), half[0].double()) > 0
     assert scores.fisher(half[0], 2) == float(half[0].double().sum()) / 4
     assert scores.magnitude(b0, b) == (12e4 + (3 - float(b[1]))) / 2
 

@@ -22,7 +22,7 @@ def minilm():
     return str(minilm())
 
 
-def test_select_writes_its_three_files(minilm, tmp_path, capsys):
+def test_select_writes_its_files(minilm, tmp_path, capsys):
     args = ["--model", minilm, "--train-file", str(DATA / "train.jsonl"), "--steps", "3"]
     assert main(["select", *args, "--out", str(tmp_path / "out"), "--train-size", "48"]) == 0
     assert "value" in capsys.readouterr().out

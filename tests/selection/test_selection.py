@@ -56,6 +56,7 @@ def test_scores_recompute_from_the_files(tmp_path):
     assert (tmp_path / "heatmap.png").read_bytes()[:4] == b"\x89PNG"
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "biases.safetensors",
+        "gains.safetensors",
         "heatmap.png",
         "selection.json",
     ]
@@ -163,7 +164,7 @@ def test_a_bias_is_added_only_where_one_is_named():
         seen.append({n for n, p in model.named_parameters() if n.endswith("bias")})
         return model(**inputs).loss
 
-    select(tiny("llama"), loader(), loss=loss, terms="value@1+mlp_gate@0", lr=1e-2)
+    select(tiny("llama"), loader(), "beft", loss=loss, terms="value@1+mlp_gate@0", lr=1e-2)
     places = {f"model.layers.{p}.bias" for p in ("1.self_attn.v_proj", "0.mlp.gate_proj")}
     assert seen and all(names == places for names in seen)
 
@@ -236,4 +237,4 @@ def test_a_head_of_zeros_does_not_hide_what_the_loss_is_a_mean_of():
 def test_equal_texts_of_one_repeated_token(tokens):
     data = {k: v[..., :tokens] if v.ndim > 1 else v for k, v in batch().items()}
     data["input_ids"], data["attention_mask"] = (torch.full((4, tokens), n) for n in (7, 1))
-    assert len(select(tiny("bert"), [data] * 2).losses) == 2
+    assert len(select(tiny("bert"), [data] * 2, "beft").losses) == 2
