@@ -34,9 +34,11 @@ class LossError(BeftError, ValueError):
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """What a transformers model gives out beside its logits when the batch has labels."""
-    loss: Tensor = model(**batch).loss
-    return loss
+    """What a transformers model gives out beside its logits when the batch has labels.
+
+    Raises: LossError where it gives none.
+    """
+    return _loss_of(model(**batch))
 
 
 @dataclass(frozen=True)
@@ -82,14 +84,15 @@ def model_observe(model: nn.Module, batch: Batch) -> Observed:
     Classes, numbers, several targets, and tokens, each for its own place or for the next, are
     told apart by the model's own loss. Packed texts are examples each.
 
-    Raises: LossError where the model's loss is none of these, such as a weighted one.
+    Raises: LossError where the model gives no loss, or one that is none of these, such as a
+        weighted one.
     """
     output: Any = model(**batch)
     labels: Any = batch.get("labels")
     logits: Any = getattr(output, "logits", None)
-    loss: Any = getattr(output, "loss", None)
+    loss = _loss_of(output)
     readings: list[Observed] = []
-    if all(isinstance(t, Tensor) for t in (labels, logits, loss)):
+    if isinstance(labels, Tensor) and isinstance(logits, Tensor):
         readings = _readings(logits, labels, offsets_of(batch))
 
     def off(reading: Observed) -> float:
@@ -104,6 +107,16 @@ def model_observe(model: nn.Module, batch: Batch) -> Observed:
             "return the losses of the examples (B,)"
         )
     return best
+
+
+def _loss_of(output: object) -> Tensor:
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            "the model gives no loss: the batches need 'labels' and the model a head for them, or "
+            "pass a loss of your own"
+        )
+    return loss
 
 
 def _readings(logits: Tensor, labels: Tensor, offsets: Tensor | None) -> list[Observed]:
