@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from beft_ext.selection.settling import FIRST, Settling
 from torch import nn
 
 from beft_ext import find_biases, scores, select
@@ -27,7 +28,6 @@ from beft_ext.commands.loading import ModelSpec, Source
 from beft_ext.files import whole_file
 from beft_ext.models import Bias
 from beft_ext.selection import ModelSnapshot, Run
-from beft_ext.selection.settling import FIRST, Settling
 from beft_ext.tap import Tap
 from beft_ext.tasks import subset
 

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from beft_ext.selection.settling import FIRST, is_settled, next_look
 from study import SELECTING, results
 
 from beft_ext.files import whole_file
 from beft_ext.scores import SCORES
 from beft_ext.selection import SETTLE
-from beft_ext.selection.settling import FIRST, is_settled, next_look
 
 OUT = Path(__file__).resolve().parents[1] / "docs" / "selection.md"
 Record = dict[str, Any]

@@ -85,8 +85,8 @@ def select(
     Returns:
         Gains, scores, rankings, and the biases before and after the run.
     Raises:
-        SelectionError: an unknown method or term; a bias of another model; only dead terms; an
-            empty loader, or one without a length where ``steps`` is not given; batches without
+        SelectionError: an unknown method or term; a bias of another model; an empty
+            loader, or one without a length where ``steps`` is not given; batches without
             labels or tensors; a loss of which the divisor or the examples' parts cannot be told; a
             loss or gradient that is not finite (the message names the step); a model that is
             spread over processes or devices.
@@ -128,8 +128,6 @@ def select(
         batches = BufferedLoader(loader)
         dead = dead_of(model, loss, names, batches.first)
         alive = [b for b in names if terms is not None or names[b] not in dead]
-        if not alive:
-            raise SelectionError("every candidate term is dead: no bias could be trained")
         with Tap(model, alive) as tap:
             run = Run(
                 model,

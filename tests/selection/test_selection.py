@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from beft_ext.selection.settling import chance
 from conftest import CONFIGS, batch, tiny
 from safetensors.numpy import load_file
 
 from beft_ext import SelectionError, Tap, TapError, find_biases, prepare, select
 from beft_ext.commands import demo
 from beft_ext.selection import ProbeError, dead_terms
-from beft_ext.selection.settling import chance
 from beft_ext.tasks import HeadObjective
 
 
