@@ -231,8 +231,8 @@ class BiasAdamW(torch.optim.Optimizer):
     def scores(self) -> dict[str, BiasScore]:
         """Each bias's scores after the last step, by name; waits for the device.
 
-        After ``prepare`` the name is ``<layer>.<term>``. Otherwise it is the parameter's name, or
-        its number where it has none.
+        After ``prepare`` the name is ``Bias.name``. Otherwise it is the parameter's name, or its
+        number where it has none.
         """
         return {name: score for flat in self._flats for name, score in flat.scored()}
 

@@ -17,12 +17,14 @@ from tiny_models import class_name, inputs, tiny, types
 from beft_ext import (
     BiasAdamW,
     BiasError,
+    BiasMap,
     find_biases,
     load_adapter,
     prepare,
     save_adapter,
     select,
 )
+from beft_ext.adapters import term_facts
 from beft_ext.models import add_bias, find_projections, head_parameters
 
 # Of each way in which examples can lie, or a module can be used, a type; and of each layout.
@@ -156,7 +158,9 @@ def test_several_biases_of_a_term_in_a_layer_are_told_apart(name, places, tmp_pa
     names = [b.name for b in prepared.biases]
     assert names[:places] == ["0.mlp_up", *(f"0.mlp_up.{i}" for i in range(1, places))]
     assert len(set(names)) == len(names) == len(prepared.initial)
-    assert re.search(rf"mlp_up +{len(prepared.layers)} ", str(prepared))
+    facts = next(f for f in term_facts(base) if f.term == "mlp_up")
+    for printed in (prepared, BiasMap(prepared.biases), facts):
+        assert re.search(rf"mlp_up +{len(prepared.layers)} ", str(printed))
     optimizer = BiasAdamW(model, lr=0.1)
     model(**batch).loss.backward()
     optimizer.step()
