@@ -16,18 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from beft_ext.errors import BeftError
 from beft_ext.layouts import Place, TapError as TapError, fingerprint, locate, replaced
 from beft_ext.listener import Listener, Site, Step, Use, alias, refuse_copy
-from beft_ext.models import Bias, BiasMap, outer_modules, output_width, state
+from beft_ext.models import Bias, BiasMap, outer_modules, output_width, require_fit, state
 from beft_ext.models.modes import quiet
 from beft_ext.models.wrappers import whole
 from beft_ext.slab import SiteSlab
 
 
-def require_untapped(model: nn.Module) -> None:
-    """Raise TapError where ``model`` carries a tap."""
+def require_untapped(model: nn.Module, error: type[BeftError] = TapError) -> None:
+    """Raise ``error`` where ``model`` carries a tap."""
     if state.get(model, Tap) is not None:
-        raise TapError("this model is tapped already: remove the first tap before another")
+        raise error("this model is tapped already: call remove() of that tap first")
 
 
 class Tap(AbstractContextManager["Tap"], state.Record):
@@ -42,9 +43,10 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     Attributes:
         sites: one for each biased projection, with its biases, trainable leaves and sums.
     Raises:
-        TapError: the model is tapped already, or spread over processes or devices. A forward
-            raises it where a tapped module does not give out a tensor. A backward raises it where
-            no ``step`` announced it, or where the examples cannot be told apart.
+        TapError: the model is tapped already, or spread over processes or devices; a bias is of
+            another model. A forward raises it where a tapped module does not give out a tensor. A
+            backward raises it where no ``step`` announced it, or where the examples cannot be
+            told apart.
     Example:
         >>> import beft_ext
         >>> with beft_ext.Tap(model, beft_ext.find_biases(model)) as tap:
@@ -60,6 +62,8 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     def __init__(self, model: nn.Module, biases: BiasMap | Iterable[Bias]) -> None:
         model = whole(model, TapError, copies=False)
         require_untapped(model)
+        biases = list(biases)
+        require_fit(model, biases, TapError)
         self._model, self._step = model, Step()
         self._hooks: list[Any] = []
         self._listeners: list[Listener] = []

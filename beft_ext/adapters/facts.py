@@ -19,8 +19,8 @@ class TermFacts:
     """One term of a model.
 
     Attributes:
-        layers: number of its biases.
-        width, elements: of the first of them, and of all.
+        layers: number of layers that it is in.
+        width, elements: of its first bias, and of all.
         added: whether the model has none in some layer, so that ``prepare`` adds it.
         merges: whether ``merge_adapter`` finds a place for it in a plain model.
         in_peft: whether Hugging Face PEFT loads its adapter.
@@ -64,7 +64,7 @@ def term_facts(model: nn.Module) -> list[TermFacts]:
         facts.append(
             TermFacts(
                 term,
-                layers=len(own),
+                layers=len({b.layer for b in own}),
                 width=own[0].width,
                 elements=sum(b.width for b in own),
                 added=bool(lacking[term]),

@@ -7,6 +7,7 @@ from torch import nn
 from beft_ext.adapters.applying import Adapters, Merged, guard, release
 from beft_ext.adapters.contents import AdapterError
 from beft_ext.models import BiasError, make_plain, state, undo_plain, wrappers
+from beft_ext.tap import require_untapped
 from beft_ext.training.preparation import mark, prepared_of, unmark
 
 
@@ -23,8 +24,8 @@ def merge_adapter(model: nn.Module) -> None:
         model: a prepared model, or one with an active adapter.
     Raises:
         AdapterError: a family without a place for the added bias (Mistral, GPT-J, T5); a model
-            without an adapter; a model that is merged already, wrapped by PEFT, or spread over
-            processes or devices. The model is as it was.
+            without an adapter; a model that is merged already, tapped, wrapped by PEFT, or spread
+            over processes or devices. The model is as it was.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model)
@@ -33,6 +34,7 @@ def merge_adapter(model: nn.Module) -> None:
     Source: docs/definitions.md, section 5, for the folded value bias.
     """
     model = wrappers.whole(model, AdapterError)
+    require_untapped(model, AdapterError)
     if state.get(model, Merged) is not None:
         raise AdapterError("an adapter is merged here already: unmerge_adapter(model) undoes it")
     prepared, adapters = prepared_of(model), state.get(model, Adapters)
@@ -63,7 +65,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     Args:
         model: a merged model.
     Raises:
-        AdapterError: no adapter is merged, or the model is wrapped by PEFT or spread since.
+        AdapterError: no adapter is merged, or the model is tapped, wrapped by PEFT or spread since.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model)
@@ -72,6 +74,7 @@ def unmerge_adapter(model: nn.Module) -> None:
         >>> beft_ext.restore(model)
     """
     model = wrappers.whole(model, AdapterError)
+    require_untapped(model, AdapterError)
     merged = state.take(model, Merged)
     if merged is None:
         raise AdapterError("no adapter is merged here: there is nothing to undo")

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 from transformers import Trainer, TrainerCallback
 
 from beft_ext.adapters import save_adapter
 from beft_ext.errors import BeftError
+from beft_ext.models import TERMS
 from beft_ext.training.optim import BiasAdamW
+
+BIAS_NAME = re.compile(r"[0-9]+\.([a-z_]+)(?:\.[0-9]+)?")
 
 
 class IntegrationError(BeftError, RuntimeError):
@@ -50,10 +54,10 @@ def term_scores(optimizer: BiasAdamW) -> dict[str, float]:
     scores are left out. Empty unless the optimizer was made from a prepared model."""
     found: dict[str, list[float]] = {}
     for name, score in optimizer.scores().items():
-        layer, _, term = name.partition(".")
-        if layer.isdigit() and term:
-            found.setdefault(f"beft/{term}", []).append(score.beft)
-            found.setdefault(f"magnitude/{term}", []).append(score.magnitude)
+        bias = BIAS_NAME.fullmatch(name)
+        if bias is not None and bias[1] in TERMS:
+            found.setdefault(f"beft/{bias[1]}", []).append(score.beft)
+            found.setdefault(f"magnitude/{bias[1]}", []).append(score.magnitude)
     means = {name: sum(values) / len(values) for name, values in found.items()}
     return {name: value for name, value in means.items() if not math.isnan(value)}
 

@@ -9,6 +9,7 @@ from beft_ext.models.find import (
     is_quantised,
     outer_modules,
     output_width,
+    require_fit,
 )
 from beft_ext.models.head import head_parameters
 from beft_ext.models.terms import Selected, parse_terms, pick, spell
@@ -33,6 +34,7 @@ __all__ = [
     "output_width",
     "parse_terms",
     "pick",
+    "require_fit",
     "spell",
     "undo_plain",
 ]

@@ -47,8 +47,10 @@ class Bias:
         parameter: name of the parameter that holds the bias.
         start, stop: the bias's columns within each group.
         groups: number of groups, 1 by default.
+        number: of the term's biases in the layer, from 0, in the order of the modules.
         width: number of elements, H.
-        name: ``<layer>.<term>``, as in ``biases.safetensors``.
+        name: ``<layer>.<term>``, as in ``biases.safetensors``; ``<layer>.<term>.<number>`` for
+            the second and further ones (MobileBERT has several MLPs in a layer).
     Example:
         >>> import beft_ext
         >>> bias = beft_ext.find_biases(model)[2]
@@ -63,6 +65,7 @@ class Bias:
     start: int
     stop: int
     groups: int = 1
+    number: int = 0
 
     @property
     def width(self) -> int:
@@ -71,8 +74,8 @@ class Bias:
 
     @property
     def name(self) -> str:
-        """``<layer>.<term>``, as in ``biases.safetensors``."""
-        return f"{self.layer}.{self.term}"
+        """``<layer>.<term>``, and the number where it is not 0."""
+        return f"{self.layer}.{self.term}" + (f".{self.number}" if self.number else "")
 
     def view(self, parameter: Tensor) -> Tensor:
         """The bias within a parameter, as a view.
@@ -128,7 +131,7 @@ class BiasMap(Sequence[Bias]):
     """
 
     def __init__(self, biases: Iterable[Bias]) -> None:
-        self._biases = sorted(biases, key=lambda b: (b.layer, TERMS.index(b.term)))
+        self._biases = sorted(biases, key=lambda b: (b.layer, TERMS.index(b.term), b.number))
 
     def __iter__(self) -> Iterator[Bias]:
         return iter(self._biases)
@@ -156,7 +159,8 @@ class BiasMap(Sequence[Bias]):
             own = [b for b in self._biases if b.term == term]
             total = sum(b.width for b in own)
             place = self.place(own[0])
-            lines.append(f"{term:<18}{len(own):>7}{own[0].width:>8}{total:>11}  {place}")
+            layers = len({b.layer for b in own})
+            lines.append(f"{term:<18}{layers:>7}{own[0].width:>8}{total:>11}  {place}")
         return "\n".join(lines)
 
     def place(self, bias: Bias) -> str:

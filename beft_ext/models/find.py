@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from beft_ext.errors import BeftError
 from beft_ext.models.bias_map import TERMS, Bias, BiasError, BiasMap, Projection
 from beft_ext.models.registry import (
     ATTENTIONS,
@@ -89,7 +92,29 @@ def find_projections(model: nn.Module, names: Mapping[str, str] | None = None) -
                 found.append(Projection(bias, parameter is not None, is_linear(module)))
     if not found:
         raise BiasError(_unknown(model))
-    return found
+    return _numbered(found)
+
+
+def require_fit(model: nn.Module, biases: Sequence[Bias], error: type[BeftError]) -> None:
+    """Raise ``error`` unless each of ``biases`` lies in the model and has a name of its own.
+
+    A part of a parameter must be one that the model is known to have, if any is known: of a bias
+    from a narrower model the first elements alone would train.
+    """
+    sizes = {n: p.numel() for n, p in model.named_parameters(remove_duplicate=False)}
+    parts = [b for b in biases if b.start or b.groups * b.stop != sizes.get(b.parameter)]
+    known = _slices(model) if parts else {}
+    for bias in parts:
+        size, part = sizes.get(bias.parameter, 0), (bias.groups, bias.start, bias.stop)
+        if bias.groups * bias.stop > size or part not in known.get(bias.parameter, [part]):
+            has = f"'{bias.parameter}' of {size} elements" if size else f"no '{bias.parameter}'"
+            raise error(
+                f"bias '{bias.name}' of {bias.width} elements is of another model, for this one "
+                f"has {has}: pass what find_biases gives for this model"
+            )
+    names = [b.name for b in biases]
+    if twice := next((n for i, n in enumerate(names) if n in names[:i]), None):
+        raise error(f"two biases have the name '{twice}': give each a number of its own")
 
 
 def output_width(module: nn.Module) -> int | None:
@@ -230,6 +255,27 @@ def _one_a_place(biases: list[Bias]) -> list[Bias]:
     for bias in biases:
         first.setdefault((bias.parameter, bias.start), bias)
     return list(first.values())
+
+
+def _numbered(found: list[Projection]) -> list[Projection]:
+    """With the numbers of a term's places in one layer; a tied one is one place."""
+    numbers: dict[tuple[int, str], dict[tuple[str, int], int]] = {}
+    numbered = []
+    for projection in found:
+        bias = projection.bias
+        own = numbers.setdefault((bias.layer, bias.term), {})
+        number = own.setdefault((bias.parameter, bias.start), len(own))
+        numbered.append(replace(projection, bias=replace(bias, number=number)))
+    return numbered
+
+
+def _slices(model: nn.Module) -> dict[str, list[tuple[int, int, int]]]:
+    """Groups, start and stop of the known biases by parameter; none of an unknown architecture."""
+    found: dict[str, list[tuple[int, int, int]]] = {}
+    with suppress(BiasError):
+        for bias in (p.bias for p in find_projections(model)):
+            found.setdefault(bias.parameter, []).append((bias.groups, bias.start, bias.stop))
+    return found
 
 
 def _ends(path: str, ending: str) -> bool:

@@ -15,6 +15,7 @@ from beft_ext.models import (
     find_biases,
     find_projections,
     pick,
+    require_fit,
 )
 from beft_ext.selection.dead import QKV, dead_terms
 from beft_ext.selection.result import SelectionError
@@ -30,6 +31,7 @@ def candidates_of(
     compete, or only queries, keys and values where the model has none of these.
     """
     have, lack = list(biases or ()), []
+    require_fit(model, have, SelectionError)
     if biases is None:
         projections = find_projections(model)
         have = list(find_biases(model)) if any(p.has_bias for p in projections) else []

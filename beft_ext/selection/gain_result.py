@@ -8,6 +8,7 @@ from statistics import NormalDist
 from torch import Tensor
 
 from beft_ext.files import JsonObject
+from beft_ext.gains import GainError
 from beft_ext.selection.evidence import Evidence
 
 GAIN = "gain"  # among the methods that a ranking may go by
@@ -37,7 +38,7 @@ class Gains:
         folded: whether the gradients were folded to fit the memory.
         evidence: the Gram matrices and targets, from which all can be computed again; None for
             gains that were read from a file.
-        best: the term with the largest gain.
+        best: the term with the largest gain. To read it where no term is ranked raises GainError.
         confidence: probability that no other term explains more by 0.02 of gain or more.
         sure: whether ``confidence`` is at least 0.95 and the first gain is beyond chance.
     Example:
@@ -66,7 +67,9 @@ class Gains:
 
     @property
     def best(self) -> str:
-        """The term with the largest gain."""
+        """The term with the largest gain. Raises GainError where no term is ranked."""
+        if not self.ranking:
+            raise GainError("no term has a gain: every candidate was dead")
         return self.ranking[0]
 
     @property
@@ -81,6 +84,8 @@ class Gains:
     @property
     def sure(self) -> bool:
         """Whether ``confidence`` is at least 0.95 and the first gain is beyond chance."""
+        if not self.ranking:
+            return False
         return self.confidence >= SURE and self.chance[self.best] <= 1 - SURE
 
     def __str__(self) -> str:
@@ -95,6 +100,8 @@ class Gains:
                 f"{self.chance[term]:>8.3f}{self.elements[term]:>10,}  {layers}"
             )
         lines += [f"{'-':>4} {term:<24}{'dead':>8}" for term in self.dead]
+        if not self.ranking:
+            return "\n".join([*lines, "no term is ranked"])
         verdict = "sure" if self.sure else "not sure"
         lines.append(
             f"{verdict}: with probability {self.confidence:.2f} no term explains more than "

@@ -70,9 +70,10 @@ def measure_gains(
         GainError: the examples tell nothing (fewer than 3 that differ, all labels the same); a
             loss or gradient is not finite (the message names the example); the gradients do not
             fit the memory.
-        LossError: the losses of single examples cannot be told from the model's loss.
-        SelectionError: an empty loader; an unknown term; a model that is spread over processes or
-            devices.
+        LossError: the batches have no labels or no tensor; or the losses of single examples
+            cannot be told from the model's loss.
+        SelectionError: an empty loader; batches that are no mappings; an unknown term; a bias of
+            another model; a model that is spread over processes or devices.
         ProbeError: an attention cannot be probed for dead terms.
         TapError: the model is tapped already, or the examples cannot be told apart in an output.
     Example:
@@ -85,12 +86,12 @@ def measure_gains(
     """
     model = whole(model, SelectionError, copies=False)
     require_untapped(model)
+    if examples < 3:
+        raise GainError(f"a gain needs at least 3 examples, but only {examples} are to be read")
     names, lacking = candidates_of(model, terms, biases, every=True)
     with ModelSnapshot(model), added(model, lacking), quiet(model):
         torch.manual_seed(seed)
         batches = BufferedLoader(loader)
-        if batches.first is None:
-            raise SelectionError("the loader is empty: gains need at least one batch")
         examples = min(examples, _length(loader, batches.first, examples))
         dead = dead_of(model, observe, names, batches.first)
         alive = {b: name for b, name in names.items() if name not in dead or terms is not None}

@@ -43,7 +43,8 @@ class Selection:
     Attributes:
         method: what ``best`` goes by.
         scores: ``scores[method][term]``, each the mean over the term's layers.
-        per_layer: ``per_layer[method][term]``, one score for each layer, in their order.
+        per_layer: ``per_layer[method][term]``, one score for each layer, in their order; the
+            mean where a layer has several biases of the term.
         ranking: ``ranking[method]``, the terms from the greatest down. Dead terms and
             undefined scores are left out.
         undefined: why a term has no BEFT score, by term.
@@ -82,24 +83,22 @@ class Selection:
     @property
     def best(self) -> str:
         """The first term by ``method``. Raises SelectionError where no term is ranked."""
-        if not self.ranking[self.method]:
-            raise SelectionError(
-                f"no term has a defined '{self.method}' score: choose another method, such as "
-                "'magnitude'"
-            )
+        if not self.ranking.get(self.method):
+            other = next((m for m, ranked in self.ranking.items() if ranked), None)
+            advice = "select anew" if other is None else f"choose another method, such as '{other}'"
+            raise SelectionError(f"no term has a defined '{self.method}' score: {advice}")
         return self.ranking[self.method][0]
 
     def __str__(self) -> str:
         parts = [] if self.gains is None else [str(self.gains)]
-        if self.losses:
-            parts.append(self._table())
-        return "\n\n".join(parts)
+        if columns := [m for m in scores.SCORES if self.scores.get(m)]:
+            parts.append(self._table(columns))
+        return "\n\n".join(parts or ["no term was scored"])
 
-    def _table(self) -> str:
+    def _table(self, columns: list[str]) -> str:
         """The scores of the run."""
-        columns = [m for m in scores.SCORES if m in self.scores]
         by = self.method if self.method in columns else columns[0]
-        order = self.ranking[by]
+        order = self.ranking.get(by, [])
         rest = [t for t in self.scores[by] if t not in order]
         lines = [f"{'':>4} {'term':<18}" + "".join(f"{m:>16}" for m in columns)]
         for place, term in enumerate(order + rest, 1):
@@ -144,7 +143,7 @@ class Selection:
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
         record = {
             "method": self.method,
-            "best": self.ranking[self.method][0] if self.ranking[self.method] else None,
+            "best": next(iter(self.ranking.get(self.method, [])), None),
             "ranking": self.ranking,
             "scores": self.scores,
             "per_layer": self.per_layer,

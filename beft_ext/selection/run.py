@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,6 @@ from beft_ext.training.loss import (
     Batch,
     Divisor,
     Loss,
-    LossError,
     examples_of,
     model_loss,
     offsets_of,
@@ -28,15 +27,26 @@ from beft_ext.training.optim import BiasAdamW, rate_factor
 
 
 class BufferedLoader:
-    """A loader whose ``first`` batch (None where it is empty) is known before the first pass."""
+    """A loader whose ``first`` batch is known before the first pass.
+
+    Raises SelectionError where there is none, or none that a model can be called with.
+    """
 
     def __init__(self, loader: Iterable[Batch]) -> None:
         self.loader = loader
         self.rest: Iterator[Batch] | None = iter(loader)
-        self.first = next(self.rest, None)
+        first = next(self.rest, None)
+        if first is None:
+            raise SelectionError("the loader is empty: at least one batch is needed")
+        if not isinstance(first, Mapping):
+            raise SelectionError(
+                f"a batch must be a mapping of the model's arguments, but is a "
+                f"{type(first).__name__}"
+            )
+        self.first = first
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.rest is None or self.first is None:
+        if self.rest is None:
             return iter(self.loader)
         begun, self.rest = itertools.chain([self.first], self.rest), None
         return begun
@@ -136,18 +146,15 @@ class Run:
 
     def _train_on(self, batch: Batch) -> float:
         inputs = on_device(batch, self.pairs[0][1].device)
-        try:
-            self.tap.rest()  # measuring a divisor takes backwards that are no example's
-            offsets, scale = offsets_of(inputs), self.divisor.measured(self.model, inputs)
-            size = examples_of(inputs, offsets)
-            self._locate(inputs, size, offsets)
-            self.tap.step(size, scale or 1.0, offsets)
-            self.optimizer.zero_grad()
-            value = self.loss(self.model, inputs)
-            if scale is None:
-                self.tap.divided_by(self.divisor.of(value, inputs, size))
-        except LossError as error:
-            raise SelectionError(str(error)) from error
+        self.tap.rest()  # measuring a divisor takes backwards that are no example's
+        offsets, scale = offsets_of(inputs), self.divisor.measured(self.model, inputs)
+        size = examples_of(inputs, offsets)
+        self._locate(inputs, size, offsets)
+        self.tap.step(size, scale or 1.0, offsets)
+        self.optimizer.zero_grad()
+        value = self.loss(self.model, inputs)
+        if scale is None:
+            self.tap.divided_by(self.divisor.of(value, inputs, size))
         loss = scalar(value)
         number = float(loss.detach())
         self._stop_unless(math.isfinite(number), "loss")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from statistics import fmean
 
 import torch
 from torch import nn
@@ -20,7 +22,7 @@ from beft_ext.selection.measuring import measure_gains, observed_by, read_again
 from beft_ext.selection.result import Selection, SelectionError
 from beft_ext.selection.run import BufferedLoader, ModelSnapshot, Run
 from beft_ext.tap import Tap, require_untapped
-from beft_ext.training.loss import Batch, Loss, model_loss
+from beft_ext.training.loss import Batch, Loss, LossError, model_loss
 
 
 def select(
@@ -83,15 +85,16 @@ def select(
     Returns:
         Gains, scores, rankings, and the biases before and after the run.
     Raises:
-        SelectionError: an unknown method or term; an empty loader, or
-            one without a length where ``steps`` is not given; a loss whose divisor cannot be
-            measured; a loss or gradient that is not finite (the message names the step); a model
-            that is spread over processes or devices.
-        GainError: the examples tell nothing, or the losses of single examples cannot be told.
+        SelectionError: an unknown method or term; a bias of another model; an empty loader, or
+            one without a length where ``steps`` is not given; batches without labels or tensors; a
+            loss of which the divisor or the examples' parts cannot be told; a loss or gradient
+            that is not finite (the message names the step); a model that is spread over processes
+            or devices.
+        GainError: the examples tell nothing, or ``loss`` gives none of single examples.
         BiasError: the model has no such biases, or its head is quantised.
         ProbeError: an attention cannot be probed for dead terms.
         TapError: the model is tapped already, or the examples cannot be told apart in an output.
-        OptimizerError: ``lr``, ``weight_decay`` or ``max_grad_norm`` is out of range.
+        OptimizerError: ``lr``, ``warmup``, ``weight_decay`` or ``max_grad_norm`` is out of range.
     Example:
         >>> import beft_ext
         >>> selection = beft_ext.select(model, loader, terms=["query", "value"])
@@ -104,25 +107,25 @@ def select(
         raise SelectionError(f"unknown method '{method}': choose one of {known}")
     model = whole(model, SelectionError, copies=False)
     require_untapped(model)
+    gains_alone = method == GAIN and steps == 0
+    step_count = 0 if gains_alone else _step_count(loader, epochs, steps)
     if method == GAIN:
         observe = observe or observed_by(loss)
-        with read_again(loader, steps == 0):
+        with read_again(loader, gains_alone), _loss_told():
             gains = measure_gains(
                 model, loader, observe=observe, terms=terms, biases=biases, seed=seed
             )
-        if steps == 0:
+        if gains_alone:
             return _of_gains(gains)
     names, lacking = candidates_of(model, terms, biases, every=False)
-    step_count = _step_count(loader, epochs, steps)
     with (
+        _loss_told(),
         ModelSnapshot(model),
         added(model, lacking),
         torch.random.fork_rng(devices=cuda_devices(model)),
     ):
         torch.manual_seed(seed)
         batches = BufferedLoader(loader)
-        if batches.first is None:
-            raise SelectionError("the loader is empty: select needs at least one batch")
         dead = dead_of(model, loss, names, batches.first)
         alive = [b for b in names if terms is not None or names[b] not in dead]
         with Tap(model, alive) as tap:
@@ -139,6 +142,15 @@ def select(
             losses = run.train(batches, progress)
             found = _judge(run, names, method, dead, losses)
     return found if method != GAIN else _joined(found, gains)
+
+
+@contextmanager
+def _loss_told() -> Iterator[None]:
+    """What is wrong with the batches' loss is wrong with the selection."""
+    try:
+        yield
+    except LossError as error:
+        raise SelectionError(str(error)) from error
 
 
 def _of_gains(gains: Gains) -> Selection:
@@ -171,7 +183,7 @@ def _judge(
             value = bias.read(run.model.get_parameter(bias.parameter))
             initial[bias] = current[bias] = value
             statistics[bias] = (torch.zeros_like(value), torch.zeros_like(value))
-    per_layer: dict[str, dict[str, list[float]]] = {m: {} for m in scores.SCORES}
+    found: dict[str, dict[str, dict[int, list[float]]]] = {m: {} for m in scores.SCORES}
     undefined: dict[str, str] = {}
     obtuse: list[str] = []
     for bias in names:
@@ -184,13 +196,17 @@ def _judge(
             "snr": scores.signal_to_noise(total, squares, run.examples),
         }
         for name, value in values.items():
-            per_layer[name].setdefault(names[bias], []).append(value)
+            found[name].setdefault(names[bias], {}).setdefault(bias.layer, []).append(value)
         if math.isnan(values["beft"]):
             where = "initial" if not bool(b0.any()) else "trained"
             undefined[names[bias]] = f"the {where} bias is zero in layer {bias.layer}"
         elif values["beft"] > 1:
             obtuse.append(bias.name)
-    means = {m: {t: sum(v) / len(v) for t, v in terms.items()} for m, terms in per_layer.items()}
+    per_layer = {
+        m: {t: [fmean(own) for own in layers.values()] for t, layers in terms.items()}
+        for m, terms in found.items()
+    }
+    means = {m: {t: fmean(v) for t, v in terms.items()} for m, terms in per_layer.items()}
     return Selection(
         method=method,
         scores=means,
@@ -216,6 +232,8 @@ def _step_count(loader: Iterable[Batch], epochs: int, steps: int | None) -> int:
         if not hasattr(loader, "__len__"):
             raise SelectionError("a loader without a length needs steps=...")
         steps = epochs * len(loader)  # type: ignore[arg-type]
+    if steps % 1:
+        raise SelectionError(f"epochs and steps must be whole numbers, but steps are {steps}")
     if steps < 1:
         raise SelectionError("nothing to train on: the loader is empty or epochs and steps are 0")
     return steps

@@ -32,8 +32,21 @@ class LossError(BeftError, ValueError):
 
 
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """What a transformers model gives out beside its logits when the batch has labels."""
-    loss: Tensor = model(**batch).loss
+    """What a transformers model gives out beside its logits when the batch has labels.
+
+    Raises: LossError where it gives none.
+    """
+    return loss_of(model(**batch))
+
+
+def loss_of(output: object) -> Tensor:
+    """The output's loss. Raises LossError where it has none."""
+    loss = getattr(output, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise LossError(
+            "the model gives no loss: the batches need 'labels' and the model a head for them, or "
+            "pass a loss of your own"
+        )
     return loss
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, nll_loss
 
-from beft_ext.training.loss import IGNORED_LABEL, Batch, LossError, items_given, offsets_of
+from beft_ext.training.loss import IGNORED_LABEL, Batch, LossError, items_given, loss_of, offsets_of
 
 
 @dataclass(frozen=True)
@@ -59,14 +59,15 @@ def model_observe(model: nn.Module, batch: Batch) -> Observed:
     Classes, numbers, several targets, and tokens, each for its own place or for the next, are
     told apart by the model's own loss. Packed texts are examples each.
 
-    Raises: LossError where the model's loss is none of these, such as a weighted one.
+    Raises: LossError where the model gives no loss, or one that is none of these, such as a
+        weighted one.
     """
     output: Any = model(**batch)
     labels: Any = batch.get("labels")
     logits: Any = getattr(output, "logits", None)
-    loss: Any = getattr(output, "loss", None)
+    loss = loss_of(output)
     readings: list[Observed] = []
-    if all(isinstance(t, Tensor) for t in (labels, logits, loss)):
+    if isinstance(labels, Tensor) and isinstance(logits, Tensor):
         readings = _readings(logits, labels, offsets_of(batch))
 
     def off(reading: Observed) -> float:

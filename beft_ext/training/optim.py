@@ -228,8 +228,8 @@ class BiasAdamW(torch.optim.Optimizer):
     def scores(self) -> dict[str, BiasScore]:
         """Each bias's scores after the last step, by name; waits for the device.
 
-        After ``prepare`` the name is ``<layer>.<term>``. Otherwise it is the parameter's name, or
-        its number where it has none.
+        After ``prepare`` the name is ``Bias.name``. Otherwise it is the parameter's name, or its
+        number where it has none.
         """
         return {name: score for flat in self._flats for name, score in flat.scored()}
 
@@ -289,7 +289,11 @@ def rate_factor(step: int, steps: int, warmup: float, decay: bool) -> float:
         warmup: fraction of the steps over which the rate rises linearly, in [0, 1].
         decay: after warm-up, let the rate fall linearly, so that it would be zero one step after
             the last; otherwise it stays at 1.
+    Raises:
+        OptimizerError: ``warmup`` is out of range.
     """
+    if not 0 <= warmup <= 1:
+        raise OptimizerError(f"warmup must be within 0 and 1, but is {warmup}")
     rising = max(1, round(warmup * steps))
     falling = (steps - step) / max(1, steps - rising + 1) if decay else 1.0
     return min((step + 1) / rising, falling)

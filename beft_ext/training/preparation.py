@@ -24,10 +24,12 @@ from beft_ext.models import (
     head_parameters,
     parse_terms,
     pick,
+    require_fit,
     spell,
     state,
     wrappers,
 )
+from beft_ext.tap import require_untapped
 
 
 class PrepareError(BeftError, ValueError):
@@ -85,7 +87,8 @@ class Prepared(state.Record):
                 continue
             elements = sum(b.width for b in own)
             note = " (added)" if own[0].parameter in self.added else ""
-            row = f"{entry!s:<{column}}{len(own):>7}{elements:>11}  {own[0].parameter}{note}"
+            layers = len({b.layer for b in own})
+            row = f"{entry!s:<{column}}{layers:>7}{elements:>11}  {own[0].parameter}{note}"
             lines.append(row)
         head = sum(t.numel() for t in self.head_initial.values())
         lines.append(f"{'head':<{column}}{'':>7}{head:>11}  {', '.join(self.head) or 'none'}")
@@ -125,8 +128,9 @@ def prepare(
         What trains.
     Raises:
         PrepareError: an unknown term; a layer out of range; a norm that has no bias (RMSNorm); a
-            quantised head; a model that is prepared or merged, has an active adapter, is
-            wrapped by PEFT, or is spread over processes or devices. Nothing was changed.
+            quantised head; a bias of another model; a model that is prepared, merged or tapped,
+            has an active adapter, is wrapped by PEFT, or is spread over processes or devices.
+            Nothing was changed.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model, terms=["query", "value"], layers=[1])
@@ -179,7 +183,7 @@ def restore(model: nn.Module) -> None:
     Args:
         model: a prepared model.
     Raises:
-        PrepareError: the model is not prepared.
+        PrepareError: the model is not prepared, or is tapped.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model)
@@ -188,6 +192,7 @@ def restore(model: nn.Module) -> None:
         True
     """
     model = wrappers.inside(model)
+    require_untapped(model, PrepareError)
     prepared = unmark(model)
     for name in prepared.added:
         model.get_submodule(name.removesuffix(".bias")).bias = None
@@ -282,6 +287,7 @@ class _Mask:
 
 
 def _check_free(model: nn.Module) -> None:
+    require_untapped(model, PrepareError)
     for why in state.claims(model):
         raise PrepareError(why)
     # The base values that an inactive adapter is added to would be wrong after training.
@@ -290,6 +296,8 @@ def _check_free(model: nn.Module) -> None:
 
 def _projections(model: nn.Module, biases: Iterable[Bias] | None) -> list[Projection]:
     if biases is not None:
+        biases = list(biases)
+        require_fit(model, biases, PrepareError)
         return [Projection(b, has_bias=True, linear=True) for b in biases]
     try:
         return find_projections(model)

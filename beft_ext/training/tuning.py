@@ -129,6 +129,7 @@ def tune(
             batches than its length; a loss or gradient that is not finite; ``save_every`` below
             1; ``compile`` beside ``graphs``; a checkpoint that is damaged or of another run.
         OptimizerError: a setting of the recipe is out of range, or the model is sharded.
+        LossError: the batches have no labels.
         StepError: graphs are asked for and cannot be had (``beft_ext.training.steps``).
         OSError: the folder cannot be written to.
     Example:

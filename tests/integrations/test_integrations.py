@@ -109,6 +109,21 @@ def test_tensorboard_shows_the_scores(tmp_path, monkeypatch):
     assert "train/beft/value" in written.Tags()["scalars"]
 
 
+def test_several_biases_of_a_layer_are_logged_as_their_term_and_other_names_as_none():
+    from beft_ext.integrations.trainer import term_scores
+
+    names = ["0.mlp_up", "0.mlp_up.1", "1.mlp_up", "0.weight", "0.bias.1"]
+    values = [torch.nn.Parameter(torch.ones(4)) for _ in names]
+    optimizer = BiasAdamW(list(zip(names, values, strict=True)), lr=1e-2)
+    for number, value in enumerate(values[:2]):
+        value.grad = torch.full((4,), number + 1.0)
+    optimizer.step()
+    found, each = term_scores(optimizer), optimizer.scores()
+    assert set(found) == {"beft/mlp_up", "magnitude/mlp_up"}
+    mean = sum(each[n].magnitude for n in names[:3]) / 3
+    assert found["magnitude/mlp_up"] == pytest.approx(mean) and mean > 0
+
+
 def test_the_trainer_resumes_in_the_middle_of_an_epoch(ours, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 5}
     whole = prepared()

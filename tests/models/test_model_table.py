@@ -8,12 +8,23 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "docs"))
 from model_table import OUT, VARIANTS, Verdict, _row, page, quiet, verify
 from tiny_models import class_name, inputs, tiny, types
 
-from beft_ext import BiasError, find_biases, load_adapter, prepare, save_adapter
+from beft_ext import (
+    BiasAdamW,
+    BiasError,
+    BiasMap,
+    find_biases,
+    load_adapter,
+    prepare,
+    save_adapter,
+    select,
+)
+from beft_ext.adapters import term_facts
 from beft_ext.models import add_bias, find_projections, head_parameters
 
 # Of each way in which examples can lie, or a module can be used, a type; and of each layout.
@@ -136,6 +147,54 @@ def test_adapters_of_every_layout(name, tmp_path):
     for bias in prepared.biases:
         moved = bias.read(model.get_parameter(bias.parameter)) != prepared.initial[bias.name]
         assert moved.float().mean() > 0.5
+
+
+@pytest.mark.parametrize(("name", "places"), [("mobilebert", 4), ("axk2", 2)])
+def test_several_biases_of_a_term_in_a_layer_are_told_apart(name, places, tmp_path):
+    """Each keeps its own values: in the adapter, in training that goes on, in the scores."""
+    model = tiny(name, torch.float32)
+    base, batch = copy.deepcopy(model), inputs(model)
+    prepared = prepare(model, "mlp_up")
+    names = [b.name for b in prepared.biases]
+    assert names[:places] == ["0.mlp_up", *(f"0.mlp_up.{i}" for i in range(1, places))]
+    assert len(set(names)) == len(names) == len(prepared.initial)
+    facts = next(f for f in term_facts(base) if f.term == "mlp_up")
+    for printed in (prepared, BiasMap(prepared.biases), facts):
+        assert re.search(rf"mlp_up +{len(prepared.layers)} ", str(printed))
+    optimizer = BiasAdamW(model, lr=0.1)
+    model(**batch).loss.backward()
+    optimizer.step()
+    assert set(names) <= set(optimizer.scores())
+    with torch.no_grad():
+        for number, bias in enumerate(prepared.biases):
+            model.get_parameter(bias.parameter).fill_(number + 1)
+    save_adapter(model, tmp_path)
+    going_on = copy.deepcopy(base)
+    prepare(going_on, "mlp_up")
+    for fresh in (base, going_on):
+        load_adapter(fresh, tmp_path)
+        for number, bias in enumerate(prepared.biases):
+            value = fresh.get_parameter(bias.parameter)
+            assert torch.allclose(value, torch.full_like(value, number + 1))
+
+
+def test_a_selection_keeps_several_biases_of_a_term_in_a_layer(tmp_path):
+    torch.manual_seed(0)
+    model = tiny("mobilebert", torch.float32)
+    biases = [b for b in find_biases(model) if b.term == "mlp_up"]
+    selection = select(model, [inputs(model)], "magnitude", terms="mlp_up", steps=2)
+    selection.save(tmp_path)
+    kept = load_file(tmp_path / "biases.safetensors")
+    assert len(kept) == 2 * len(biases)
+    moved = {}
+    for bias in biases:
+        initial, current = (kept[f"{when}/{bias.name}"] for when in ("initial", "current"))
+        assert initial.equal(model.get_parameter(bias.parameter))
+        moved.setdefault(bias.layer, []).append(float((current - initial).abs().mean()))
+    layers = [sum(own) / len(own) for own in moved.values()]
+    assert len(layers) == 2
+    assert selection.per_layer["magnitude"]["mlp_up"] == pytest.approx(layers, rel=1e-5)
+    assert selection.scores["magnitude"]["mlp_up"] == pytest.approx(sum(layers) / 2, rel=1e-5)
 
 
 def on_the_page():

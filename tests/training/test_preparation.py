@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch import nn
 from beft_ext import (
     AdapterError,
     PrepareError,
+    Tap,
+    TapError,
     find_biases,
     load_adapter,
+    merge_adapter,
     prepare,
     restore,
     save_adapter,
@@ -282,6 +286,57 @@ def test_twice_and_never():
         prepare(model)
     restore(model)
     prepare(model, "query")
+
+
+def test_a_tapped_model_is_neither_prepared_nor_restored():
+    """Else its hooks would stay for good: nothing on the model would know of them."""
+    model = tiny("bert")
+    with Tap(model, find_biases(model)) as tap:
+        with pytest.raises(PrepareError, match=r"call remove\(\) of that tap first"):
+            prepare(model)
+        tap.step(4)
+        model(**inputs(model)).loss.backward()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    prepare(model)
+    with Tap(model, find_biases(model)):
+        for undo in (restore, merge_adapter):
+            with pytest.raises((PrepareError, AdapterError), match="tapped already"):
+                undo(model)
+    restore(model)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def of_another_model():
+    """Biases that do not fit a tiny BERT, of 32, and what is said of each."""
+    own = find_biases(tiny("bert"))[2]
+    narrow, wide = replace(own, stop=16), replace(own, stop=64)
+    return [
+        (find_biases(tiny("distilbert")), "bias '0.query' .* has no 'distilbert"),
+        ([narrow], "bias '0.value' of 16 elements is of another model, .* of 32 elements"),
+        ([wide], "bias '0.value' of 64 elements is of another model, .* of 32 elements"),
+        ([replace(own, groups=3, stop=16)], "bias '0.value' of 48 elements"),
+        ([own, own], "two biases have the name '0.value': give each a number"),
+    ]
+
+
+@pytest.mark.parametrize(("biases", "message"), of_another_model())
+def test_biases_of_another_model_are_named_and_nothing_changes(biases, message):
+    model = tiny("bert")
+    with pytest.raises(PrepareError, match=message):
+        prepare(model, "query+value" if len(biases) > 2 else "value", biases=biases)
+    with pytest.raises(TapError, match=message):
+        Tap(model, iter(biases))
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_a_slice_of_one_fused_projection_is_no_slice_of_another():
+    """GPT-2's blocks are not GPT-NeoX's interleaved heads, even where the names are the same."""
+    model = tiny("gpt2")
+    own = next(b for b in find_biases(model) if b.term == "value")
+    with pytest.raises(PrepareError, match=r"'0\.value' of 32 elements is of another"):
+        prepare(model, biases=[replace(own, groups=4, start=16, stop=24)])
+    assert prepare(model, biases=[own]).biases == [own]
 
 
 def test_an_architecture_that_is_not_known():

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from beft_ext.errors import BeftWarning
 from beft_ext.training import tuning
 from beft_ext.training.data import Passes, digest_of
-from beft_ext.training.optim import rate_factor
+from beft_ext.training.optim import OptimizerError, rate_factor
 from beft_ext.training.tuning import CHECKPOINT, Recipe, TuningError, tune
 
 RECIPE = Recipe(epochs=3, lr=1e-2)
@@ -465,3 +465,6 @@ def test_the_schedule_rises_then_falls_to_zero_behind_the_last_step():
     assert factors[:3] == [1 / 3, 2 / 3, 1.0]
     assert factors[3:] == sorted(factors[3:], reverse=True) and factors[-1] > 0
     assert rate_factor(0, 1, 0.06, True) == rate_factor(9, 10, 0.0, False) == 1.0
+    for warmup in (-0.1, 1.1, float("nan")):
+        with pytest.raises(OptimizerError, match=f"within 0 and 1, but is {warmup}"):
+            rate_factor(0, 10, warmup, True)
