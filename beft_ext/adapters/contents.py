@@ -89,7 +89,9 @@ def unsupported(model: nn.Module, modules: Iterable[str]) -> str | None:
     for name in modules:
         module = model.get_submodule(name)
         if not isinstance(module, nn.Linear):
-            return f"PEFT's BEFT tuner takes nn.Linear only, and '{name}' is {_kind(module)}"
+            return (
+                f"PEFT's BEFT tuner takes nn.Linear only, and '{name}' is {type(module).__name__}"
+            )
     return None
 
 
@@ -378,7 +380,7 @@ def _bias_shape(modules: dict[str, nn.Module], name: str, model: str) -> tuple[i
     width = output_width(module)
     bare = getattr(module, "bias", None) is None
     if width is None or (bare and not is_linear(module)):
-        raise AdapterError(f"'{name}' is {_kind(module)}, which takes no bias")
+        raise AdapterError(f"'{name}' is {type(module).__name__}, which takes no bias")
     return (1, width)
 
 
@@ -395,7 +397,3 @@ def _targets(modules: Collection[str], config: JsonObject) -> list[str]:
 def _parameters(model: nn.Module, names: Iterable[str]) -> list[str]:
     own = {n for n, _ in model.named_parameters()}
     return [n for n in names if n in own]
-
-
-def _kind(module: nn.Module) -> str:
-    return type(module).__name__

@@ -1,14 +1,14 @@
 """Which term to train: gains, one short run, and the decision; at which rate: a race."""
 
-from beft_ext.selection.auditioning import (
+from beft_ext.selection.auditioning import audition
+from beft_ext.selection.choice import Choice, automatic
+from beft_ext.selection.contenders import (
     Contender,
-    audition,
     made_by,
     rate_of_step,
     rates_around,
     terms_of,
 )
-from beft_ext.selection.choice import Choice, automatic
 from beft_ext.selection.dead import ProbeError, dead_terms
 from beft_ext.selection.gain_result import GAIN, Gains
 from beft_ext.selection.measuring import measure_gains

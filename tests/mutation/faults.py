@@ -83,9 +83,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("found[places] = losses", "found[:] = losses"),
             ("key=lambda e: (means[e], e[1])", "key=lambda e: means[e]"),
             ("min(int(steps * 2**r), longest)", "int(steps * 2**r)"),
-            ("state.kept(model), ModelSnapshot(model)", "ModelSnapshot(model)"),
             ("if i not in held]", "]"),
-            ("                restore(model)\n", "                pass\n"),
             ("rate * factor)", "rate)"),
         ],
     ),
@@ -335,7 +333,14 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("scores.fisher(squares, run.examples)", "scores.fisher(squares, run.done)"),
             ("elif values[\"beft\"] > 1", "elif values[\"beft\"] > 2"),
             ("key=lambda t: -values[t]", "key=lambda t: values[t]"),
-            ("setdefault(names[bias], [])", "setdefault(bias.term, [])"),
+        ],
+    ),
+    "beft_ext/selection/contenders.py": (
+        AUDITION,
+        [
+            ("state.kept(model), ModelSnapshot(model)", "ModelSnapshot(model)"),
+            ("                restore(model)\n", "                pass\n"),
+            ("step / 10", "step"),
         ],
     ),
     "beft_ext/selection/candidates.py": (
