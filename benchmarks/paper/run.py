@@ -164,7 +164,7 @@ def _importance(cell: Cell, place: Place, seed: int) -> store.Record:
 
     def found(batch: int, **options: Any) -> Selection:
         loader = objective.training(train, batch, seed)
-        return select(model, loader, loss=objective.loss, seed=seed, **options)
+        return select(model, loader, "beft", loss=objective.loss, seed=seed, **options)
 
     moved = found(hyper.batch, lr=hyper.lr, epochs=hyper.epochs)
     still = found(FISHER_BATCH, lr=STILL, epochs=1)
@@ -225,7 +225,7 @@ def _key_is_dead(model: str, task: str, place: Place) -> bool:
     loaded, objective = ModelSpec(model).load(Source(task).task)
     loader = objective.training(_train(task, place.data)[:4], 4, 0)
     try:
-        return "key" in select(loaded, loader, loss=objective.loss, steps=1).dead
+        return "key" in select(loaded, loader, "beft", loss=objective.loss, steps=1).dead
     except BiasError:
         return False
 
