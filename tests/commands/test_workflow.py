@@ -108,8 +108,8 @@ def test_a_rate_is_raced_once_and_kept(tiny_folder, tmp_path, capsys, monkeypatc
     args += ["--terms", "query,value", "--out", str(tmp_path), "--lr", "auto"]
     assert main(args) == 0
     raced = json.loads((tmp_path / "audition.json").read_text())
-    assert raced["best"] == "query,value" and raced["epochs"] <= 3
-    assert raced["rates"] == {"query,value": [1e-3 / 3, 1e-3, 3e-3]}
+    assert raced["best"] == "query+value" and raced["epochs"] <= 3
+    assert raced["rates"] == {"query+value": [1e-3 / 3, 1e-3, 3e-3]}
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "## Audition" in card and "raced to the end" in card
     assert "no rival is better" in capsys.readouterr().out
@@ -123,7 +123,7 @@ def test_a_rate_is_raced_once_and_kept(tiny_folder, tmp_path, capsys, monkeypatc
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
     monkeypatch.undo()
     # The checkpoint is of the rate that won: another one is another run.
-    other = next(r for r in raced["rates"]["query,value"] if r != raced["lr"])
+    other = next(r for r in raced["rates"]["query+value"] if r != raced["lr"])
     assert main([*args[:-1], str(other), "--resume"]) == 2
     assert f"its lr is {raced['lr']}" in capsys.readouterr().err
 
@@ -221,7 +221,7 @@ def test_an_interrupted_command_says_what_there_is_and_how_to_go_on(
         return capsys.readouterr().err.strip().splitlines()[-1]
 
     with monkeypatch.context() as patched:
-        patched.setattr("beft_ext.commands.workflow._select", interrupted)
+        patched.setattr("beft_ext.commands.workflow.select", interrupted)
         assert "nothing was written" in told("select", *args)
         assert "nothing was written yet: start again" in told("tune", *args)
     with monkeypatch.context() as patched:

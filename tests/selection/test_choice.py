@@ -1,5 +1,6 @@
 """What 'auto' trains, how sure it is, and that it says why."""
 
+from dataclasses import replace
 from statistics import NormalDist
 
 import pytest
@@ -54,7 +55,7 @@ def test_an_unknown_family_has_the_widest_prior():
 
 
 def test_layers_of_a_term_share_its_prior():
-    noisy = {"query": 0.06, "mlp_up@0-1": 0.02}
+    noisy = {"value": 0.06, "mlp_up@0-1": 0.02}
     assert automatic(gains(0.5, **noisy), "encoder").term == "mlp_up@0-1"
 
 
@@ -71,6 +72,16 @@ def test_without_a_prior_the_paired_error_is_what_is_told():
     choice = weighed(gains(0.07, a=0.2, b=0.1), prior)
     want = NormalDist(0.2 - 0.1, 0.07).cdf(-MARGIN)
     assert choice.term == "a" and choice.confidence == pytest.approx(1 - want, rel=1e-6)
+
+
+def test_what_all_terms_gain_alike_says_nothing():
+    def told(more):
+        found = gains(0.05, a=more + 0.03, b=more + 0.02, c=more)
+        leads = {"b": (0.01, 0.01), "c": (0.03, 0.2)}
+        return weighed(replace(found, leads=leads), PRIORS["encoder"])
+
+    assert told(0.5).term == told(0.0).term
+    assert told(0.5).confidence == pytest.approx(told(0.0).confidence, rel=1e-9)
 
 
 @given(

@@ -158,15 +158,15 @@ def test_a_loader_is_read_again_where_the_run_is_longer():
     losses = select(quiet(), batches(), terms=TERMS, lr=1e-12, steps=7).losses
     assert losses == pytest.approx([losses[0], losses[1], losses[2]] * 2 + [losses[0]], rel=1e-6)
     assert len(select(quiet(), batches(), terms=TERMS, epochs=2).losses) == 6
-    once = select(quiet(), iter(batches()), terms=TERMS, steps=3, lr=1e-12).losses
+    once = select(quiet(), iter(batches()), "beft", terms=TERMS, steps=3, lr=1e-12).losses
     assert once == losses[:3]
 
 
 def test_a_loader_that_cannot_be_read_again_is_named():
     with pytest.raises(SelectionError, match="the loader ran dry: pass one that can be read again"):
-        select(quiet(), iter(batches()), terms=TERMS, steps=4)
+        select(quiet(), iter(batches()), "beft", terms=TERMS, steps=4)
     with pytest.raises(SelectionError, match=r"a loader without a length needs steps=\.\.\."):
-        select(quiet(), iter(batches()), terms=TERMS)
+        select(quiet(), iter(batches()), "beft", terms=TERMS)
 
 
 def test_candidates_are_the_given_biases_and_the_given_terms_of_them():
@@ -181,9 +181,9 @@ def test_candidates_are_the_given_biases_and_the_given_terms_of_them():
 
 def test_progress_shows_the_loss_and_who_leads(capsys):
     """Every ten steps, and it changes nothing."""
-    silent = select(quiet(), batches(), terms=TERMS, steps=10, lr=1e-2)
+    silent = select(quiet(), batches(), "beft", terms=TERMS, steps=10, lr=1e-2)
     assert capsys.readouterr().err == ""
-    found = select(quiet(), batches(), terms=TERMS, steps=10, lr=1e-2, progress=True)
+    found = select(quiet(), batches(), "beft", terms=TERMS, steps=10, lr=1e-2, progress=True)
     shown = capsys.readouterr().err
     assert re.findall(r"leading=(\w+), loss=([\d.]+)", shown)[-1] == (
         found.best,

@@ -147,7 +147,9 @@ def test_per_example_statistics_of_ranked_options(tokenizer, tiny_decoder):
     asked = objective(task, tokenizer)
     rows = [{"q": q, "label": y} for q, y in (("fine film", 1), ("bad", 0), ("so so", 1))]
     batches = asked.training(task.examples(rows, ""), 3, seed=0)
-    found = select(model, batches, loss=asked.loss, lr=1e-9, steps=1, max_grad_norm=0.0)
+    found = select(
+        model, batches, "example_fisher", loss=asked.loss, lr=1e-9, steps=1, max_grad_norm=0.0
+    )
     exact, squares = model.double(), {}
     for row in batches.rows:
         exact.zero_grad()

@@ -145,7 +145,9 @@ def squares(model, batch, losses):
 @pytest.mark.parametrize("kind", KINDS)
 def test_fisher_is_that_of_one_example_at_a_time(kind):
     make, batch, loss, losses = KINDS[kind]
-    found = select(make(), [batch], loss=loss, steps=1, lr=1e-9, max_grad_norm=0.0)
+    found = select(
+        make(), [batch], "example_fisher", loss=loss, steps=1, lr=1e-9, max_grad_norm=0.0
+    )
     # Sums of some hundred single-precision products, squared.
     assert found.per_layer["example_fisher"]["value"] == pytest.approx(
         squares(make(), batch, losses), rel=1e-4
@@ -165,7 +167,7 @@ def test_fisher_is_that_of_one_example_at_a_time(kind):
 )
 def test_a_loss_whose_examples_cannot_be_told_is_refused(loss, message):
     with pytest.raises(SelectionError, match=message):
-        select(head(), [MIXED], loss=loss)
+        select(head(), [MIXED], "example_fisher", loss=loss)
 
 
 def test_four_packed_texts_are_four_examples():
@@ -228,7 +230,7 @@ def test_models_of_both_ways_and_of_other_names_are_measured(name):
         return cross_entropy(found.movedim(-1, 1), labels, reduction="none").sum(1)
 
     scalars, each = (
-        select(model, [batch], loss=loss, steps=1, lr=1e-9, max_grad_norm=0.0)
+        select(model, [batch], "example_fisher", loss=loss, steps=1, lr=1e-9, max_grad_norm=0.0)
         for loss in (own, examples)
     )
     for term, layers in each.per_layer["example_fisher"].items():
