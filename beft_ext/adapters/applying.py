@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from beft_ext.adapters.contents import AdapterError, Contents, head_modules, read
 from beft_ext.models import Plain, add_bias, state, wrappers
+from beft_ext.tap import require_untapped
 from beft_ext.training.preparation import Prepared, prepared_of
 
 
@@ -73,7 +74,8 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
             is damaged or unsafe (a wrong digest, a pickle, NaN, a link out of the folder); a
             value that the model's dtype cannot hold, or that a tied tensor cannot take; on a
             prepared model, an adapter that changes more than what was prepared; a model that is
-            merged, wrapped by PEFT, or spread over processes or devices. The model is as it was.
+            merged, tapped, wrapped by PEFT, or spread over processes or devices. The model is as
+            it was.
     Example:
         >>> import copy, beft_ext
         >>> base = copy.deepcopy(model)
@@ -89,7 +91,7 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
     if not isinstance(name, str) or not name:
         raise AdapterError("an adapter's name is a string that is not empty")
     model = wrappers.whole(model, AdapterError)
-    _require_unmerged(model)
+    _require_free(model)
     contents = read(Path(folder), model)
     prepared = prepared_of(model)
     if prepared is not None:
@@ -114,9 +116,9 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         model: a model on which ``load_adapter`` was called.
         name: a loaded adapter's; None for the base values, which come back to the bit.
     Raises:
-        AdapterError: no adapter of that name is loaded; an adapter is merged; the model is wrapped
-            by PEFT, or spread over processes or devices. Or the model's dtype was changed and
-            cannot hold a value: the model is at its base values then.
+        AdapterError: no adapter of that name is loaded; an adapter is merged; the model is tapped,
+            wrapped by PEFT, or spread over processes or devices. Or the model's dtype was changed
+            and cannot hold a value: the model is at its base values then.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model)
@@ -128,7 +130,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     """
     model = wrappers.whole(model, AdapterError)
     adapters = state.get(model, Adapters)
-    _require_unmerged(model)
+    _require_free(model)
     if adapters is None or (name is not None and name not in adapters.named):
         loaded = ", ".join(adapters.named) if adapters is not None else ""
         raise AdapterError(f"no adapter '{name}' on this model: loaded are {loaded or 'none'}")
@@ -137,7 +139,8 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         _activate(model, adapters, name, adapters.named[name])
 
 
-def _require_unmerged(model: nn.Module) -> None:
+def _require_free(model: nn.Module) -> None:
+    require_untapped(model, AdapterError)  # the tap holds the biases that would go
     if state.get(model, Merged) is not None:
         raise AdapterError("an adapter is merged here: call unmerge_adapter(model) first")
 

@@ -17,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from beft_ext import (
     AdapterError,
     PrepareError,
+    Tap,
+    find_biases,
     load_adapter,
     merge_adapter,
     prepare,
@@ -27,6 +29,7 @@ from beft_ext import (
     unmerge_adapter,
 )
 from beft_ext.adapters import head_classes, term_facts
+from beft_ext.errors import BeftWarning
 from beft_ext.training.preparation import prepared_of
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -327,6 +330,21 @@ def test_a_family_without_a_place_for_the_bias_says_so(name, terms, tmp_path):
         merge_adapter(model)
     assert same(model, before) and flags(model) == config
     assert torch.equal(logits(model), want)
+
+
+def test_no_adapter_comes_or_goes_under_a_tap(tmp_path):
+    model = tiny("llama")
+    with pytest.warns(BeftWarning, match="was added"):
+        prepare(model, "value")
+    save_adapter(model, tmp_path)
+    restore(model)
+    load_adapter(model, tmp_path)
+    with Tap(model, find_biases(model)):
+        for change in (set_adapter, load_adapter, merge_adapter):
+            arguments = {set_adapter: [None], load_adapter: [tmp_path]}.get(change, [])
+            with pytest.raises(AdapterError, match="tapped already"):
+                change(model, *arguments)
+    set_adapter(model, None)
 
 
 def test_merging_twice_and_unmerging_what_was_not_merged(tmp_path):

@@ -30,7 +30,7 @@ from beft_ext.models import add_bias, find_projections, head_parameters
 # Of each way in which examples can lie, or a module can be used, a type; and of each layout.
 SAMPLE = ["bert", "deberta-v2", "albert", "longformer", "dory", "prophetnet", "pegasus_x", "led"]
 SAMPLE += ["gpt2", "gpt_neox", "falcon", "gpt_bigcode", "codegen", "gemma3", "gemma4_text"]
-SAMPLE += ["deepseek_v3", "mixtral", "t5", "whisper", "vit", "fsmt", "cpmant"]
+SAMPLE += ["mobilebert", "deepseek_v3", "mixtral", "t5", "whisper", "vit", "fsmt", "cpmant"]
 
 
 @pytest.fixture(autouse=True)
