@@ -153,7 +153,10 @@ class Comparison:
                 return way.setup(again, seed)
 
             path, contender = folder / RACE, made_by(fresh)
-            race = raced(path, name, contender, loader, objective, recipe, budget, resume=True)
+            usual = recipe.lr
+            race = raced(
+                path, name, contender, lambda: usual, loader, objective, recipe, budget, resume=True
+            )
             recipe = replace(recipe, lr=race.rate)
         begun = time.perf_counter()
         loader.set_epoch(0)  # the same batch for every method

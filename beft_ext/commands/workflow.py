@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import sys
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,13 +147,14 @@ def raced(
     path: Path,
     name: str,
     contender: Contender,
+    first: Callable[[], float],
     loader: Batches,
     objective: Objective,
     recipe: Recipe,
     budget: float,
     resume: bool,
 ) -> Audition:
-    """The race of ``contender`` at the rates around ``recipe.lr``. ``path`` keeps it; where a run
+    """The race of ``contender`` at the rates around the ``first``. ``path`` keeps it; where a run
     is resumed, it is read from there."""
     if resume and path.is_file():
         found = read_audition(path)
@@ -161,7 +163,7 @@ def raced(
     found = audition(
         {name: contender},
         loader,
-        rates_around(recipe.lr),
+        rates_around(first()),
         loss=objective.loss,
         losses=lambda model, batch: objective.observe(model, batch).means,
         recipe=recipe,
@@ -210,9 +212,9 @@ def run_tune(
     chosen = list(find_biases(model).terms) if terms == "all" else [terms]
     recipe, race, budget = settings.recipe(**options), None, settings.budget
     if budget is not None:
-        recipe = replace(recipe, lr=_first_rate(model, objective, loader, chosen, gains))
+        first = partial(_first_rate, model, objective, loader, chosen, gains)
         contender = terms_of(model, chosen)
-        race = raced(out / RACE, terms, contender, loader, objective, recipe, budget, resume)
+        race = raced(out / RACE, terms, contender, first, loader, objective, recipe, budget, resume)
         print(f"{race}\n")
         recipe = replace(recipe, lr=race.rate)
     print(prepare(model, chosen), "\n")
