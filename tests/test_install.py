@@ -164,7 +164,11 @@ def test_nothing_optional_is_needed_to_select_and_tune(tiny_folder, rows, tmp_pa
     out, model = tmp_path / "out", ["--model", tiny_folder, "--batch-size", "4"]
     said = bare(rows, "select", *model, "--steps", "2", "--out", out)
     assert "note: no picture was drawn: a plot needs matplotlib" in said
-    assert {p.name for p in out.iterdir()} == {"selection.json", "biases.safetensors"}
+    assert {p.name for p in out.iterdir()} == {
+        "selection.json",
+        "biases.safetensors",
+        "gains.safetensors",
+    }
     tuned = tmp_path / "tuned"
     said = bare(rows, "tune", *model, "--terms", "value", "--epochs", "1", "--out", tuned)
     assert "note: no picture was drawn" in said

@@ -20,12 +20,11 @@ from beft_ext.commands.workflow import (
     EVALUATION_BATCH,
     RACE,
     Settings,
-    family_of,
-    gains_of_all,
+    chosen_by_gains,
     raced,
 )
 from beft_ext.files import JsonObject, locked, save_json, whole_file
-from beft_ext.selection import automatic, made_by
+from beft_ext.selection import made_by
 from beft_ext.tasks import Example, Objective, PromptObjective, subset
 from beft_ext.training.optim import BiasAdamW
 from beft_ext.training.preparation import prepare
@@ -137,8 +136,7 @@ class Comparison:
         loader = objective.training(own, settings.batch_size, seed, settings.group_by_length)
         chosen, start = None, time.perf_counter()
         if name == "auto":
-            gains = gains_of_all(model, objective, loader, seed)[1]
-            chosen = automatic(gains, family_of(model)).term
+            chosen = chosen_by_gains(model, objective, loader, seed)[1].term
             prepare(model, chosen)
         adapted = way.setup(model, seed)
         recipe, budget = settings.recipe(decay=self.decay), settings.budget

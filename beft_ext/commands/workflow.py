@@ -23,15 +23,18 @@ from beft_ext.commands.loading import (
     require_order,
 )
 from beft_ext.files import JsonObject, whole_files
-from beft_ext.models import find_biases
+from beft_ext.gains import GainError
+from beft_ext.models import find_biases, find_projections
 from beft_ext.selection import (
     GAIN,
     Audition,
+    Choice,
     Contender,
     Gains,
     Selection,
     audition,
     automatic,
+    by_prior,
     measure_gains,
     rate_of_step,
     rates_around,
@@ -127,13 +130,19 @@ def run_select(
     )
 
 
-def gains_of_all(
-    model: nn.Module, objective: Objective, loader: Batches, seed: int
-) -> tuple[Selection, Gains]:
-    """The gains of all terms, before any training."""
-    found = select(model, loader, observe=objective.observe, steps=0, seed=seed)
+def chosen_by_gains(
+    model: nn.Module, objective: Objective, loader: Batches, seed: int, budget: int | None = None
+) -> tuple[Selection | None, Choice]:
+    """What 'auto' trains, by the gains of all terms, before any training; by the prior, and
+    without a selection, where the examples tell nothing. budget: of parameters, at most."""
+    family = family_of(model)
+    try:
+        found = select(model, loader, observe=objective.observe, steps=0, seed=seed)
+    except GainError as error:
+        terms = [p.bias.term for p in find_projections(model)]
+        return None, by_prior(terms, family, str(error))
     assert found.gains is not None
-    return found, found.gains
+    return found, automatic(found.gains, family, budget)
 
 
 def family_of(model: nn.Module) -> str:
@@ -205,14 +214,15 @@ def run_tune(
     loader = settings.batches(objective, train)
     held_out = objective.held_out(validation, EVALUATION_BATCH)
     _tell(objective)
-    selected = out / "selection" / "selection.json" if terms == "auto" else None
-    gains = None
-    if selected is not None:
-        terms, gains = _automatic(model, objective, loader, settings, selected, resume, parameters)
+    selected = None
+    if terms == "auto":
+        path = out / "selection" / "selection.json"
+        terms, selected = _automatic(model, objective, loader, settings, path, resume, parameters)
     chosen = list(find_biases(model).terms) if terms == "all" else [terms]
     recipe, race, budget = settings.recipe(**options), None, settings.budget
     if budget is not None:
-        first = partial(_first_rate, model, objective, loader, chosen, gains)
+        gains = None if selected is None else selected.gains
+        first = partial(_first_rate, model, objective, loader, chosen, gains, recipe.lr)
         contender = terms_of(model, chosen)
         race = raced(out / RACE, terms, contender, first, loader, objective, recipe, budget, resume)
         print(f"{race}\n")
@@ -245,23 +255,23 @@ def _automatic(
     path: Path,
     resume: bool,
     budget: int | None,
-) -> tuple[str, Gains]:
-    """The terms that are selected, and all gains.
+) -> tuple[str, Selection | None]:
+    """The terms that are selected, and the selection, if there is one.
 
     ``path`` keeps the selection; a resumed run reads it there. budget: number of the terms'
     parameters, at most.
     """
     if resume and path.is_file():
-        gains = read_selection(path).gains
-        if gains is None:
+        kept = read_selection(path)
+        if kept.gains is None:
             raise WorkflowError(f"{path} has no gains: it is of another version, so start anew")
-    else:
-        found, gains = gains_of_all(model, objective, loader, settings.seed)
+        return automatic(kept.gains, family_of(model), budget).term, kept
+    found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget)
+    if found is not None:
         print(found)
         found.save(path.parent)
-    choice = automatic(gains, family_of(model), budget)
     print(f"\nauto: '{choice.term}': {choice.reason}\n")
-    return choice.term, gains
+    return choice.term, found
 
 
 def _first_rate(
@@ -270,10 +280,15 @@ def _first_rate(
     loader: Batches,
     terms: Sequence[str],
     gains: Gains | None,
+    usual: float,
 ) -> float:
-    """Where the race for a rate sets out: what suits the term that needs the smallest steps."""
+    """Where the race for a rate sets out: what suits the term that needs the smallest steps, or
+    the usual rate where the examples tell nothing."""
     if gains is None:
-        gains = measure_gains(model, loader, observe=objective.observe, terms=terms)
+        try:
+            gains = measure_gains(model, loader, observe=objective.observe, terms=terms)
+        except GainError:
+            return usual
         loader.set_epoch(0)
     steps = {t.partition("@")[0]: step for t, step in gains.steps.items()}
     names = {entry.partition("@")[0] for text in terms for entry in text.split("+")}

@@ -1,7 +1,7 @@
 """Which term to train: gains, one short run, and the decision; at which rate: a race."""
 
 from beft_ext.selection.auditioning import audition
-from beft_ext.selection.choice import Choice, automatic
+from beft_ext.selection.choice import Choice, automatic, by_prior
 from beft_ext.selection.contenders import (
     Contender,
     made_by,
@@ -32,6 +32,7 @@ __all__ = [
     "SelectionError",
     "audition",
     "automatic",
+    "by_prior",
     "dead_terms",
     "made_by",
     "measure_gains",

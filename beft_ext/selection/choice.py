@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist, fmean
 
@@ -19,19 +19,21 @@ class Prior:
             0 for a term that is not named.
         spread: standard deviation of this from one data set to another.
         evidence: where it is from, for the printed reason.
+        first: the term to train where the data tell nothing.
     """
 
     means: Mapping[str, float]
     spread: float
     evidence: str
+    first: str
 
 
 # From the study: docs/selection.md. Where nothing was studied, the spread is wide.
 PRIORS = {
     "encoder": Prior(
-        {"mlp_up": 0.07, "query": -0.07}, 0.03, "7 cells of an encoder at 300 examples"
+        {"mlp_up": 0.07, "query": -0.07}, 0.03, "7 cells of an encoder at 300 examples", "mlp_up"
     ),
-    "other": Prior({"query": -0.05, "key": -0.05}, 0.2, "one decoder"),
+    "other": Prior({"query": -0.05, "key": -0.05}, 0.2, "one decoder", "value"),
 }
 
 
@@ -93,6 +95,19 @@ def weighed(gains: Gains, prior: Prior) -> Choice:
         f"probability {confidence:.2f})"
     )
     return Choice(first, confidence, reason)
+
+
+def by_prior(terms: Collection[str], family: str, why: str) -> Choice:
+    """The term to train where no gain can be told.
+
+    Args:
+        terms: those that the model has or could be given.
+        family: as for ``automatic``.
+        why: the gains' own sentence.
+    """
+    prior = PRIORS.get(family, PRIORS["other"])
+    term = prior.first if prior.first in terms else next(iter(terms))
+    return Choice(term, 0.0, f"the data do not tell ({why}); the prior is from {prior.evidence}")
 
 
 def _affordable(gains: Gains, budget: int) -> Choice:

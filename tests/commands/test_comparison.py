@@ -86,7 +86,7 @@ def test_rates_are_raced_for_each_method_but_those_that_are_given(tiny_folder, t
     assert not (tmp_path / "head-0" / "audition.json").exists()
     for name, center in (("auto", 1e-3), ("lora", 5e-4)):
         raced = json.loads((tmp_path / f"{name}-0" / "audition.json").read_text())
-        assert raced["lr"] == rates[name] and raced["rates"][name][1] == center
+        assert raced["rate"] == rates[name] and raced["rates"][name][1] == center
     assert compare(tiny_folder, tmp_path, ["head"], *more[:2], "--train-size", "32") == 2
     assert "its budget is 6.0, here it is 3.0" in capsys.readouterr().err
 

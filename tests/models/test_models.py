@@ -250,20 +250,13 @@ def test_layers_are_numbered_from_the_first_list_on():
     model.decoder = nn.ModuleList([layer(True), layer(True)])
     model.config = SimpleNamespace(num_hidden_layers=4)
     found = find_biases(model)
-    assert found.layers == 4 and not any(b.shared for b in found)
+    assert found.layers == 4
     own = [(b.layer, b.term) for b in found]
     ends = [*TERMS[:3], "mlp_up"]
     assert own[:8] == [(i, t) for i in (0, 1) for t in ends]
     ends += ["cross_query", "cross_key", "cross_value"]
     assert own[8:] == [(i, t) for i in (2, 3) for t in ends]
     assert all(b.module.startswith("decoder.0.layer.") for b in found if b.layer == 2)
-
-
-def test_layers_that_run_more_often_than_there_are_modules_are_shared():
-    for repeats in (None, 1, 2, 3):
-        model = _Layers(_Block(), _Block())
-        model.config = SimpleNamespace(num_hidden_layers=repeats)
-        assert all(b.shared == (repeats == 3) for b in find_biases(model))
 
 
 def test_what_has_a_place_for_a_bias():

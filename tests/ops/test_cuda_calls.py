@@ -4,6 +4,7 @@ everything at the addresses and sizes that they are handed.
 
 import ctypes
 import importlib
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from beft_ext.ops import OperatorError, bias_grad_stats, dispatch
+from beft_ext.ops.grad_output import chunk_count
 from beft_ext.training.optim import BiasAdamW
 
 STREAM = 77
@@ -26,6 +28,13 @@ def number_at(address):
     return ctypes.c_float.from_address(address).value
 
 
+def tensor_at(address, kind, *shape):
+    """The memory at an address, as the CPU's kernels take it."""
+    array = (kind * math.prod(shape)).from_address(address)
+    dtype = torch.int64 if kind is ctypes.c_int64 else torch.float32
+    return torch.frombuffer(array, dtype=dtype).view(shape)
+
+
 def written(address, size):
     """A kernel may write to all of its scratch."""
     ctypes.memset(address, 0, 4 * size)
@@ -33,7 +42,7 @@ def written(address, size):
 
 def stats_cuda(data, dtype, batch, tokens, width, *rest):
     *strides, offsets, chunks, scale, workspace, grad, total, squares, stream = rest
-    assert stream == STREAM and chunks == stats.chunk_count(batch, tokens, width)
+    assert stream == STREAM and chunks == chunk_count(batch, tokens, width)
     written(workspace, 2 * batch * chunks * width)
     layout = (data, dtype, batch, tokens, width, *strides, offsets)
     assert native.bias_grad_stats_cpu(*layout, scale, 1, grad, total, squares)
@@ -52,7 +61,12 @@ def adamw_cuda(params, grads, forms, groups, blocks, count, first, segments, sta
             groups = list(groups)
             groups[::6] = [number_at(lr + 4 * i) for i in range(len(groups) // 6)]
         found = native.bias_adamw_step_cpu(
-            params, grads, forms, groups, blocks, count, state, size, True, steps, scores, most,
+            params, grads, forms, groups,
+            tensor_at(blocks, ctypes.c_int64, count, 6),
+            tensor_at(state, ctypes.c_float, 4, size),
+            tensor_at(steps, ctypes.c_float, len(params) // 8),
+            tensor_at(scores, ctypes.c_float, segments, 4),
+            most,
             number_at(global_norm) if global_norm else -1.0,
             1 / number_at(scale) if scale else 1.0, 1,
         )  # fmt: skip

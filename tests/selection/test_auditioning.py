@@ -296,7 +296,7 @@ def test_the_record_is_read_again(tmp_path):
     again = read_audition(path)
     assert again == found and again.record() == found.record()
     text = str(again)
-    assert "diverged" in text and "'value' at 0.01 (the smallest of its rates)" in text
+    assert "diverged" in text and "'value' won at 0.01 (the smallest of its rates)" in text
     whole = path.read_text()
     for damage in ("", "[]", '{"racers": 1}', whole.replace('"folds": 2', '"folds": 3')):
         path.write_text(damage)

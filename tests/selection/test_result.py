@@ -77,7 +77,7 @@ def test_the_table_ranks_and_marks(made):
 
 
 def test_without_a_ranking_there_is_no_best(made):
-    with pytest.raises(SelectionError, match="no term has a defined 'beft' score: choose another"):
+    with pytest.raises(SelectionError, match="no term has a defined 'beft' score: select anew"):
         replace(made, ranking={"beft": []}).best  # noqa: B018
 
 

@@ -134,14 +134,14 @@ def test_the_printed_counts():
 TABLES = {
     "llama": """\
 trains             layers   elements  first parameter
-value                   1         16  model.layers.1.self_attn.v_proj.bias (added)
-mlp_up                  1         48  model.layers.1.mlp.up_proj.bias (added)
+value@1                 1         16  model.layers.1.self_attn.v_proj.bias (added)
+mlp_up@1                1         48  model.layers.1.mlp.up_proj.bias (added)
 head                              64  score.weight
 biases: 64 of 17,696 parameters (0.3617 %); with the head 128; adapter 512 bytes""",
     "gpt2": """\
 trains             layers   elements  first parameter
-value                   1         32  transformer.h.1.attn.c_attn.bias
-mlp_up                  1        128  transformer.h.1.mlp.c_fc.bias
+value@1                 1         32  transformer.h.1.attn.c_attn.bias
+mlp_up@1                1        128  transformer.h.1.mlp.c_fc.bias
 head                              64  score.weight
 biases: 160 of 60,352 parameters (0.2651 %); with the head 224; adapter 1,152 bytes""",
 }
