@@ -25,7 +25,7 @@ class Prior:
     means: Mapping[str, float]
     spread: float
     evidence: str
-    first: str
+    first: str = "value"
 
 
 # From the study: docs/selection.md. Where nothing was studied, the spread is wide.

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, strategies as st
 
 from beft_ext.selection import Gains, automatic
-from beft_ext.selection.choice import PRIORS, Prior, weighed
+from beft_ext.selection.choice import PRIORS, Prior, by_prior, weighed
 from beft_ext.selection.gain_result import MARGIN, SURE
 
 
@@ -98,3 +98,17 @@ def test_confidence_is_a_probability(values, error, spread):
 def test_a_term_without_a_rival_is_sure():
     choice = automatic(gains(0.1, value=0.3), "encoder")
     assert (choice.term, choice.confidence) == ("value", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("family", "terms", "term"),
+    [
+        ("encoder", ["value", "mlp_up"], "mlp_up"),
+        ("other", ["query", "value"], "value"),
+        ("unheard of", ["key"], "key"),
+    ],
+)
+def test_where_the_data_tell_nothing_the_prior_does(family, terms, term):
+    choice = by_prior(terms, family, "all labels are the same")
+    assert choice.term == term and not choice.sure
+    assert "all labels are the same" in choice.reason

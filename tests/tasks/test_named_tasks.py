@@ -70,11 +70,12 @@ def test_the_rows_are_of_every_task():
 
 
 def story(model, task, data, out):
-    """select, tune, evaluate, merge, evaluate: the same predictions."""
+    """tune, evaluate, merge, evaluate: the same predictions. Rows that are all alike tell no gain,
+    so the prior chooses."""
     asked = ["--task", task, "--data", data, "--model"]
     run = ["--batch-size", "2", "--epochs", "1"]
     assert main(["tune", *asked, model, *run, "--terms", "auto", "--out", str(out / "t")]) == 0
-    assert (out / "t" / "selection" / "selection.json").is_file()
+    assert not (out / "t" / "selection").exists()
     adapter = ["--adapter", str(out / "t" / "adapter")]
     assert main(["evaluate", *asked, model, *adapter, "--out", str(out / "a")]) == 0
     assert main(["merge", "--model", model, *adapter, "--out", str(out / "merged")]) == 0
