@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
-from torch import Tensor, nn
+from torch import nn
 
 from beft_ext.models import (
     Bias,
@@ -19,7 +19,7 @@ from beft_ext.models import (
 )
 from beft_ext.selection.dead import QKV, dead_terms
 from beft_ext.selection.result import SelectionError
-from beft_ext.training.loss import Batch, on_device, rows_of
+from beft_ext.training.loss import Batch, first_rows, on_device
 
 
 def candidates_of(
@@ -70,11 +70,7 @@ def dead_of(
 ) -> list[str]:
     """Names of dead terms, told by four examples. forward: of the model and a batch."""
     device = model.get_parameter(next(iter(names)).parameter).device
-    inputs, rows = on_device(batch, device), rows_of(batch)
-    first_four = {
-        k: v[:4] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
-        for k, v in inputs.items()
-    }
+    first_four = first_rows(on_device(batch, device), 4)
     model.eval()
     dead = dead_terms(model, names, lambda: forward(model, first_four))
     return list(dict.fromkeys(name for b, name in names.items() if b.term in dead))

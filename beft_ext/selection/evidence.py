@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from beft_ext.gains import GainError, Regression, equal_rows
 from beft_ext.models import Bias, head_parameters
 from beft_ext.tap import Tap
-from beft_ext.training.loss import Batch, offsets_of, on_device, rows_of
+from beft_ext.training.loss import Batch, first_rows, offsets_of, on_device, rows_of
 from beft_ext.training.observed import Observed
 
 Observe = Callable[[nn.Module, Batch], Observed]
@@ -117,8 +117,14 @@ class Collector:
         inputs = on_device(batch, self.tap.leaves()[0][1].device)
         offsets = offsets_of(inputs)
         size = rows_of(inputs) if offsets is None else len(offsets) - 1
-        if self.rows + size > self.examples:
-            raise GainError(f"a batch of {size} examples goes beyond the {self.examples} to read")
+        room = self.examples - self.rows
+        if size > room and offsets is not None:
+            raise GainError(
+                f"a packed batch has {size} texts, but {room} of {self.examples} examples are left "
+                "to read: allow more examples, or pack fewer"
+            )
+        if size > room:
+            inputs, size = first_rows(inputs, room), room
         self._locate(inputs, size, offsets)
         self.tap.step(size, 1.0, offsets, row=self.rows)
         for head in self.heads:

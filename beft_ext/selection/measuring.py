@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from statistics import NormalDist
 
@@ -92,7 +92,7 @@ def measure_gains(
     with ModelSnapshot(model), added(model, lacking), quiet(model):
         torch.manual_seed(seed)
         batches = BufferedLoader(loader)
-        examples = min(examples, _length(loader, batches.first, examples))
+        examples = _length(loader, examples)
         dead = dead_of(model, observe, names, batches.first)
         alive = {b: name for b, name in names.items() if name not in dead or terms is not None}
         if not alive:
@@ -141,11 +141,14 @@ def read_again(loader: Iterable[Batch], once: bool) -> Iterator[None]:
         loader.set_epoch(0)
 
 
-def _length(loader: Iterable[Batch], first: Batch, most: int) -> int:
-    """How many examples there are at most, so that no memory lies idle."""
-    if not isinstance(loader, Sized) or offsets_of(first) is not None:
-        return most
-    return len(loader) * rows_of(first)
+def _length(loader: Iterable[Batch], most: int) -> int:
+    """How many examples there are, ``most`` at most, so that no memory lies idle."""
+    for held in (getattr(loader, "rows", None), getattr(loader, "dataset", None)):
+        if isinstance(held, Sized):
+            return min(most, len(held))
+    if isinstance(loader, Sequence) and not any(offsets_of(b) is not None for b in loader):
+        return min(most, sum(map(rows_of, loader)))
+    return most
 
 
 def _looked(collector: Collector, batches: Iterator[Batch], dead: list[str], seed: int) -> Gains:

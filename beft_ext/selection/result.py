@@ -164,7 +164,8 @@ class Selection:
 
 
 RECORD_KEYS = {"method", "best", "ranking", "scores", "per_layer", "undefined", "dead", "losses"}
-RECORD_KEYS |= {"steps", "above_90_degrees", "settled", "biases", "gains", "grams", DIGEST}
+RECORD_KEYS |= {"steps", "above_90_degrees", "biases", "gains", "grams", DIGEST}
+RECORD_KEYS |= {"settled"}  # of older files
 
 
 def read_selection(path: Path) -> Selection:

@@ -69,6 +69,15 @@ def rows_of(batch: Batch) -> int:
     return len(tensors.get("labels", next(iter(tensors.values()))))
 
 
+def first_rows(batch: Batch, count: int) -> dict[str, Any]:
+    """The batch's first rows; what has no row for each example stays."""
+    rows = rows_of(batch)
+    return {
+        k: v[:count] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
+        for k, v in batch.items()
+    }
+
+
 def offsets_of(batch: Batch) -> Tensor | None:
     """``(B + 1,)``: where the texts of a packed batch begin; None where each row is an example.
 

@@ -297,6 +297,11 @@ def test_training_goes_on_only_in_the_layers_of_the_adapter(tmp_path):
     close(logits(model), want)
 
 
+def test_facts_are_of_norms_with_a_bias_and_of_projections_without_one():
+    assert {"attention_norm", "mlp_norm"} <= {f.term for f in term_facts(tiny("bert"))}
+    assert {"value", "mlp_gate"} <= {f.term for f in term_facts(tiny("llama"))}
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma", "mistral", "gpt-neo", "t5", "bert", "gpt2"])
 def test_the_facts_of_a_term_are_what_happens(name, tmp_path):
     peft = pytest.importorskip("peft", reason="peft is not installed")

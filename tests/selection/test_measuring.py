@@ -171,6 +171,19 @@ def test_a_pass_needs_no_more_than_is_asked_for():
     assert measure_gains(tiny("bert"), batches(8), examples=8).examples == 8
 
 
+def test_a_batch_is_cut_where_enough_is_read():
+    model = tiny("bert")
+    found = measure_gains(model, batches(3), examples=6, terms="value")
+    cut = [batch(seed=0), {k: v[:2] for k, v in batch(seed=1).items()}]
+    assert found.examples == 6
+    assert found.values == measure_gains(model, cut, terms="value").values
+
+
+def test_a_first_batch_that_is_small_does_not_end_the_reading():
+    small = {k: v[:1] for k, v in batch(seed=9).items()}
+    assert measure_gains(tiny("bert"), [small, *batches(2)], terms="value").examples == 9
+
+
 def test_a_loss_of_examples_is_observed_by_itself():
     model, loader = tiny("bert"), batches(3)
 

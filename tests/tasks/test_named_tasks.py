@@ -70,18 +70,18 @@ def test_the_rows_are_of_every_task():
 
 
 def story(model, task, data, out):
-    """tune, evaluate, merge, evaluate: the same predictions. Rows that are all alike tell no gain,
-    so the prior chooses."""
+    """tune, evaluate, merge, evaluate: the same predictions, numbers to the rounding of merging."""
     asked = ["--task", task, "--data", data, "--model"]
     run = ["--batch-size", "2", "--epochs", "1"]
     assert main(["tune", *asked, model, *run, "--terms", "auto", "--out", str(out / "t")]) == 0
-    assert not (out / "t" / "selection").exists()
     adapter = ["--adapter", str(out / "t" / "adapter")]
     assert main(["evaluate", *asked, model, *adapter, "--out", str(out / "a")]) == 0
     assert main(["merge", "--model", model, *adapter, "--out", str(out / "merged")]) == 0
     assert main(["evaluate", *asked, str(out / "merged"), "--out", str(out / "b")]) == 0
     first, second = (json.loads((out / x / "evaluation.json").read_text()) for x in "ab")
-    assert first["predictions"] == second["predictions"] and first["metrics"] == second["metrics"]
+    same = pytest.approx(second["predictions"], rel=1e-5) if task == "stsb" else None
+    assert first["predictions"] == (same or second["predictions"])
+    assert first["metrics"] == pytest.approx(second["metrics"], rel=1e-5, nan_ok=True)
     assert list(first["metrics"]) == list(TASKS[task].metrics)
 
 
