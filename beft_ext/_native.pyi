@@ -5,6 +5,7 @@ from torch import Tensor
 from beft_ext.ops.bias_adamw_tables import AdamWTables
 
 has_cuda: bool
+interface: int
 bias_adamw_step_limits: tuple[int, int]
 
 def survey(params: list[Tensor], /) -> tuple[list[Tensor | None], bytes, bytes, bytes | None]: ...

@@ -181,6 +181,8 @@ void adamw_cuda(const py::bytes& params, const py::bytes& grads, const py::bytes
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
+  // Counted up with each change of what Python hands over: dispatch.py refuses another number.
+  m.attr("interface") = 2;
   m.def("survey", &beft::survey);
   m.def("bias_grad_stats_cpu", &stats_cpu);
   m.def("bias_example_grads_cpu", &example_grads_cpu);

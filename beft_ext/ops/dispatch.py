@@ -12,6 +12,10 @@ from beft_ext.errors import BeftError
 DEVICES = {"reference": "", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
+# Of the native module: its kernels get raw addresses, so an old build must not be called.
+INTERFACE = 2
+
+
 class BackendError(BeftError, RuntimeError):
     """A backend was asked for that cannot run here, or not on the tensors at hand."""
 
@@ -21,6 +25,8 @@ def _load_native() -> tuple[ModuleType | None, str]:
         from beft_ext import _native
     except ImportError as error:
         return None, f"the native module is missing ({error}): reinstall with a C++17 compiler"
+    if getattr(_native, "interface", 1) != INTERFACE:
+        return None, "the native module is of another version of this package: reinstall"
     return _native, ""
 
 

@@ -119,6 +119,17 @@ def test_without_the_native_module_the_reference_runs_and_says_why():
     assert done.stdout.endswith("): reinstall with a C++17 compiler\n")
 
 
+def test_an_old_build_of_the_native_module_is_not_called():
+    code = """if True:
+        import sys, types
+        sys.modules["beft_ext._native"] = types.ModuleType("beft_ext._native")
+        from beft_ext.ops import backends, dispatch
+        print(dispatch.choose("cpu"), backends()["cpu"])
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.startswith("reference the native module is of another version"), done.stderr
+
+
 def test_an_unknown_backend_is_named_and_changes_nothing():
     set_backend("reference")
     with pytest.raises(BackendError, match=r"unknown backend 'gpu': choose one of reference, cpu"):
