@@ -23,9 +23,16 @@ def inputs(draw: Draw):  # type: ignore[no-untyped-def]
     return dy, draw.fenced(torch.tensor(edges)), batch
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a compiler takes it to write to; it refuses others in its own words."""
+    if tensor.layout is not torch.strided or tensor.is_neg():
+        return False
+    return all(step or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
 def one_of(draw: Draw, eager, operator, plain):  # type: ignore[no-untyped-def]
     """The operator's function, the operator, or, where all tensors are plain, it compiled."""
-    if plain and draw.chance(0.02):  # a compiler refuses the others in its own words
+    if plain and draw.chance(0.02):
         torch._dynamo.reset()
         backend = draw.choice(["aot_eager"] * 9 + ["inductor"])
         return torch.compile(eager, fullgraph=True, backend=backend, dynamic=True)
@@ -40,7 +47,7 @@ def stats_round(draw: Draw) -> None:
     if draw.chance(0.4):
         dy, offsets, buffers = draw.choice(STATS_FAULTS)(draw, dy, offsets, buffers)
     scale = draw.choice([1.0, 16.0, 0.3])
-    plain = all(t.layout is torch.strided and not t.is_neg() for t in (dy, *buffers))
+    plain = all(map(is_plain, (dy, *buffers)))
     call = one_of(draw, eager_stats, torch.ops.beft_ext.bias_grad_stats, plain)
     before = [b.double().clone() for b in buffers]
     try:
@@ -108,7 +115,7 @@ def rows_round(draw: Draw) -> None:
         fault = draw.choice([other_rows, other_rows, other_grad, other_offsets])
         dy, offsets, out = fault(draw, dy, offsets, out)
     scale = draw.choice([1.0, 16.0, 0.3])
-    plain = all(t.layout is torch.strided and not t.is_neg() for t in (dy, out))
+    plain = all(map(is_plain, (dy, out)))
     call = one_of(draw, eager_rows, torch.ops.beft_ext.bias_example_grads, plain)
     before, beside = out.clone(), slab.clone()
     try:
