@@ -46,11 +46,11 @@ class SiteSlab:
         batch = len(dy) if offsets is None else len(offsets) - 1
         if self.whole is not None:
             out = self.whole[row : row + batch]
-            bias_example_grads(dy, out, example_offsets=offsets, scale=scale)
-            return out.sum(0)
-        out = next(iter(self.sketches.values())).rows.new_empty(batch, dy.shape[-1])
+        else:
+            out = next(iter(self.sketches.values())).rows.new_empty(batch, dy.shape[-1])
         bias_example_grads(dy, out, example_offsets=offsets, scale=scale)
-        self.put(row, out)
+        for sketch in self.sketches.values():
+            sketch.put(row, out)
         return out.sum(0)
 
     def put(self, row: int, grads: Tensor) -> None:

@@ -289,7 +289,6 @@ def _first_rate(
             gains = measure_gains(model, loader, observe=objective.observe, terms=terms)
         except GainError:
             return usual
-        loader.set_epoch(0)
     steps = {t.partition("@")[0]: step for t, step in gains.steps.items()}
     names = {entry.partition("@")[0] for text in terms for entry in text.split("+")}
     return min(rate_of_step(steps[name]) for name in names if name in steps)

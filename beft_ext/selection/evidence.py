@@ -25,7 +25,7 @@ from beft_ext.training.observed import Observed
 Observe = Callable[[nn.Module, Batch], Observed]
 
 BANDS = 3  # of layers, each with Gram matrices of its own
-SURE = 1e-4  # a class is taken to be no more certain than this, or its example would rule all
+CERTAIN = 1e-4  # a class is taken to be no more certain than this, or its example would rule all
 LEAST_COLUMNS = 64  # of a folded bias: fewer tell nothing
 
 
@@ -230,23 +230,16 @@ def weighed(seen: Sequence[Observed]) -> tuple[Tensor, Tensor, Tensor]:
         return torch.ones_like(residuals), -residuals, torch.ones_like(residuals)[:, None]
     right = _joined([s.right for s in seen])
     probabilities = _joined([s.probabilities for s in seen])
-    losses, counts = (torch.cat([f(s) for s in seen]) for f in (_losses, _counts))
+    losses = torch.cat([s.losses.double().cpu() for s in seen])
+    counts = torch.cat([s.counts.double().cpu() for s in seen])
     if right is None or probabilities is None:
         roots = counts.clamp(min=1).rsqrt()
         return roots, losses * roots, losses.new_zeros(len(losses), 0)
     told = probabilities.gather(1, right.long().clamp(min=0)[:, None])[:, 0]
-    told = told.clamp(SURE, 1 - SURE)
+    told = told.clamp(CERTAIN, 1 - CERTAIN)
     weights = (told / (1 - told)).sqrt()
     hot = nn.functional.one_hot(right.long().clamp(min=0), probabilities.shape[1])
     return weights, 1 / weights, ((probabilities - hot) * weights[:, None])[:, 1:]
-
-
-def _losses(seen: Observed) -> Tensor:
-    return seen.losses.double().cpu()
-
-
-def _counts(seen: Observed) -> Tensor:
-    return seen.counts.double().cpu()
 
 
 def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:

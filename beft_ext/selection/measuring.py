@@ -32,6 +32,7 @@ from beft_ext.training.loss import (
 from beft_ext.training.observed import Observed, model_observe
 
 LOOKS = (0.25, 0.5, 1.0)  # parts of the examples at which the pass may end
+FIRST_LOOK = 250  # examples that a pass needs to end early
 FLIPS = 199
 PARTS = (4, 2, 1)  # of the examples, for the learning curve
 
@@ -155,14 +156,13 @@ def _looked(collector: Collector, batches: Iterator[Batch], dead: list[str], see
     """Read and look, until a term is sure or the examples end."""
     for part in LOOKS:
         more = collector.read(batches, math.ceil(part * collector.examples))
-        if part == 1.0 or not more:
-            break
-        if collector.rows >= 250:
+        last = part == 1.0 or not more
+        if last or collector.rows >= FIRST_LOOK:
             evidence = collector.evidence()
-            _, found = _of_terms(evidence)
-            if _settled(found):
+            grams, found = _of_terms(evidence)
+            if last or _settled(found):
                 break
-    return gains_of(collector.evidence(), dead, collector.columns is not None, seed)
+    return _gains_of(evidence, grams, found, dead, collector.columns is not None, seed)
 
 
 def _of_terms(evidence: Evidence) -> tuple[dict[str, Gram], dict[str, Gain]]:
@@ -180,10 +180,16 @@ def _settled(found: dict[str, Gain]) -> bool:
     return all(ahead + MARGIN > quantile * error for ahead, error in leads)
 
 
-def gains_of(evidence: Evidence, dead: list[str], folded: bool, seed: int) -> Gains:
+def _gains_of(
+    evidence: Evidence,
+    grams: dict[str, Gram],
+    found: dict[str, Gain],
+    dead: list[str],
+    folded: bool,
+    seed: int,
+) -> Gains:
     """Every figure, from the Gram matrices alone."""
     regression = evidence.regression
-    grams, found = _of_terms(evidence)
     ranking = sorted(found, key=lambda t: -found[t].value)
     first = ranking[0]
     elements = {t: sum(sizes.values()) for t, sizes in evidence.elements.items()}

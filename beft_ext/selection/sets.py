@@ -46,7 +46,7 @@ def frontier(
             _Half(regression, torch.cat([regression.blocks[i] for i in part]))
             for part in (order[:half], order[half:])
         )
-    except (GainError, RuntimeError):  # too few examples for halves
+    except GainError:  # too few examples for halves
         return []
     chosen: dict[tuple[str, ...], tuple[int, float]] = {}
     parts = _parts(evidence, ridges)
@@ -55,10 +55,10 @@ def frontier(
         taken = frozenset().union(*(p.pieces for p in best))
         tried = [[*best, p] for p in parts if not p.pieces & taken]
         for group in tried:
-            chosen[tuple(p.name for p in group)] = (_size(group), choosing.gain(group))
+            chosen[_names(group)] = (_size(group), choosing.gain(group))
         if not tried:
             break
-        longer = max(tried, key=lambda g: chosen[tuple(p.name for p in g)][1])
+        longer = max(tried, key=lambda g: chosen[_names(g)][1])
         if best and chosen[_names(longer)][1] <= chosen[_names(best)][1]:
             break
         best = longer

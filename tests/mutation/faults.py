@@ -130,8 +130,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("seed * 1_000_003 + bias.layer", "bias.layer"),
             ("self.whole[row : row + len(grads)] = grads", "self.whole[: len(grads)] = grads"),
             ("[:, :, bias.start : bias.stop]", "[:, :, : bias.stop - bias.start]"),
-            ("scale=scale)\n            return out.sum(0)",
-             "scale=1.0)\n            return out.sum(0)"),
+            ("example_offsets=offsets, scale=scale)", "example_offsets=offsets, scale=1.0)"),
         ],
     ),
     "beft_ext/gains.py": (
