@@ -169,12 +169,15 @@ class Collector:
         weights = weights[kept]
         grams: dict[str, dict[tuple[int, int], Tensor]] = {}
         elements: dict[str, dict[tuple[int, int], int]] = {}
+        cuts = {
+            name: bands([b.layer for b in self.biases if self.names[b] == name])
+            for name in dict.fromkeys(self.names[b] for b in self.biases)
+        }
         for bias in self.biases:
-            product = _product(self.tap.rows(bias, self.rows)[kept.to(_device(bias, self.tap))])
+            rows, name = self.tap.rows(bias, self.rows), self.names[bias]
+            product = _product(rows[kept.to(rows.device)])
             self._require_finite(product, bias, kept)
-            name = self.names[bias]
-            layers = [b.layer for b in self.biases if self.names[b] == name]
-            band = next(b for b in bands(layers) if b[0] <= bias.layer <= b[1])
+            band = next(b for b in cuts[name] if b[0] <= bias.layer <= b[1])
             mine, sizes = grams.setdefault(name, {}), elements.setdefault(name, {})
             product = product * weights * weights[:, None]
             mine[band] = mine[band] + product if band in mine else product
@@ -253,10 +256,6 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
 def _product(rows: Tensor) -> Tensor:
     """``G G^T`` in float64 on the host; products in the rows' dtype, which has room for them."""
     return (rows @ rows.T).double().cpu()
-
-
-def _device(bias: Bias, tap: Tap) -> torch.device:
-    return next(leaf.device for b, leaf in tap.leaves() if b == bias)
 
 
 def _keys(inputs: Batch, size: int, offsets: Tensor | None) -> list[object]:

@@ -28,6 +28,16 @@ from beft_ext.models import head_parameters
 from beft_ext.training.preparation import prepared_of, trained_slices
 
 
+def assert_trained_alone(model, before, biases, head):
+    """Every element of the biases changed, and beside the head no other."""
+    for name, after in model.state_dict().items():
+        changed = after != before[name]
+        for bias in (b for b in biases if b.parameter == name):
+            assert bias.view(changed).all()
+            bias.view(changed).fill_(False)
+        assert name in head or not changed.any(), name
+
+
 def test_only_the_chosen_bias_and_the_head_move(family):
     model = tiny(family)
     before, own = values(model), find_biases(model)
@@ -37,13 +47,7 @@ def test_only_the_chosen_bias_and_the_head_move(family):
     train(model)
     head_names = {n for n, p in model.named_parameters() if id(p) in head}
     assert head_names == set(prepared.head)
-    for name, after in model.state_dict().items():
-        changed = after != before[name]
-        slices = [b for b in own if b.parameter == name and b.term == "value"]
-        for bias in slices:
-            assert bias.view(changed).all()
-            bias.view(changed).fill_(False)
-        assert name in head_names or not changed.any(), name
+    assert_trained_alone(model, before, [b for b in own if b.term == "value"], head_names)
 
 
 def test_restore_takes_back_all_but_the_trained_values(family):
@@ -243,12 +247,7 @@ def test_terms_train_in_their_layers_alone(name):
     assert [r.split()[:2] for r in rows] == [["query", "2"], ["value@1", "1"], ["mlp_up@0", "1"]]
     before = values(model)
     train(model)
-    for name, after in model.state_dict().items():
-        changed = after != before[name]
-        for bias in (b for b in prepared.biases if b.parameter == name):
-            assert bias.view(changed).all()
-            bias.view(changed).fill_(False)
-        assert name in prepared.head or not changed.any(), name
+    assert_trained_alone(model, before, prepared.biases, prepared.head)
     restore(model)
     assert prepare(model, prepared.terms).biases == prepared.biases
 
@@ -368,12 +367,7 @@ def test_a_copy_trains_its_slices_alone(name, copied):
     other = copied(model)
     before, original = values(other), values(model)
     train(other)
-    for key, after in other.state_dict().items():
-        changed = after != before[key]
-        for bias in (b for b in prepared.biases if b.parameter == key):
-            assert bias.view(changed).all()
-            bias.view(changed).fill_(False)
-        assert key in prepared.head or not changed.any(), key
+    assert_trained_alone(other, before, prepared.biases, prepared.head)
     assert all(torch.equal(t, original[n]) for n, t in model.state_dict().items())
     restore(other)
     assert not any(p._backward_hooks for p in other.parameters())
