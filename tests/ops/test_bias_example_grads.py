@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from strides import permuted
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -65,11 +66,7 @@ def check(dy, bounds, offsets=None, scale=1.0, gap=0):
 )
 def test_dense(backend, batch, tokens, width, dtype, order, step, gap, scale, seed):
     set_backend(backend)
-    shape = [batch, tokens, width * step]
-    generator = torch.Generator().manual_seed(seed)
-    stored = torch.randn([shape[i] for i in order], generator=generator)
-    stored = stored.to(DEVICES[backend], dtype)
-    dy = stored.permute([order.index(i) for i in range(3)])[..., ::step]
+    dy = permuted(batch, tokens, width, order, step, dtype, DEVICES[backend], seed)
     check(dy, [(i * tokens, (i + 1) * tokens) for i in range(batch)], None, scale, gap)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from strides import permuted
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -61,11 +62,7 @@ def check(dy, offsets, bounds, scale, longest):
 )
 def test_dense(backend, batch, tokens, width, dtype, order, step, scale, seed):
     set_backend(backend)
-    shape = [batch, tokens, width * step]
-    generator = torch.Generator().manual_seed(seed)
-    stored = torch.randn([shape[i] for i in order], generator=generator)
-    stored = stored.to(DEVICES[backend], dtype)
-    dy = stored.permute([order.index(i) for i in range(3)])[..., ::step]
+    dy = permuted(batch, tokens, width, order, step, dtype, DEVICES[backend], seed)
     check(dy, None, [(i * tokens, (i + 1) * tokens) for i in range(batch)], scale, tokens)
 
 
