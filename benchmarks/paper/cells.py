@@ -2,7 +2,7 @@
 
 Source: Huang et al. 2025 (arXiv 2509.15974) and the authors' public scripts: run_BEFT.py and
 others/run_BEFT_LoRA.py for encoders, autoregressive_llm/*.sh for decoders. Figures: only those
-that could be read; the rest are not known here.
+that could be read, each with its source; the rest are not known here.
 """
 
 from __future__ import annotations
@@ -54,10 +54,11 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Figure:
-    """A published figure in percent, and where it stands."""
+    """A published figure in percent, and where it stands. spread: its standard deviation."""
 
     value: float
     source: str
+    spread: float | None = None
 
 
 @dataclass(frozen=True)
@@ -105,10 +106,37 @@ DECODER_TASKS += ("copa", "record", "squad", "drop")
 SMALL = ("cb", "wsc", "copa")
 SHOTS = "in-context:32"
 
-NOTEBOOK = "notebook"
+# Where a figure is from. The published figure is read off to 0.1; the scripts' notebook is the best
+# of 16 epochs with seed 0, that of MRPC an older state of it; Table 2 is quoted by another source.
+FIGURE, NOTEBOOK, SECOND_HAND = "figure", "notebook", "second hand"
+READ_OFF = {  # value, query, key, by regime
+    ("sst2", "medium"): (87.2, 85.4, 79.7),
+    ("sst2", "high"): (88.1, 85.8, 81.6),
+    ("cola", "low"): (43.3, 30.8, 6.5),
+    ("cola", "medium"): (46.3, 36.1, 20.2),
+    ("cola", "high"): (42.2, 33.0, 6.5),
+    ("stsb", "low"): (75.6, 67.8, 65.4),
+    ("stsb", "medium"): (83.4, 73.3, 67.1),
+    ("stsb", "high"): (85.1, 76.9, 68.7),
+}
+IN_NOTEBOOK = {
+    ("sst2", "low"): (85.78, 80.05, 77.18),
+    ("mrpc", "low"): (76.47, 71.57, 68.38),
+}
+QUOTED = {  # RTE, low: mean and standard deviation
+    "value": (58.53, 1.88),
+    f"random-mask:{MASK[BERT]}": (50.40, 2.94),
+    "all-biases": (56.40, 2.88),
+    "full": (57.46, 2.20),
+}
 KNOWN = {
-    (BERT, "sst2", "low", method): value
-    for method, value in zip(PROJECTIONS, (85.78, 80.05, 77.18), strict=True)
+    (BERT, *place, method): Figure(value, source)
+    for source, found in ((FIGURE, READ_OFF), (NOTEBOOK, IN_NOTEBOOK))
+    for place, values in found.items()
+    for method, value in zip(PROJECTIONS, values, strict=True)
+} | {
+    (BERT, "rte", "low", method): Figure(value, SECOND_HAND, spread)
+    for method, (value, spread) in QUOTED.items()
 }
 
 
@@ -127,12 +155,8 @@ def decoder(model: str, task: str) -> Hyper:
 
 def cells(table: str) -> list[Cell]:
     """Every cell of a table, row by row."""
-    return [replace(cell, figure=_figure(cell)) for cell in _MAKERS[table]()]
-
-
-def _figure(cell: Cell) -> Figure | None:
-    found = KNOWN.get((cell.model, cell.task, cell.regime, cell.method))
-    return None if found is None else Figure(found, NOTEBOOK)
+    known = ((c, (c.model, c.task, c.regime, c.method)) for c in _MAKERS[table]())
+    return [replace(cell, figure=KNOWN.get(place)) for cell, place in known]
 
 
 def _one() -> Iterator[Cell]:
