@@ -12,6 +12,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+
+import beft_ext
 
 ROOT = Path(__file__).resolve().parent.parent
 PIP = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation"]
@@ -212,7 +215,8 @@ def test_doctor_has_a_line_for_each_backend(monkeypatch):
     from beft_ext.commands import doctor
 
     monkeypatch.setattr(doctor, "backends", lambda: {"reference": "", "cuda": "no GPU: buy one"})
-    first, second = doctor.report().splitlines()[:2]
+    versions, first, second = doctor.report().splitlines()[:3]
+    assert f"beft-ext {beft_ext.__version__}, torch {torch.__version__}" in versions
     assert first.split() == ["reference", "usable"]
     assert second.split(maxsplit=1) == ["cuda", "not usable: no GPU: buy one"]
 
