@@ -23,14 +23,14 @@ that is not installed or fails is shown as missing, with the reason.
 
 
 def summary(root: Path = ROOT) -> str:
-    """The README's part: plots and key rows."""
-    drawn = [path for path, _ in tables.records(root) if path.stem in plots.PLOTS]
-    images = [f"![{path.stem}, {path.parent.name}](docs/{plots.name(path)})" for path in drawn]
-    return "\n\n".join([*images, tables.key_rows(root)])
+    """The README's part."""
+    return tables.key_rows(root)
 
 
 def document(root: Path = ROOT) -> str:
-    return HEAD + tables.whole(root) + "\n"
+    drawn = [path for path, _ in tables.records(root) if path.stem in plots.PLOTS]
+    images = [f"![{path.stem}, {path.parent.name}]({plots.name(path)})" for path in drawn]
+    return "\n\n".join([HEAD.rstrip(), *images]) + "\n" + tables.whole(root) + "\n"
 
 
 def rendered(readme: str, content: str) -> str:

@@ -1,4 +1,4 @@
-"""Results as Markdown: whole tables for docs/benchmarks.md, key rows for the README."""
+"""Results as Markdown: whole tables for docs/benchmarks.md, eight rows for the README."""
 
 from __future__ import annotations
 
@@ -122,50 +122,58 @@ def _exponents(axes: Record) -> Iterator[str]:
         yield _line(axis, f"{e['median_s']:.2f}", f"{e['peak_bytes']:.2f}")
 
 
+# The README's rows: file, part and group of a record, what is told of it, and beside which case.
+README_ROWS: tuple[tuple[str, str, str, str, str], ...] = (
+    ("optimizer", "step", "BERT-base", "one AdamW step of all biases, BERT-base", "torch fused"),
+    ("optimizer", "step", "OPT-6.7B", "the same, OPT-6.7B", "torch fused"),
+    ("training", "step", "MiniLM", "a training step of one term, MiniLM", "PEFT BEFT"),
+    ("training", "pass", "MiniLM, 64 sentences", "64 sentences", "authors' way, padded to 128"),
+    ("fisher", "step", "MiniLM", "Fisher information of single examples", "Opacus"),
+    ("selection_sst2", "whole", "MiniLM, 1,000 rows of SST-2", "which term?", "authors' pipeline"),
+    ("choices", "ranking", "6 x 384, yes or no", "options ranked by a decoder", "one by one"),
+)
+
+
 def key_rows(root: Path) -> str:
-    """A row for each thing measured, a column for each case: ours as time, others as a ratio."""
+    """Eight rows at most for each device: what ours takes, and how many times that a peer takes."""
     lines: list[str] = []
+    for device, found in _by_device(root).items():
+        lines += ["", f"**{device}**; more than 1: ours is faster.", ""]
+        lines += [_line("what", "ours", "beside", "times ours"), _line(*["---"] * 4)]
+        if "operators" in found:
+            lines.append(_limit(found["operators"]))
+        for name, part, group, what, peer in README_ROWS:
+            cases = found.get(name, {}).get(part, {}).get(group, {})
+            if "median_s" in cases.get("ours", {}) and "median_s" in cases.get(peer, {}):
+                mark = "" if found[name]["kernel_digest"] == digest() else " (stale)"
+                lines.append(_line(what + mark, *_against(cases, peer)))
+    if any("(stale)" in line for line in lines):
+        lines += ["", "Stale: the kernels have changed since it was measured."]
+    return "\n".join(lines).strip()
+
+
+def _by_device(root: Path) -> dict[str, dict[str, Record]]:
+    """Records by what they were measured on."""
+    found: dict[str, dict[str, Record]] = {}
     for path, record in records(root):
-        for part, question in PARTS[path.stem].items():
-            lines += ["", f"**{question}** ({provenance(record)})", ""]
-            if path.stem == "growth":
-                lines += _exponents(record[part])
-            elif path.stem == "operators":
-                lines += _limits(record[part])
-            else:
-                lines += _matrix(record[part])
-    return "\n".join(lines)
+        where = f"{record['device']}, {record['threads']} threads, torch {record['torch']}"
+        found.setdefault(where, {})[path.stem] = record
+    return found
 
 
-def _matrix(found: Mapping[str, Mapping[str, Record]]) -> Iterator[str]:
-    """Cases that are missing everywhere are in the whole tables alone, with their reasons."""
-    names = dict.fromkeys(case for group in found.values() for case in group)
-    yield _line("time, and ratio to it", *found)
-    yield _line(*["---"] * (1 + len(found)))
-    for case in names:
-        yield _line(case, *(_cell(group, case) for group in found.values()))
+def _against(cases: Mapping[str, Record], peer: str) -> tuple[str, str, str]:
+    ours, theirs = cases["ours"]["median_s"], cases[peer]["median_s"]
+    return time(ours), peer, f"{theirs / ours:.2f}"
 
 
-def _cell(group: Mapping[str, Record], case: str) -> str:
-    s = group[case]
-    if "missing" in s:
-        return "missing"
-    if case == "ours":
-        return time(s["median_s"])
-    return f"{s['median_s'] / group['ours']['median_s']:.2f}"
-
-
-def _limits(threads: Record) -> Iterator[str]:
-    """The largest input of each dtype: bytes a second of the input read."""
-    cases = ("plain read", "ours", "torch, sum alone", "torch, compiled")
-    yield _line("largest input", "threads", *cases)
-    yield _line(*["---"] * (2 + len(cases)))
-    for count, grid in threads.items():
-        largest = {key.rsplit(" ", 1)[1]: key for key in grid}
-        for key in largest.values():
-            speeds = [grid[key][case].get("bytes_per_s") for case in cases]
-            cells = ["missing" if s is None else f"{s / 1e9:.1f} GB/s" for s in speeds]
-            yield _line(key, count, *cells)
+def _limit(record: Record) -> str:
+    """The largest fp32 input, on all threads: bytes of it a second, beside a plain read of it."""
+    threads, grid = list(record["threads_used"].items())[-1]
+    key = [k for k in grid if k.endswith("float32")][-1]
+    ours, read = (grid[key][case]["bytes_per_s"] for case in ("ours", "plain read"))
+    mark = "" if record["kernel_digest"] == digest() else " (stale)"
+    what = f"sums and squares of {key.removesuffix(' float32')} in fp32, threads: {threads}{mark}"
+    return _line(what, f"{ours / 1e9:.1f} GB/s", "plain read of the bytes", f"{ours / read:.2f}")
 
 
 def _line(*cells: str) -> str:

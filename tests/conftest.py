@@ -1,5 +1,8 @@
 """Tiny random models of each family, made on the spot: no hub, no files."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers as hf
@@ -110,6 +113,18 @@ def family(request):
 @pytest.fixture(params=BIAS_FREE)
 def bias_free_family(request):
     return request.param
+
+
+@pytest.fixture
+def benchmarks_on_the_path(monkeypatch):
+    """The scripts of benchmarks/ can be imported, and are forgotten afterwards."""
+    root = Path(__file__).resolve().parents[1] / "benchmarks"
+    folders = [root, root / "guard"]
+    for folder in folders:
+        monkeypatch.syspath_prepend(str(folder))
+    yield
+    for name in [p.stem for folder in folders for p in folder.glob("*.py")]:
+        sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="session")
