@@ -1,7 +1,7 @@
 """Compiles every Triton kernel as its caller launches it, for a GPU that need not be here.
 
-``python triton_kernels.py CAPABILITY``, with TRITON_DUMP_PTXAS_LOG=1 and an empty cache, prints
-each kernel's name and what ptxas says of it.
+``python triton_kernels.py CAPABILITY ...``, with TRITON_DUMP_PTXAS_LOG=1 and an empty cache, prints
+each kernel's name and target, and what ptxas says of it.
 """
 
 from __future__ import annotations
@@ -68,10 +68,11 @@ def signature(kernel: Any, constants: Mapping[str, Any], kinds: Mapping[str, str
 def main(capability: int) -> None:
     target = GPUTarget("cuda", capability, 32)
     for name, kernel, constants, kinds, options in variants():
-        print(f"kernel {name}:", flush=True)
+        print(f"kernel {name} for sm_{capability}:", flush=True)
         source = ASTSource(kernel, signature(kernel, constants, kinds), constexprs=constants)
         triton.compile(source, target=target, options=options)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    for each in sys.argv[1:]:
+        main(int(each))
