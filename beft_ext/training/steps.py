@@ -143,7 +143,7 @@ class GraphedStep(EagerStep):
     def _require_cuda(self) -> None:
         if self.device.type != "cuda":
             raise StepError("CUDA graphs need a model on a CUDA device")
-        if dispatch.choose("cuda") != "cuda":
+        if dispatch.choose(self.device) != "cuda":
             raise StepError(
                 "CUDA graphs need the compiled CUDA kernels: see 'beft-ext doctor' for what is "
                 "missing"

@@ -234,6 +234,12 @@ void launch_finish_rows(const float* workspace, const Shape& s, int64_t chunks, 
 
 }  // namespace
 
+// Loads these kernels onto the current device, where one runs there.
+cudaError_t beft_bias_grad_stats_ready() {
+  cudaFuncAttributes unused;
+  return cudaFuncGetAttributes(&unused, reinterpret_cast<const void*>(&finish_columns));
+}
+
 // Packed input (example_offsets not null): batch is the number of examples, tokens is N,
 // stride_b is ignored. Strides count elements. Asynchronous on `stream`.
 cudaError_t beft_bias_grad_stats_cuda(

@@ -478,7 +478,9 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ("        if _from_environment:\n", "        if False:\n"),
             ("        require(name)\n    _forced", "    _forced"),
-            ('if DEVICES[_forced] not in ("", device_type)', "if False"),
+            ('if DEVICES[_forced] not in ("", device.type)', "if False"),
+            ("    if key not in _answers:\n", "    if True:\n"),
+            ("if _forced in _PROBES and", "if False and"),
         ],
     ),
     "beft_ext/ops/checks.py": (
