@@ -49,15 +49,16 @@ def variants() -> Iterator[Variant]:
                 {"grad_output": f"*{dtype}"},
                 {"num_warps": 8, "enable_fp_fusion": False},
             )
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    yield "finish_columns_kernel", stats.finish_columns_kernel, wide, {}, options
+    options = {"num_warps": 8, "enable_fp_fusion": False}
+    tile = {"GROUPS": stats.GROUPS, "COLUMNS": stats.COLUMNS}
+    yield "finish_columns_kernel", stats.finish_columns_kernel, tile, {}, options
     for out in ("fp32", "bf16"):
         kinds = {"out": f"*{out}"}
-        yield f"finish_rows_kernel {out}", stats.finish_rows_kernel, wide, kinds, options
+        yield f"finish_rows_kernel {out}", stats.finish_rows_kernel, tile, kinds, options
     for kernel in (adamw.norm_kernel, adamw.step_kernel, adamw.finish_kernel):
         sizes = {"BLOCK": adamw.BLOCK, "SLOTS": adamw.SLOTS}
         constants = {k: v for k, v in sizes.items() if k in kernel.arg_names}
-        yield f"adamw {kernel.__name__}", kernel, constants, {}, {"num_warps": 4}
+        yield f"adamw {kernel.__name__}", kernel, constants, {}, options | {"num_warps": 4}
 
 
 def signature(kernel: Any, constants: Mapping[str, Any], kinds: Mapping[str, str]) -> dict:
