@@ -17,19 +17,25 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-CUDA_TARGETS = ("80", "90")
+# GPUs that get machine code, each as far as nvcc knows it: T4, A100, RTX 30, RTX 40 and L4, H100,
+# B200, RTX 50.
+CUDA_TARGETS = ("75", "80", "86", "89", "90", "100", "120")
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
 
 
-def cuda_flags() -> list[str]:
+def cuda_flags(nvcc: str) -> list[str]:
     """nvcc's arguments: machine code for each target, and PTX of the newest for later GPUs."""
-    gencode = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in CUDA_TARGETS]
-    newest = CUDA_TARGETS[-1]
-    gencode.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")
-    return ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Icsrc", *gencode]
+    asked = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True)
+    targets = [t for t in CUDA_TARGETS if f"sm_{t}" in asked.stdout.split()]
+    gencode = [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
+    gencode += [f"-gencode=arch=compute_{t},code=compute_{t}" for t in targets[-1:]]
+    at_once = f"--threads={os.cpu_count() or 1}"
+    return ["-O3", "-std=c++17", "-Xcompiler=-fPIC", "-Icsrc", at_once, *gencode]
 
 
 class BuildNative(build_ext):
+    cuda_flags = staticmethod(cuda_flags)  # for the guard, which runs this file
+
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
@@ -42,10 +48,10 @@ class BuildNative(build_ext):
     def add_cuda(self, ext: Extension, nvcc: str) -> None:
         """Compile the CUDA kernels; where that fails, say so and build the CPU part alone."""
         Path(self.build_temp).mkdir(parents=True, exist_ok=True)
-        objects = []
+        objects, flags = [], cuda_flags(nvcc)
         for source in CUDA_SOURCES:
             target = str(Path(self.build_temp) / (Path(source).stem + ".cuda.o"))
-            done = subprocess.run([nvcc, *cuda_flags(), "-c", source, "-o", target])
+            done = subprocess.run([nvcc, *flags, "-c", source, "-o", target])
             if done.returncode:
                 self.warn(f"nvcc could not compile {source}: building without CUDA kernels")
                 return

@@ -117,6 +117,17 @@ double adamw_cpu(const py::bytes& params, const py::bytes& grads, const py::byte
 }
 
 #ifdef BEFT_WITH_CUDA
+// Nothing where the kernels of each file run on the current device, else CUDA's reason.
+std::string cuda_refusal() {
+  for (const auto ready : {beft_bias_grad_stats_ready, beft_cuda::bias_adamw_step_ready}) {
+    const cudaError_t status = ready();
+    if (status == cudaSuccess) continue;
+    cudaGetLastError();  // or the next launch would be told of it
+    return cudaGetErrorString(status);
+  }
+  return "";
+}
+
 void stats_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
                 int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets,
                 int64_t chunks, float scale, uintptr_t workspace, uintptr_t grad, uintptr_t sum,
@@ -182,7 +193,7 @@ void adamw_cuda(const py::bytes& params, const py::bytes& grads, const py::bytes
 
 PYBIND11_MODULE(_native, m) {
   // Counted up with each change of what Python hands over: dispatch.py refuses another number.
-  m.attr("interface") = 2;
+  m.attr("interface") = 3;
   m.def("survey", &beft::survey);
   m.def("bias_grad_stats_cpu", &stats_cpu);
   m.def("bias_example_grads_cpu", &example_grads_cpu);
@@ -190,6 +201,7 @@ PYBIND11_MODULE(_native, m) {
   m.def("bias_adamw_step_gather", &adamw_gather);
 #ifdef BEFT_WITH_CUDA
   m.attr("has_cuda") = true;
+  m.def("cuda_refusal", &cuda_refusal);
   m.def("bias_grad_stats_cuda", &stats_cuda);
   m.def("bias_example_grads_cuda", &example_grads_cuda);
   m.def("bias_adamw_step_cuda", &adamw_cuda);

@@ -9,10 +9,13 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TARGETS = "sm_75 sm_80 sm_86 sm_87 sm_89 sm_90 sm_100 sm_110 sm_120 sm_121"
 COMPILER = """#!{python}
 import pathlib, sys
 with open("{log}", "a") as log:
     print("{name}", *sys.argv[1:], file=log)
+if "--list-gpu-code" in sys.argv:
+    print("{targets}")
 if "{fails}" and "{fails}" in " ".join(sys.argv):
     sys.exit(1)
 if "-o" in sys.argv:
@@ -37,10 +40,11 @@ def build(tmp_path):
     (toolkit / "lib64").mkdir()
     (toolkit / "lib64" / "libcudart_static.a").touch()
 
-    def run(fails="", without=(), **environment):
+    def run(fails="", without=(), targets=TARGETS, **environment):
         for name in ("nvcc", "c++"):
             path = toolkit / "bin" / name
-            text = COMPILER.format(python=sys.executable, log=log, name=name, fails=fails)
+            words = {"python": sys.executable, "log": log, "name": name}
+            text = COMPILER.format(**words, fails=fails, targets=targets)
             path.write_text(text)
             path.chmod(0o755)
         for path in without:
@@ -60,7 +64,8 @@ def build(tmp_path):
         calls = {"nvcc": [], "c++": []}
         for line in log.read_text().splitlines():
             name, _, arguments = line.partition(" ")
-            calls[name].append(arguments)
+            if "--list-gpu-code" not in arguments:
+                calls[name].append(arguments)
         return done.stdout + done.stderr, calls, toolkit
 
     return run
@@ -69,14 +74,22 @@ def build(tmp_path):
 CUDA = [f"csrc/cuda/{p.name}" for p in sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
 
-def test_with_nvcc_the_kernels_are_compiled_and_linked(build):
-    """Machine code of Ampere and Hopper, and what any later GPU compiles for itself."""
-    _, calls, toolkit = build()
+@pytest.mark.parametrize(
+    ("known", "named"),
+    [
+        (TARGETS, ["75", "80", "86", "89", "90", "100", "120"]),
+        ("sm_60 sm_75 sm_80 sm_86 sm_89 sm_90", ["75", "80", "86", "89", "90"]),
+    ],
+)
+def test_with_nvcc_the_kernels_are_compiled_and_linked(build, known, named):
+    """Machine code of every target that nvcc knows, and what any later GPU compiles for itself."""
+    _, calls, toolkit = build(targets=known)
     assert [c.partition(" -c ")[2].split()[0] for c in calls["nvcc"]] == CUDA
+    codes = [f"arch=compute_{t},code=sm_{t}" for t in named]
+    codes.append(f"arch=compute_{named[-1]},code=compute_{named[-1]}")
     for call in calls["nvcc"]:
-        for target in ("arch=compute_80,code=sm_80", "arch=compute_90,code=sm_90"):
-            assert f"-gencode={target} " in call
-        assert "-gencode=arch=compute_90,code=compute_90 " in call and "-fPIC" in call
+        assert [a[9:] for a in call.split() if a.startswith("-gencode=")] == codes
+        assert "-fPIC" in call and f"--threads={os.cpu_count()}" in call
     *compiled, linked = calls["c++"]
     assert all("-DBEFT_WITH_CUDA=1" in c and f"-I{toolkit}/include" in c for c in compiled)
     for source in CUDA:

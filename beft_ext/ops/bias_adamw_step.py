@@ -37,7 +37,7 @@ def bias_adamw_step(tables: AdamWTables) -> Tensor:
         BackendError: where a forced backend does not read this device's memory.
     Source: AdamW, Loshchilov & Hutter 2019 (arXiv 1711.05101).
     """
-    name = dispatch.choose(tables.state.device.type)
+    name = dispatch.choose(tables.state.device)
     if not tables.blocks.numel():
         return tables.state.new_zeros(())
     return _BACKENDS["reference" if tables.state.dtype == torch.float64 else name](tables)

@@ -15,7 +15,7 @@ from beft_ext.ops.checks import DTYPE_CODES, OperatorError
 
 def _run(grad_output: Tensor, example_offsets: Tensor | None, scale: float, out: Tensor) -> None:
     _check(grad_output, example_offsets, out)
-    name = dispatch.choose(grad_output.device.type)
+    name = dispatch.choose(grad_output.device)
     backend = _BACKENDS[name if grad_output.dtype in DTYPE_CODES else "reference"]
     backend(grad_output.resolve_neg(), example_offsets, scale, out)
 

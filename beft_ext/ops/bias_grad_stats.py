@@ -18,7 +18,7 @@ def _run(
     grad_sum_sq: Tensor,
 ) -> Tensor:
     _check(grad_output, example_offsets, grad_sum, grad_sum_sq)
-    name = dispatch.choose(grad_output.device.type)
+    name = dispatch.choose(grad_output.device)
     backend = _BACKENDS[name if grad_output.dtype in DTYPE_CODES else "reference"]
     grad = torch.empty_like(grad_sum)
     backend(grad_output.resolve_neg(), example_offsets, scale, grad, grad_sum, grad_sum_sq)

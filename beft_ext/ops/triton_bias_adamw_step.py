@@ -3,16 +3,21 @@
 Grid (blocks,): a program moves the elements of one entry of the table ``blocks`` and writes
 their four sums to its own slot; finish_kernel, grid (segments,), adds each segment's slots in
 order. With clipping a launch that only reads the gradients goes before. Deterministic: no
-atomics. Addresses and sizes of parameters and gradients are read from a table, copied to the
-device before the step; a block that reaches beyond them is brought inside. Moves at least 5
-reads and 3 writes of 4 bytes an element.
+atomics. Addresses and sizes of parameters and gradients are read from a table on the device; a
+block that reaches beyond them is brought inside. The table is copied there once. In the capture of
+a CUDA graph, which holds no memory of the host, it is written by kernels whose arguments the
+numbers are. Moves at least 5 reads and 3 writes of 4 bytes an element.
 """
+
+import functools
+from array import array
 
 import torch
 import triton
 import triton.language as tl
 
-from beft_ext.ops.bias_adamw_tables import BLOCK, AdamWTables, Located
+from beft_ext.ops.bias_adamw_tables import BLOCK, AdamWTables, Located, packed_addresses
+from beft_ext.ops.triton_bias_grad_stats import EXACT
 
 SLOTS = 256  # slots that finish_kernel adds at a time
 
@@ -49,18 +54,19 @@ def _within(x, low, high):
 
 @triton.jit
 def _block(tensors, blocks, tensor_count, elements):
-    """This program's block: its tensor's number and entry, three offsets and the length, brought
-    inside of what they name."""
+    """This program's block: its tensor's number, the addresses of parameter and gradient, dtype,
+    three offsets and the length, brought inside of what they name."""
     entry = blocks + 6 * tl.program_id(0)
     index = _within(tl.load(entry), 0, tensor_count - 1)
-    tensor = tensors + 6 * index
-    param_size, grad_size = tl.load(tensor + 4), tl.load(tensor + 5)
+    form = tensors + 2 * tensor_count + 4 * index
+    param_size, grad_size = tl.load(form + 2), tl.load(form + 3)
     at_param = _within(tl.load(entry + 2), 0, param_size)
     at_grad = _within(tl.load(entry + 3), 0, grad_size)
     at_flat = _within(tl.load(entry + 4), 0, elements)
     room = tl.minimum(param_size - at_param, grad_size - at_grad)
     length = tl.minimum(tl.load(entry + 5), tl.minimum(room, elements - at_flat))
-    return index, tensor, at_param, at_grad, at_flat, length
+    param, grad = tl.load(tensors + index), tl.load(tensors + tensor_count + index)
+    return index, param, grad, tl.load(form), at_param, at_grad, at_flat, length
 
 
 @triton.jit
@@ -83,8 +89,8 @@ def _store(address, at, dtype, x, inside):
 
 @triton.jit
 def norm_kernel(
-    tensors,  # (tensors, 6) int64: addresses of parameter and gradient (0: none), dtype, group,
-    #           sizes of parameter and gradient
+    tensors,  # (6 * tensors,) int64: addresses of the parameters, of the gradients (0: none), and
+    #           of each tensor dtype, group, sizes of parameter and gradient
     blocks,  # (blocks, 6) int64: tensor, segment, three offsets, length
     unscale,  # (1,) fp32
     sums,  # (blocks, 4) fp32, column 3 written
@@ -92,17 +98,16 @@ def norm_kernel(
     elements,
     BLOCK: tl.constexpr,
 ):
-    _, tensor, _, at_grad, _, length = _block(tensors, blocks, tensor_count, elements)
-    grad = tl.load(tensor + 1)
+    _, _, grad, dtype, _, at_grad, _, length = _block(tensors, blocks, tensor_count, elements)
     lanes = tl.arange(0, BLOCK)
     inside = lanes < tl.where(grad != 0, length, 0)
-    g = _load(grad, at_grad + lanes, tl.load(tensor + 2), inside) * tl.load(unscale)
+    g = _load(grad, at_grad + lanes, dtype, inside) * tl.load(unscale)
     tl.store(sums + 4 * tl.program_id(0) + 3, tl.sum(g * g))
 
 
 @triton.jit
 def step_kernel(
-    tensors,  # (tensors, 6) int64, as above
+    tensors,  # (6 * tensors,) int64, as above
     blocks,  # (blocks, 6) int64
     factors,  # (tensors, 8) fp32: AdamWFactors of csrc/bias_adamw_step.h
     unscale,  # (1,) fp32
@@ -115,10 +120,10 @@ def step_kernel(
 ):
     if tl.load(found_inf) != 0:
         return
-    index, tensor, at_param, at_grad, at_flat, length = _block(
+    elements = tl.cast(elements, tl.int64)  # the state's rows lie far apart
+    index, param, grad, dtype, at_param, at_grad, at_flat, length = _block(
         tensors, blocks, tensor_count, elements
     )
-    param, grad, dtype = tl.load(tensor), tl.load(tensor + 1), tl.load(tensor + 2)
     if grad == 0:
         return
     lanes = tl.arange(0, BLOCK)
@@ -157,7 +162,7 @@ def step_kernel(
 
 @triton.jit
 def finish_kernel(
-    tensors,  # (tensors, 6) int64
+    tensors,  # (6 * tensors,) int64
     blocks,  # (blocks, 6) int64
     first_blocks,  # (segments + 1,) int64
     found_inf,  # (1,) fp32
@@ -172,8 +177,8 @@ def finish_kernel(
     end = _within(tl.load(first_blocks + segment + 1), 0, block_count)
     if tl.load(found_inf) != 0 or begin >= end:
         return
-    tensor = tensors + 6 * _within(tl.load(blocks + 6 * begin), 0, tensor_count - 1)
-    if tl.load(tensor + 1) == 0:
+    index = _within(tl.load(blocks + 6 * begin), 0, tensor_count - 1)
+    if tl.load(tensors + tensor_count + index) == 0:
         return
     lanes, columns = tl.arange(0, SLOTS), tl.arange(0, 4)
     total = tl.zeros((SLOTS, 4), tl.float32)
@@ -184,12 +189,33 @@ def finish_kernel(
     tl.store(scores + 4 * segment + columns, tl.sum(total, axis=0))
 
 
-def _factors(t: AdamWTables, grad_factor):
+def _capturing(device):
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _on_device(numbers, dtype, device):
+    """An array of numbers as a tensor of the device."""
+    if _capturing(device):
+        table = torch.zeros(len(numbers), dtype=dtype, device=device)
+        torch._foreach_add_(list(table.unbind()), numbers.tolist())
+        return table
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    return _copied(numbers.tobytes(), dtype, device, stream)
+
+
+# Of one stream each: what is dropped here may be given to others while a kernel reads it, but not
+# to those that come later on its own stream.
+@functools.lru_cache(maxsize=16)
+def _copied(packed, dtype, device, stream):
+    return torch.frombuffer(bytearray(packed), dtype=dtype).to(device)
+
+
+def _factors(t: AdamWTables, group_of, grad_factor):
     """(tensors, 8) fp32: the fields of AdamWFactors, made on the device in fp64."""
-    table = torch.tensor(t.groups, dtype=torch.float64, device=t.steps.device).view(-1, 6)
+    table = _on_device(array("d", t.groups), torch.float64, t.steps.device).view(-1, 6)
+    rate, beta1, beta2, eps, decay, sign = table[group_of].T
     if t.lr is not None:
-        table[:, 0] = t.lr
-    rate, beta1, beta2, eps, decay, sign = table[torch.tensor(t.group_of, device=t.steps.device)].T
+        rate = t.lr.double()[group_of]
     step = t.steps.double()
     columns = [
         grad_factor.double() * sign,
@@ -204,29 +230,19 @@ def _factors(t: AdamWTables, grad_factor):
     return torch.stack(columns, 1).float()
 
 
-def _words(packed):
-    return torch.frombuffer(bytearray(packed), dtype=torch.int64)
-
-
 def bias_adamw_step_triton(tables: AdamWTables):
     """Same contract as ``beft_ext.ops.bias_adamw_step``. Returns the norm, a scalar."""
     t, device = tables, tables.state.device
     assert isinstance(t.params, Located)
-    grads = [0 if g is None else g.data_ptr() for g in t.grads]
-    rows = torch.cat(
-        [
-            _words(t.params.addresses)[:, None],
-            torch.tensor(grads, dtype=torch.int64, device="cpu")[:, None],
-            _words(t.params.forms).view(-1, 4),
-        ],
-        1,
-    )
-    tensors = rows.to(device, non_blocking=True)
+    words = array("q", t.params.addresses + packed_addresses(t.grads) + t.params.forms)
+    tensors = _on_device(words, torch.int64, device)
+    count, segments = len(t.blocks), len(t.first_blocks) - 1
+    sizes = len(t.params), t.state.shape[1]
+    has_grad = tensors[sizes[0] : 2 * sizes[0]] != 0
+    group_of = tensors[2 * sizes[0] :].view(-1, 4)[:, 1]
     one, zero = (f(1, dtype=torch.float32, device=device) for f in (torch.ones, torch.zeros))
     unscale = one if t.grad_scale is None else 1 / t.grad_scale.reshape(1)
     infinite = zero if t.found_inf is None else t.found_inf.reshape(1)
-    count, segments = len(t.blocks), len(t.first_blocks) - 1
-    sizes = len(t.params), t.state.shape[1]
     sums = t.workspace[: 4 * count].view(count, 4).zero_()
     norm = t.global_norm
     with torch.cuda.device_of(t.state):
@@ -234,18 +250,18 @@ def bias_adamw_step_triton(tables: AdamWTables):
         if t.max_grad_norm > 0:
             if norm is None:
                 norm_kernel[(count,)](
-                    tensors, t.blocks, unscale, sums, *sizes, BLOCK=BLOCK, num_warps=4
+                    tensors, t.blocks, unscale, sums, *sizes, BLOCK=BLOCK, num_warps=4, **EXACT
                 )
                 norm = sums[:, 3].sum().sqrt()
             clip = (t.max_grad_norm / (norm + 1e-6)).clamp(max=1)
-        t.steps.add_((tensors[:, 1] != 0) * (infinite == 0))
-        factors = _factors(t, clip * unscale)
+        t.steps.add_(has_grad * (infinite == 0))
+        factors = _factors(t, group_of, clip * unscale)
         step_kernel[(count,)](
             tensors, t.blocks, factors, unscale, infinite, t.state, sums, *sizes,
-            BLOCK=BLOCK, num_warps=4,
+            BLOCK=BLOCK, num_warps=4, **EXACT,
         )  # fmt: skip
         finish_kernel[(segments,)](
             tensors, t.blocks, t.first_blocks, infinite, sums, t.scores, sizes[0], count,
-            SLOTS=SLOTS, num_warps=4,
+            SLOTS=SLOTS, num_warps=4, **EXACT,
         )  # fmt: skip
-    return torch.where(infinite[0] == 0, sums[:, 3].sum().sqrt(), torch.inf)
+        return sums[:, 3].sum().sqrt().masked_fill_(infinite[0] != 0, torch.inf)

@@ -5,11 +5,12 @@ sum_i g_i, and in place sum += scale * grad, sum_sq += sum_i (scale * g_i)^2; bi
 the rows scale * g_i.
 
 Stage 1, grid (strips * B, chunks): a program reads one chunk of rows of one example over
-BLOCK_H columns and writes BLOCK_H sums and their errors. Stage 2, grid (strips,) for the
-statistics and (strips * B,) for the rows: a program reads those for BLOCK_H columns, examples in
-order, chunks in order, and writes the results.
-Deterministic: no atomics; row t goes to slot t mod BLOCK_T of a program, and the slots merge
-as a binary tree; the caller's number of chunks follows from (B, T, H) alone.
+BLOCK_H columns and writes BLOCK_H sums and their errors. Stage 2, grid (ceil(H / COLUMNS),) for
+the statistics and (ceil(H / COLUMNS) * ceil(B / GROUPS),) for the rows: a program reads those for
+COLUMNS columns, GROUPS examples at a time, chunks in order, and writes the results.
+Deterministic: no atomics; row t goes to slot t mod BLOCK_T of a program, GROUPS runs of examples
+add one by one, and slots and runs merge as a binary tree; the caller's number of chunks follows
+from (B, T, H) alone.
 Moves at least B*T*H*itemsize bytes and 20*H, or the rows, plus 16*B*chunks*H for the partial sums.
 """
 
@@ -19,6 +20,7 @@ import triton.language as tl
 
 BLOCK_T = 32
 MAX_BLOCK_H = 128
+GROUPS, COLUMNS = 8, 32  # of stage 2
 
 
 @triton.jit
@@ -105,10 +107,12 @@ def partial_sums_kernel(
 
 
 @triton.jit
-def _merged_chunks(sums, errors, chunks, width, inside, BLOCK_H: tl.constexpr):
-    """One example's compensated sums of BLOCK_H columns, and where the next example begins."""
-    total = tl.zeros((BLOCK_H,), tl.float32)
-    error = tl.zeros((BLOCK_H,), tl.float32)
+def _merged_chunks(
+    sums, errors, chunks, width, inside, GROUPS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """Compensated sums of GROUPS examples at COLUMNS columns, and where the next examples begin."""
+    total = tl.zeros((GROUPS, COLUMNS), tl.float32)
+    error = tl.zeros((GROUPS, COLUMNS), tl.float32)
     for _ in range(0, chunks):
         total, error = _two_sum(total, error, tl.load(sums, mask=inside, other=0.0))
         error += tl.load(errors, mask=inside, other=0.0)
@@ -128,29 +132,39 @@ def finish_columns_kernel(
     batch,
     chunks,
     width,
-    BLOCK_H: tl.constexpr,
+    GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    columns = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = columns < width
-    sums += columns
-    errors += columns
-    grad_total = tl.zeros((BLOCK_H,), tl.float32)
-    grad_error = tl.zeros((BLOCK_H,), tl.float32)
-    squares = tl.zeros((BLOCK_H,), tl.float32)
-    squares_error = tl.zeros((BLOCK_H,), tl.float32)
-    for _ in range(0, batch):
-        total, error, sums, errors = _merged_chunks(sums, errors, chunks, width, inside, BLOCK_H)
-        scaled = scale * _value(total, error)
+    columns = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    run = tl.cdiv(batch, GROUPS)  # of examples that one group adds
+    examples = tl.arange(0, GROUPS).to(tl.int64) * run
+    at = (examples * chunks * width)[:, None] + columns[None, :]
+    sums += at
+    errors += at
+    grad_total = tl.zeros((GROUPS, COLUMNS), tl.float32)
+    grad_error = tl.zeros((GROUPS, COLUMNS), tl.float32)
+    squares = tl.zeros((GROUPS, COLUMNS), tl.float32)
+    squares_error = tl.zeros((GROUPS, COLUMNS), tl.float32)
+    for i in range(0, run):
+        inside = (examples + i < batch)[:, None] & (columns < width)[None, :]
+        total, error, sums, errors = _merged_chunks(
+            sums, errors, chunks, width, inside, GROUPS, COLUMNS
+        )
+        scaled = tl.where(inside, scale * _value(total, error), 0.0)
         squares, squares_error = _two_sum(squares, squares_error, scaled * scaled)
         grad_total, grad_error = _two_sum(grad_total, grad_error, total)
         grad_error += error
 
-    result = _value(grad_total, grad_error)
+    grad_total, grad_error = _merge_rows(grad_total, grad_error, GROUPS, COLUMNS)
+    squares, squares_error = _merge_rows(squares, squares_error, GROUPS, COLUMNS)
+    result = tl.reshape(_value(grad_total, grad_error), (COLUMNS,))
+    square = tl.reshape(_value(squares, squares_error), (COLUMNS,))
+    inside = columns < width
     tl.store(grad + columns, result, mask=inside)
     before = tl.load(sum_out + columns, mask=inside)
     tl.store(sum_out + columns, before + scale * result, mask=inside)
     before = tl.load(sum_sq_out + columns, mask=inside)
-    tl.store(sum_sq_out + columns, before + _value(squares, squares_error), mask=inside)
+    tl.store(sum_sq_out + columns, before + square, mask=inside)
 
 
 @triton.jit
@@ -160,28 +174,35 @@ def finish_rows_kernel(
     out,  # (B, H) fp32 or bf16, rows `stride` elements apart, written
     stride,
     scale,
+    batch,
     chunks,
     width,
-    BLOCK_H: tl.constexpr,
+    GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    strips = tl.cdiv(width, BLOCK_H)
-    example = (tl.program_id(0) // strips).to(tl.int64)
-    columns = tl.program_id(0) % strips * BLOCK_H + tl.arange(0, BLOCK_H)
-    inside = columns < width
-    at = example * chunks * width + columns
-    total, error, _, _ = _merged_chunks(sums + at, errors + at, chunks, width, inside, BLOCK_H)
+    strips = tl.cdiv(width, COLUMNS)
+    group = (tl.program_id(0) // strips).to(tl.int64)
+    examples = group * GROUPS + tl.arange(0, GROUPS)
+    columns = tl.program_id(0) % strips * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (examples < batch)[:, None] & (columns < width)[None, :]
+    at = (examples * chunks * width)[:, None] + columns[None, :]
+    total, error, _, _ = _merged_chunks(
+        sums + at, errors + at, chunks, width, inside, GROUPS, COLUMNS
+    )
     scaled = scale * _value(total, error)
-    tl.store(out + example * stride + columns, scaled.to(out.dtype.element_ty), mask=inside)
+    to = out + (examples * stride)[:, None] + columns[None, :]
+    tl.store(to, scaled.to(out.dtype.element_ty), mask=inside)
 
 
-# Without fusion no product is contracted into TwoSum, so its errors are the exact ones.
+# No product is contracted into an addition: TwoSum's errors are the exact ones, and numbers do not
+# depend on what a version of Triton does by itself.
 EXACT = {"enable_fp_fusion": False}
 
 
 def _partial_sums(
     grad_output: torch.Tensor, example_offsets: torch.Tensor | None, chunks: int
-) -> tuple[torch.Tensor, int]:
-    """Stage 1: sums and errors, ``(2, B, chunks, H)``, and BLOCK_H. H is not 0."""
+) -> torch.Tensor:
+    """Stage 1: sums and errors, ``(2, B, chunks, H)``. H is not 0."""
     width = grad_output.shape[-1]
     if example_offsets is None:
         batch, tokens, _ = grad_output.shape
@@ -196,7 +217,7 @@ def _partial_sums(
             grad_output, example_offsets, *partial, tokens, width, stride_b, stride_t, stride_h,
             BLOCK_T=BLOCK_T, BLOCK_H=block_h, num_warps=8, **EXACT,
         )  # fmt: skip
-    return partial, block_h
+    return partial
 
 
 def bias_grad_stats_triton(
@@ -218,10 +239,10 @@ def bias_grad_stats_triton(
     if width == 0:
         return
     with torch.cuda.device_of(grad_output):
-        partial, block_h = _partial_sums(grad_output, example_offsets, chunks)
-        finish_columns_kernel[(triton.cdiv(width, block_h),)](
+        partial = _partial_sums(grad_output, example_offsets, chunks)
+        finish_columns_kernel[(triton.cdiv(width, COLUMNS),)](
             *partial, grad, sum, sum_sq, scale, partial.shape[1], chunks, width,
-            BLOCK_H=block_h, num_warps=4, **EXACT,
+            GROUPS=GROUPS, COLUMNS=COLUMNS, num_warps=8, **EXACT,
         )  # fmt: skip
 
 
@@ -237,8 +258,9 @@ def bias_example_grads_triton(
         return
     batch, width = out.shape
     with torch.cuda.device_of(grad_output):
-        partial, block_h = _partial_sums(grad_output, example_offsets, chunks)
-        finish_rows_kernel[(triton.cdiv(width, block_h) * batch,)](
-            *partial, out, out.stride(0), scale, chunks, width,
-            BLOCK_H=block_h, num_warps=4, **EXACT,
+        partial = _partial_sums(grad_output, example_offsets, chunks)
+        grid = triton.cdiv(width, COLUMNS) * triton.cdiv(batch, GROUPS)
+        finish_rows_kernel[(grid,)](
+            *partial, out, out.stride(0), scale, batch, chunks, width,
+            GROUPS=GROUPS, COLUMNS=COLUMNS, num_warps=8, **EXACT,
         )  # fmt: skip

@@ -9,6 +9,7 @@ random numbers that it would have without graphs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -74,8 +75,8 @@ class GraphedStep(EagerStep):
         pad: token that fills up ``input_ids``.
         capture: runs a function and gives what replays it; by default a CUDA graph.
     Raises:
-        StepError: there is no CUDA device, the compiled CUDA kernels are missing, or the model's
-            own code cannot be captured.
+        StepError: there is no CUDA device, neither the CUDA kernels nor Triton run on it, or the
+            model's own code cannot be captured.
     """
 
     def __init__(
@@ -112,11 +113,16 @@ class GraphedStep(EagerStep):
             self.graphs[shape] = _Replay(self, batch)
         return self.graphs[shape](batch)
 
+    @cached_property
+    def side(self) -> torch.cuda.Stream:
+        """One for all warm-ups: what is freed on a stream is given again on that stream alone."""
+        return torch.cuda.Stream(self.device)
+
     def warm_up(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """An eager step, beside the stream that captures wait for."""
         if self.device.type != "cuda":
             return self.work(batch)
-        side, main = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
+        side, main = self.side, torch.cuda.current_stream(self.device)
         side.wait_stream(main)
         with torch.cuda.stream(side):
             found = self.work(batch)
@@ -143,10 +149,10 @@ class GraphedStep(EagerStep):
     def _require_cuda(self) -> None:
         if self.device.type != "cuda":
             raise StepError("CUDA graphs need a model on a CUDA device")
-        if dispatch.choose("cuda") != "cuda":
+        if dispatch.choose(self.device) == "reference":
             raise StepError(
-                "CUDA graphs need the compiled CUDA kernels: see 'beft-ext doctor' for what is "
-                "missing"
+                "CUDA graphs need the compiled CUDA kernels or Triton: see 'beft-ext doctor' for "
+                "what is missing"
             )
 
 
@@ -186,6 +192,7 @@ class _CudaCapture:
 
     def __call__(self, work: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool):
+        # Other threads (a loader that pins memory, another model) may go on with what they do.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
             work()
         return graph.replay

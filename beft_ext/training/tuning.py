@@ -302,7 +302,7 @@ class _TuningRun:
         return {
             "torch": torch.__version__,
             "threads": torch.get_num_threads(),
-            "backend": dispatch.choose(self.device.type),
+            "backend": dispatch.choose(self.device),
             "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
             "ranks": ranks,
         }

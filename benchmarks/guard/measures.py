@@ -20,11 +20,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-TARGETS = ("80", "90")
-# The name without the hash that nvcc puts before what stands in the anonymous namespace.
+# Target and name, without the hash that nvcc puts before what stands in the anonymous namespace.
 NVCC_ENTRY = (
     r"Compiling entry function '(?:_ZN\d+_GLOBAL__N__[0-9a-f]+_\d+_\w+?_cu_[0-9a-f]{8})?(\w+)'"
+    r" for '(sm_\d+)'"
 )
+TRITON_ENTRY = r"^kernel (.+) for (sm_\d+):$"
 
 
 class Missing(Exception):
@@ -54,6 +55,11 @@ def tool(name: str) -> str:
     return found
 
 
+def build() -> distutils.core.Distribution:
+    """What setup.py says of the native module."""
+    return distutils.core.run_setup(str(ROOT / "setup.py"), stop_after="init")
+
+
 class Instructions:
     """Of one call of a CPU operator on one thread, under callgrind: the x86-64-v3 clone, the
     widest that valgrind knows."""
@@ -71,7 +77,7 @@ class Instructions:
     @staticmethod
     def counts() -> dict[str, int]:
         # The flags and sources of the module itself.
-        module = distutils.core.run_setup(str(ROOT / "setup.py"), stop_after="init").ext_modules[0]
+        module = build().ext_modules[0]
         kernels = [s for s in module.sources if s.startswith("csrc/cpu/")]
         with tempfile.TemporaryDirectory() as folder:
             program, out = Path(folder) / "operators", Path(folder) / "counts"
@@ -91,7 +97,7 @@ def _dump(path: Path) -> tuple[str, int]:
 
 
 class Registers:
-    """Registers a thread, and bytes spilled, of every GPU kernel for sm_80 and sm_90."""
+    """Registers a thread, and bytes spilled, of every GPU kernel for every target."""
 
     @staticmethod
     def versions() -> dict[str, str]:
@@ -104,30 +110,29 @@ class Registers:
     @staticmethod
     def counts() -> dict[str, int]:
         found: dict[str, int] = {}
-        for target in TARGETS:
-            for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
-                flags = ("-std=c++17", "-O3", "-Icsrc", "-Xptxas", "-v", f"-arch=sm_{target}")
-                report = output_of("nvcc", *flags, "-c", source, "-o", "/dev/null")
-                found |= read_report(report, NVCC_ENTRY, f"{source.name} sm_{target}")
-            with tempfile.TemporaryDirectory() as cache:
-                environment = {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1"}
-                environment["PYTHONPATH"] = str(ROOT)
-                script = HERE / "triton_kernels.py"
-                report = output_of(sys.executable, script, target, **environment)
-            found |= read_report(report, r"^kernel (.+):$", f"triton sm_{target}")
-        return found
+        flags = build().cmdclass["build_ext"].cuda_flags(tool("nvcc"))
+        for source in sorted(ROOT.glob("csrc/cuda/*.cu")):
+            report = output_of("nvcc", *flags, "-Xptxas=-v", "-c", source, "-o", "/dev/null")
+            found |= read_report(report, NVCC_ENTRY, source.name)
+        capabilities = re.findall(r"code=sm_(\d+)", " ".join(flags))
+        with tempfile.TemporaryDirectory() as cache:
+            environment = {"TRITON_CACHE_DIR": cache, "TRITON_DUMP_PTXAS_LOG": "1"}
+            environment["PYTHONPATH"] = str(ROOT)
+            script = HERE / "triton_kernels.py"
+            report = output_of(sys.executable, script, *capabilities, **environment)
+        return found | read_report(report, TRITON_ENTRY, "triton")
 
 
 def read_report(report: str, entry: str, where: str) -> dict[str, int]:
-    """``<where> <kernel>: registers`` and ``...: spilled bytes`` from what ptxas says after each
-    line that the pattern ``entry`` finds a kernel's name in."""
+    """``<where> <target> <kernel>: registers`` and ``...: spilled bytes`` from what ptxas says
+    after each line that the pattern ``entry`` finds a kernel's name and its target in."""
     found: dict[str, int] = {}
     _, *parts = re.split(entry, report, flags=re.MULTILINE)
-    for name, said in zip(parts[::2], parts[1::2], strict=True):
+    for name, target, said in zip(parts[::3], parts[1::3], parts[2::3], strict=True):
         spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
         registers = re.search(r"Used (\d+) registers", said)
         if not spills or not registers:
-            raise RuntimeError(f"ptxas says nothing of {name}:\n{said}")
-        found[f"{where} {name}: registers"] = int(registers[1])
-        found[f"{where} {name}: spilled bytes"] = sum(map(int, spills[0]))
+            raise RuntimeError(f"ptxas says nothing of {name} for {target}:\n{said}")
+        found[f"{where} {target} {name}: registers"] = int(registers[1])
+        found[f"{where} {target} {name}: spilled bytes"] = sum(map(int, spills[0]))
     return found

@@ -1,7 +1,7 @@
 """Compiles every Triton kernel as its caller launches it, for a GPU that need not be here.
 
-``python triton_kernels.py CAPABILITY``, with TRITON_DUMP_PTXAS_LOG=1 and an empty cache, prints
-each kernel's name and what ptxas says of it.
+``python triton_kernels.py CAPABILITY ...``, with TRITON_DUMP_PTXAS_LOG=1 and an empty cache, prints
+each kernel's name and target, and what ptxas says of it.
 """
 
 from __future__ import annotations
@@ -49,15 +49,16 @@ def variants() -> Iterator[Variant]:
                 {"grad_output": f"*{dtype}"},
                 {"num_warps": 8, "enable_fp_fusion": False},
             )
-    options = {"num_warps": 4, "enable_fp_fusion": False}
-    yield "finish_columns_kernel", stats.finish_columns_kernel, wide, {}, options
+    options = {"num_warps": 8, "enable_fp_fusion": False}
+    tile = {"GROUPS": stats.GROUPS, "COLUMNS": stats.COLUMNS}
+    yield "finish_columns_kernel", stats.finish_columns_kernel, tile, {}, options
     for out in ("fp32", "bf16"):
         kinds = {"out": f"*{out}"}
-        yield f"finish_rows_kernel {out}", stats.finish_rows_kernel, wide, kinds, options
+        yield f"finish_rows_kernel {out}", stats.finish_rows_kernel, tile, kinds, options
     for kernel in (adamw.norm_kernel, adamw.step_kernel, adamw.finish_kernel):
         sizes = {"BLOCK": adamw.BLOCK, "SLOTS": adamw.SLOTS}
         constants = {k: v for k, v in sizes.items() if k in kernel.arg_names}
-        yield f"adamw {kernel.__name__}", kernel, constants, {}, {"num_warps": 4}
+        yield f"adamw {kernel.__name__}", kernel, constants, {}, options | {"num_warps": 4}
 
 
 def signature(kernel: Any, constants: Mapping[str, Any], kinds: Mapping[str, str]) -> dict:
@@ -68,10 +69,11 @@ def signature(kernel: Any, constants: Mapping[str, Any], kinds: Mapping[str, str
 def main(capability: int) -> None:
     target = GPUTarget("cuda", capability, 32)
     for name, kernel, constants, kinds, options in variants():
-        print(f"kernel {name}:", flush=True)
+        print(f"kernel {name} for sm_{capability}:", flush=True)
         source = ASTSource(kernel, signature(kernel, constants, kinds), constexprs=constants)
         triton.compile(source, target=target, options=options)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    for each in sys.argv[1:]:
+        main(int(each))

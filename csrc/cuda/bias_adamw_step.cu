@@ -234,6 +234,11 @@ cudaError_t launch(const AdamWTensor* tensors, const AdamWGroup* groups, int gro
 
 }  // namespace
 
+cudaError_t beft_cuda::bias_adamw_step_ready() {
+  cudaFuncAttributes unused;
+  return cudaFuncGetAttributes(&unused, reinterpret_cast<const void*>(&adamw_step<kFewTensors>));
+}
+
 cudaError_t beft_cuda::bias_adamw_step(const AdamWTensor* tensors, const AdamWGroup* groups,
                                        int group_count, const AdamWTables& tables,
                                        cudaStream_t stream) {

@@ -32,6 +32,9 @@ struct AdamWTables {
   int block_count, segments, tensors;
 };
 
+// Loads the kernels onto the current device, where one runs there.
+cudaError_t bias_adamw_step_ready();
+
 // One launch, or two with clipping. Asynchronous on `stream`; never waits for the device.
 cudaError_t bias_adamw_step(const beft::AdamWTensor* tensors, const beft::AdamWGroup* groups,
                             int group_count, const AdamWTables& tables, cudaStream_t stream);

@@ -25,6 +25,9 @@ using beft_cuda::to_float;
 constexpr int kLanes = 32;  // threads across columns, threadIdx.x
 constexpr int kGroups = 8;  // threads across rows (stage 1) or examples (stage 2), threadIdx.y
 constexpr int kUnroll = 4;  // rows in flight per thread
+// Blocks of partial_sums on a multiprocessor: the 1024 threads that the smallest one holds. Told
+// nothing, ptxas spills on some targets to fit more.
+constexpr int kResident = 4;
 
 // kVec values from `from` as floats; one 16-byte load where kVec > 1.
 template <typename T, int kVec>
@@ -70,7 +73,7 @@ __device__ __forceinline__ void merge_groups(Compensated (&mine)[kVec]) {
 }
 
 template <typename T, int kVec>
-__global__ void __launch_bounds__(kLanes* kGroups)
+__global__ void __launch_bounds__(kLanes* kGroups, kResident)
     partial_sums(const T* __restrict__ grad_output,            // (B, T, H) or (N, H), strided
                  const int64_t* __restrict__ example_offsets,  // (B + 1,) or null
                  int64_t strips, int64_t tokens, int64_t width, int64_t stride_b, int64_t stride_t,
@@ -230,6 +233,12 @@ void launch_finish_rows(const float* workspace, const Shape& s, int64_t chunks, 
 }
 
 }  // namespace
+
+// Loads these kernels onto the current device, where one runs there.
+cudaError_t beft_bias_grad_stats_ready() {
+  cudaFuncAttributes unused;
+  return cudaFuncGetAttributes(&unused, reinterpret_cast<const void*>(&finish_columns));
+}
 
 // Packed input (example_offsets not null): batch is the number of examples, tokens is N,
 // stride_b is ignored. Strides count elements. Asynchronous on `stream`.

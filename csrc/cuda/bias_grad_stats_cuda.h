@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+cudaError_t beft_bias_grad_stats_ready();
+
 cudaError_t beft_bias_grad_stats_cuda(const void* grad_output, int dtype, int64_t batch,
                                       int64_t tokens, int64_t width, int64_t stride_b,
                                       int64_t stride_t, int64_t stride_h,

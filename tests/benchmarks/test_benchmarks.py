@@ -259,21 +259,21 @@ def test_the_guard_names_what_changed_and_by_how_much():
 def test_the_guard_reads_what_ptxas_says():
     import measures
 
-    said = """kernel a:
+    said = """kernel a for sm_75:
     0 bytes stack frame, 8 bytes spill stores, 4 bytes spill loads
 ptxas info    : Used 64 registers, used 1 barriers
-kernel b:
+kernel b for sm_120:
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
 ptxas info    : Used 9 registers
 """
-    assert measures.read_report(said, r"^kernel (.+):$", "x") == {
-        "x a: registers": 64,
-        "x a: spilled bytes": 12,
-        "x b: registers": 9,
-        "x b: spilled bytes": 0,
+    assert measures.read_report(said, measures.TRITON_ENTRY, "x") == {
+        "x sm_75 a: registers": 64,
+        "x sm_75 a: spilled bytes": 12,
+        "x sm_120 b: registers": 9,
+        "x sm_120 b: spilled bytes": 0,
     }
-    with pytest.raises(RuntimeError, match="ptxas says nothing of a"):
-        measures.read_report("kernel a:\n", r"^kernel (.+):$", "x")
+    with pytest.raises(RuntimeError, match="ptxas says nothing of a for sm_75"):
+        measures.read_report("kernel a for sm_75:\n", measures.TRITON_ENTRY, "x")
 
 
 def test_the_guard_skips_where_the_compiler_is_another(monkeypatch, capsys):

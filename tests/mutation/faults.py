@@ -28,7 +28,7 @@ OPTIM = (*OPTIMIZER, "ops/test_bias_adamw_step.py")
 ROWS = ("ops/test_bias_grad_stats.py", "ops/test_bias_example_grads.py")
 STATS = (*ROWS, "ops/test_cuda_sources.py")
 CUDA = ("ops/test_cuda_sources.py",)
-TRITON = ("ops/test_triton.py",)
+TRITON = ("ops/test_triton.py", "ops/test_triton_steps.py", "ops/test_bias_adamw_step.py")
 ADAPTERS = ("adapters",)
 MODELS = (
     "models/test_models.py",
@@ -478,7 +478,9 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ("        if _from_environment:\n", "        if False:\n"),
             ("        require(name)\n    _forced", "    _forced"),
-            ('if DEVICES[_forced] not in ("", device_type)', "if False"),
+            ('if DEVICES[_forced] not in ("", device.type)', "if False"),
+            ("    if key not in _answers:\n", "    if True:\n"),
+            ("if _forced in _PROBES and", "if False and"),
         ],
     ),
     "beft_ext/ops/checks.py": (
@@ -543,7 +545,10 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/ops/triton_bias_adamw_step.py": (
         TRITON,
         [
-            ("        table[:, 0] = t.lr\n", "        table[:, 0] = t.lr[0]\n"),
+            ("t.lr.double()[group_of]", "t.lr.double()[0]"),
+            ("tl.cast(elements, tl.int64)", "elements"),
+            ("masked_fill_(infinite[0] != 0, torch.inf)", "view(())"),
+            ("    if _capturing(device):\n", "    if False:\n"),
             (" * (infinite == 0)", ""),
             ("    raw *= tl.load(unscale)\n", ""),
             ("mask=(rows < end)[:, None], other=0.0", "mask=(rows < end + 1)[:, None], other=0.0"),

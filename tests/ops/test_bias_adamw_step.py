@@ -53,6 +53,7 @@ def run(options, dtype=torch.float32, missing=None, skipped=None, scale=None, st
         set_backend(None)
         optimizer.step()
         if step == skipped:
+            assert optimizer.grad_norm == twin.grad_norm == torch.inf
             continue
         if "max_grad_norm" in options:
             torch.nn.utils.clip_grad_norm_(theirs, options["max_grad_norm"])
@@ -204,7 +205,8 @@ def size(kernel):
             signature[name] = "i32" if name in INTS else POINTERS.get(name, "*fp32")
     target = GPUTarget("cuda", int(sys.argv[1]), 32)
     source = ASTSource(kernel, signature, constexprs=constants)
-    return len(triton.compile(source, target=target, options={"num_warps": 4}).asm["cubin"])
+    options = {"num_warps": 4, **kernels.EXACT}
+    return len(triton.compile(source, target=target, options=options).asm["cubin"])
 
 
 found = [kernels.norm_kernel, kernels.step_kernel, kernels.finish_kernel]
@@ -212,7 +214,7 @@ print(json.dumps([size(kernel) for kernel in found]))
 """
 
 
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [75, 120])
 def test_triton_kernels_compile_to_cubins(tmp_path, capability):
     pytest.importorskip("triton", reason="triton is not installed: its kernels can't be checked")
     # An empty cache, so that this compiles.

@@ -24,7 +24,7 @@ def output_of(*command):
     return done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("architecture", ["sm_75", "sm_120"])  # the guard takes all
 @pytest.mark.parametrize(
     ("name", "kernels"),
     [
@@ -34,6 +34,8 @@ def output_of(*command):
     ],
 )
 def test_kernels_compile_without_spills(nvcc, tmp_path, name, kernels, architecture):
+    if architecture not in output_of(nvcc, "--list-gpu-code").split():
+        pytest.skip(f"nvcc does not know {architecture}")
     report = output_of(
         nvcc, "-std=c++17", "-O3", "-Xptxas", "-v", f"-arch={architecture}",
         "-c", CSRC / "cuda" / name, "-o", tmp_path / "kernels.o",
@@ -44,7 +46,7 @@ def test_kernels_compile_without_spills(nvcc, tmp_path, name, kernels, architect
     print(architecture, *zip(entries, registers, strict=True), sep="\n")
     assert len(entries) == kernels
     assert set(spills) == {("0", "0")}
-    assert max(registers) <= 128  # two blocks of 256 threads on an SM
+    assert max(registers) <= 64  # four blocks of 256 threads on a multiprocessor
 
 
 SUMMATION = r"""

@@ -1,6 +1,9 @@
 """Steps as CUDA graphs. Without a GPU a stand-in for the capture runs the step again at each
 replay, on the same fixed buffers: shapes, padding, rates and buffers are tested, not CUDA."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import batch, tiny
@@ -8,7 +11,13 @@ from conftest import batch, tiny
 from beft_ext import BiasAdamW, prepare
 from beft_ext.ops import dispatch
 from beft_ext.training.loss import model_loss
-from beft_ext.training.steps import LENGTH_MULTIPLE, EagerStep, GraphedStep, StepError
+from beft_ext.training.steps import (
+    LENGTH_MULTIPLE,
+    EagerStep,
+    GraphedStep,
+    StepError,
+    _CudaCapture,
+)
 from beft_ext.training.tuning import Recipe, TuningError, tune
 
 
@@ -197,8 +206,8 @@ class OnGpu:
         yield type("Parameter", (), {"device": torch.device("cuda")})
 
 
-@pytest.mark.parametrize(("backend", "refused"), [("triton", 1), ("reference", 1), ("cuda", 0)])
-def test_graphs_need_the_compiled_kernels(monkeypatch, backend, refused):
+@pytest.mark.parametrize(("backend", "refused"), [("triton", 0), ("reference", 1), ("cuda", 0)])
+def test_graphs_need_kernels_that_ask_nothing_of_the_host(monkeypatch, backend, refused):
     monkeypatch.setattr(dispatch, "choose", lambda device: backend)
     try:
         GraphedStep(OnGpu(), None)
@@ -212,9 +221,41 @@ def test_graphs_need_the_compiled_kernels(monkeypatch, backend, refused):
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("bf16", [False, True])
-def test_graphs_on_a_gpu_train_to_the_same_losses(bf16):
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
+def test_graphs_on_a_gpu_train_to_the_same_losses(request, backend, bf16):
+    if dispatch.backends()[backend]:
+        pytest.skip(dispatch.backends()[backend])
+    request.addfinalizer(lambda: dispatch.set_backend(None))
+    dispatch.set_backend(backend)
     graphed, eager = (made(kind, "cuda", bf16=bf16) for kind in (GraphedStep, EagerStep))
     batches = mixed()
     found = losses(graphed, batches, "cuda")
     plain = losses(eager, [graphed.padded(b) for b in batches], "cuda")
     assert found == pytest.approx(plain, rel=1e-6) and graphed.graphs
+
+
+def test_captures_leave_other_threads_alone_and_warm_up_on_one_stream(monkeypatch):
+    """On fakes of what torch has for a GPU."""
+    asked, streams = [], []
+
+    class Stream:
+        def __init__(self, device):
+            streams.append(self)
+
+        def wait_stream(self, other):
+            pass
+
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 5)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **kw: asked.append(kw) or nullcontext())
+    assert _CudaCapture()(lambda: None) == "replay"
+    assert asked == [{"pool": 5, "capture_error_mode": "thread_local"}]
+
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    step = made(GraphedStep, capture=again)
+    step.device = torch.device("cuda")
+    for _ in range(3):
+        step.warm_up(batch())
+    assert len(streams) == 1 + 3  # the warm-ups' own, and those that it waits for
