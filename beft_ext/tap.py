@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,6 +29,12 @@ def require_untapped(model: nn.Module, error: type[BeftError] = TapError) -> Non
     """Raise ``error`` where ``model`` carries a tap."""
     if state.get(model, Tap) is not None:
         raise error("this model is tapped already: call remove() of that tap first")
+
+
+def unheard(model: nn.Module) -> AbstractContextManager[None]:
+    """While the model runs for something that no step announced; with or without a tap."""
+    tap = state.get(model, Tap)
+    return nullcontext() if tap is None else tap.deaf()
 
 
 class Tap(AbstractContextManager["Tap"], state.Record):
@@ -105,7 +111,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Keep what the outermost module was called with: examples may have to be located."""
         step = self._step
-        if step.announced and step.called is None:
+        if step.announced and step.called is None and step.visit is None:
             step.called = (module, args, kwargs)
 
     def keep_rows(self, examples: int, columns: int | None = None, seed: int = 0) -> None:
@@ -170,6 +176,15 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         """Until the next ``step``, backwards give gradients alone."""
         self.finish_step()
         self._step.announced = False
+
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """Forwards that are no step's, and that no backward follows."""
+        before, self._step.visit = self._step.visit, lambda _, output: output
+        try:
+            yield
+        finally:
+            self._step.visit = before
 
     def finish_step(self) -> None:
         """Square what sites used several times in one step have gathered."""

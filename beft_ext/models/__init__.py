@@ -11,7 +11,7 @@ from beft_ext.models.find import (
     output_width,
     require_fit,
 )
-from beft_ext.models.head import head_parameters
+from beft_ext.models.head import head_parameters, output_layer
 from beft_ext.models.terms import Selected, parse_terms, pick, spell
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "make_plain",
     "mergeable",
     "outer_modules",
+    "output_layer",
     "output_width",
     "parse_terms",
     "pick",

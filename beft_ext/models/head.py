@@ -13,8 +13,7 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     Raises BiasError for a quantised head, which cannot train.
     """
-    base = getattr(model, "base_model", model)
-    embeddings = getattr(model, "get_output_embeddings", lambda: None)()
+    base, embeddings = getattr(model, "base_model", model), output_layer(model)
     inside = {id(p) for m in (base, embeddings) if m is not None for p in m.parameters()}
     head = {n: p for n, p in model.named_parameters() if id(p) not in inside}
     for name, parameter in head.items():
@@ -24,3 +23,9 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
                 "quantise model.base_model alone"
             )
     return list(head.values())
+
+
+def output_layer(model: nn.Module) -> nn.Module | None:
+    """What turns a language model's hidden states into logits; None where there is none."""
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Module) else None

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.tasks.batches import padded
-from beft_ext.tasks.objective import device_of, log_probabilities
+from beft_ext.tasks.objective import device_of
 from beft_ext.tasks.reading import takes
+from beft_ext.training.counted import log_probabilities, logits_at
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedTokenizerBase
@@ -30,26 +31,23 @@ def shared_prompt_scores(
     device = device_of(model)
     prompts = padded([p for p, _ in pairs], pad, left=True).to(device)
     mask = padded([[1] * len(p) for p, _ in pairs], 0, left=True).to(device)
-    output = model(
-        input_ids=prompts,
-        attention_mask=mask,
-        use_cache=True,
-        **_positions(model, mask),
-        **_last(model),
-    )
-    first = log_probabilities(output.logits[:, -1])  # (B, V)
-    flat = [(i, option) for i, (_, options) in enumerate(pairs) for option in options]
+    last = torch.arange(1, len(pairs) + 1, device=device) * prompts.shape[1] - 1
+    inputs = {"input_ids": prompts, "attention_mask": mask, **_positions(model, mask)}
+    logits, output = logits_at(model, inputs, last, use_cache=True)
+    begun = padded([[option[0] for option in options] for _, options in pairs], pad)
+    first = log_probabilities(logits, begun.to(device))
+    flat = [(i, n, o) for i, (_, options) in enumerate(pairs) for n, o in enumerate(options)]
     scores: list[list[float]] = [[] for _ in pairs]
     for begin in range(0, len(flat), OPTIONS_AT_ONCE):
         part = flat[begin : begin + OPTIONS_AT_ONCE]
-        owners = torch.tensor([i for i, _ in part], device=device)
-        options = padded([o for _, o in part], pad).to(device)
-        sums = first[owners, options[:, 0]]
-        kept = padded([[1] * len(o) for _, o in part], 0).to(device)
+        owners, numbers = torch.tensor([f[:2] for f in part], device=device).T
+        options = padded([o for *_, o in part], pad).to(device)
+        sums = first[owners, numbers]
+        kept = padded([[1] * len(o) for *_, o in part], 0).to(device)
         if options.shape[1] > 1:
             sums = sums + _rest(model, output.past_key_values, mask[owners], owners, options, kept)
         means = (sums / kept.sum(-1)).tolist()
-        for (i, _), mean in zip(part, means, strict=True):
+        for (i, *_), mean in zip(part, means, strict=True):
             scores[i].append(mean)
     return scores
 
@@ -64,15 +62,12 @@ def _rest(
     positions = _positions(model, whole)
     if positions:
         positions = {"position_ids": positions["position_ids"][:, mask.shape[1] :]}
-    logits = model(
-        input_ids=options[:, :-1],
-        attention_mask=whole,
-        **{"cache" if takes(model, "cache") else "past_key_values": copied},  # renamed in 5.24
-        use_cache=True,
-        **positions,
-    ).logits
-    found = log_probabilities(logits).gather(-1, options[:, 1:, None]).squeeze(-1)
-    return (found * kept[:, 1:]).sum(-1)
+    inputs = {"input_ids": options[:, :-1], "attention_mask": whole, **positions}
+    inputs["cache" if takes(model, "cache") else "past_key_values"] = copied  # renamed in 5.24
+    said = kept[:, 1:].bool()
+    logits, _ = logits_at(model, inputs, said.flatten().nonzero().flatten(), use_cache=True)
+    logs = log_probabilities(logits, options[:, 1:][said][:, None])[:, 0]
+    return logs.new_zeros(said.shape).masked_scatter(said, logs).sum(-1)
 
 
 def greedy(
@@ -106,7 +101,3 @@ def _positions(model: nn.Module, mask: Tensor) -> dict[str, Tensor]:
     if not takes(model, "position_ids"):
         return {}
     return {"position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
-
-
-def _last(model: nn.Module) -> dict[str, int]:
-    return {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}

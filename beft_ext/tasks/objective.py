@@ -119,8 +119,3 @@ def _readable(model: nn.Module) -> Iterator[None]:
 def device_of(model: nn.Module) -> torch.device:
     """Where the model's inputs go."""
     return next(model.parameters()).device
-
-
-def log_probabilities(logits: Tensor) -> Tensor:
-    """Over the last axis, in fp32 at least."""
-    return logits.log_softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))

@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from beft_ext.tasks.batches import Batches, Encoded, padded
 from beft_ext.tasks.decoding import greedy, shared_prompt_scores
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.objective import Objective, Prediction, device_of, log_probabilities
-from beft_ext.tasks.reading import reading, takes
+from beft_ext.tasks.objective import Objective, Prediction, device_of
+from beft_ext.tasks.reading import reading
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
+from beft_ext.training.counted import log_probabilities, logits_at
 from beft_ext.training.observed import Observed
 
 if TYPE_CHECKING:
@@ -210,23 +211,22 @@ def option_scores(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """Mean log-probability of each option's tokens after the prompt, ``(B, C)``, in fp32 at least.
 
     batch: as ``PromptObjective.options`` makes it. Only the logits of the positions that
-    predict a token of an option are computed, where the model lets one say so.
+    predict a token of an option are computed.
     """
     ids, options = batch["input_ids"], batch["options"]
-    count, choices, longest = options.shape
-    at = batch["start"][:, None] + torch.arange(longest, device=ids.device)  # (B, O)
-    at = at.clamp(max=ids.shape[-1] - 1)  # beyond the row only where the mask is zero
+    (count, texts, tokens), (_, choices, longest) = ids.shape, options.shape
+    place = batch["start"][:, None] + torch.arange(longest, device=ids.device)  # (B, O)
+    place = place.clamp(max=tokens - 1)  # beyond the row only where the mask is zero
+    row = torch.arange(count * texts, device=ids.device).view(count, texts, 1)
+    at = row * tokens + place[:, None]  # (B, R, O)
     inputs = {
         "input_ids": ids.flatten(0, 1),
         "attention_mask": batch["attention_mask"].flatten(0, 1),
     }
-    if takes(model, "logits_to_keep"):
-        keep, at = at.unique(return_inverse=True)
-        inputs["logits_to_keep"] = keep
-    logits = model(**inputs, use_cache=False).logits
-    logits = logits.view(count, ids.shape[1], *logits.shape[1:])  # (B, R, T, V)
-    where = at[:, None, :, None].expand(-1, ids.shape[1], -1, logits.shape[-1])
-    logs = log_probabilities(logits.gather(2, where)).expand(-1, choices, -1, -1)
-    found = logs.gather(-1, options.unsqueeze(-1)).squeeze(-1)  # (B, C, O)
+    logits, _ = logits_at(model, inputs, at.flatten(), use_cache=False)
+    each = (count, texts, choices // texts, longest)  # a text is of one option, or of all
+    said = options.view(each).transpose(2, 3)
+    logs = log_probabilities(logits, said.reshape(at.numel(), -1))
+    found = logs.view(said.shape).transpose(2, 3).reshape(options.shape)
     mask = batch["option_mask"]
     return (found * mask).sum(-1) / mask.sum(-1)

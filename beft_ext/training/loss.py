@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
 from beft_ext.models.modes import quiet
+from beft_ext.training.counted import IGNORED_LABEL, counted_losses
 
 Batch = Mapping[str, Any]  # a model's arguments: tensors, and whatever else it takes
 Measure = Callable[[Batch], float | None]
@@ -23,7 +24,6 @@ Measure = Callable[[Batch], float | None]
 LossValue: TypeAlias = Tensor | tuple[Tensor, Tensor | float]
 Loss = Callable[[nn.Module, Batch], LossValue]
 
-IGNORED_LABEL = -100  # a label that counts for nothing
 LABELS_KEPT = 4  # labels of a row that stay where divisors are told apart
 
 
@@ -34,9 +34,16 @@ class LossError(BeftError, ValueError):
 def model_loss(model: nn.Module, batch: Batch) -> Tensor:
     """What a transformers model gives out beside its logits when the batch has labels.
 
+    Where most labels of texts do not count, its output layer is spared the positions that predict
+    none; the loss is the same but for rounding.
+
     Raises: LossError where it gives none.
     """
-    return loss_of(model(**batch))
+    found = counted_losses(model, batch)
+    if found is None:
+        return loss_of(model(**batch))
+    losses, counts = found
+    return losses.sum() / counts.sum()
 
 
 def loss_of(output: object) -> Tensor:

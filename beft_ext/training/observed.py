@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, nll_loss
+from torch.nn.functional import binary_cross_entropy_with_logits, nll_loss
 
-from beft_ext.training.loss import IGNORED_LABEL, Batch, LossError, items_given, loss_of, offsets_of
+from beft_ext.training.counted import IGNORED_LABEL, counted_losses, losses_of, rounding
+from beft_ext.training.loss import Batch, LossError, items_given, loss_of, offsets_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,9 @@ def model_observe(model: nn.Module, batch: Batch) -> Observed:
     Raises: LossError where the model gives no loss, or one that is none of these, such as a
         weighted one.
     """
+    counted = counted_losses(model, batch)
+    if counted is not None:
+        return Observed(*(_per_example(t, offsets_of(batch)) for t in counted))
     output: Any = model(**batch)
     labels: Any = batch.get("labels")
     logits: Any = getattr(output, "logits", None)
@@ -76,7 +80,7 @@ def model_observe(model: nn.Module, batch: Batch) -> Observed:
         return float((reading.losses.sum() / divisor - loss).detach().abs())
 
     best = min(readings, key=off, default=None)
-    if best is None or off(best) > _rounding(loss.detach(), logits.detach()):
+    if best is None or off(best) > rounding(loss.detach(), logits.detach()):
         raise LossError(
             "the losses of single examples cannot be told from this model's loss: let the loss "
             "return the losses of the examples (B,)"
@@ -102,19 +106,9 @@ def _readings(logits: Tensor, labels: Tensor, offsets: Tensor | None) -> list[Ob
     if labels.ndim == 1:
         return [Observed.of_classes(logits, labels)]
     return [
-        Observed(*(_per_example(t, offsets) for t in _of_tokens(logits, labels, ahead)))
+        Observed(*(_per_example(t, offsets) for t in losses_of(logits, labels, ahead)))
         for ahead in (1, 0)
     ]
-
-
-def _of_tokens(logits: Tensor, labels: Tensor, ahead: int) -> tuple[Tensor, Tensor]:
-    """``(B, T)``: each label's loss by the logits ``ahead`` places before it, and whether it has
-    one. Only those logits are widened: a vocabulary's are many."""
-    told = labels.ne(IGNORED_LABEL)
-    told[:, :ahead] = False
-    by = told.roll(-ahead, 1)
-    found = cross_entropy(logits[by].to(_wide(logits)), labels[told], reduction="none")
-    return found.new_zeros(labels.shape).masked_scatter(told, found), told.to(found)
 
 
 def _per_example(values: Tensor, offsets: Tensor | None) -> Tensor:
@@ -128,11 +122,3 @@ def _per_example(values: Tensor, offsets: Tensor | None) -> Tensor:
 
 def _wide(values: Tensor) -> torch.dtype:
     return torch.promote_types(values.dtype, torch.float32)
-
-
-def _rounding(loss: Tensor, logits: Tensor) -> float:
-    """How far the same loss may be off: a mean's rounding grows with the logarithm of its terms
-    (16 for 65,536), and a log-probability is as coarse as its logit."""
-    single = torch.finfo(torch.float32).eps
-    own = torch.finfo(loss.dtype).eps
-    return 16 * float(own * loss.abs() + single * logits.abs().max())

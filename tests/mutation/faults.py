@@ -61,11 +61,24 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("loss.mean() if loss.ndim else loss", "loss.sum() if loss.ndim else loss"),
         ],
     ),
+    "beft_ext/training/counted.py": (
+        ("training/test_counted.py", "training/test_observed.py"),
+        [
+            ("found[:, :ahead] = False", "found[:, :1] = False"),
+            ("logits[which.roll(-ahead, 1)]", "logits[which]"),
+            ("nonzero().flatten() - ahead", "nonzero().flatten() - 1"),
+            ("hidden[:, -tokens:]", "hidden[:, :tokens]"),
+            ("        handle.remove()\n", "        pass\n"),
+            ("with quiet(model), unheard(model), torch", "with quiet(model), torch"),
+            ("both.pop() if len(both) == 1 else None", "both.pop()"),
+            ("at // tokens * len(kept) + place", "place"),
+            (" - top - sums.log()", " - sums.log()"),
+            ("grads[row, own[:, column]] += given", "grads[row, own[:, column]] = given"),
+        ],
+    ),
     "beft_ext/training/observed.py": (
         ("training/test_observed.py", "tasks/test_prompts.py"),
         [
-            ("told[:, :ahead] = False", "told[:, :1] = False"),
-            ("by = told.roll(-ahead, 1)", "by = told"),
             ("divisor = items_given(batch) or float", "divisor = float"),
             ("self.losses / self.counts.clamp(min=1)", "self.losses / self.counts"),
             ("residuals = outputs - labels", "residuals = labels - outputs"),
