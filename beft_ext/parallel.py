@@ -252,6 +252,11 @@ def here() -> Ranks:
     return _here or Ranks()
 
 
+def held() -> bool:
+    """Whether this is within a meeting, or within ``alone``."""
+    return _here is not None
+
+
 @contextmanager
 def alone() -> Iterator[None]:
     """What is called in between works with this process alone, whatever process group there is.
