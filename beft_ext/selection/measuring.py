@@ -24,12 +24,12 @@ from beft_ext.selection.result import SelectionError
 from beft_ext.selection.run import (
     BufferedLoader,
     ModelSnapshot,
-    require_apart,
     require_same,
 )
 from beft_ext.selection.sets import frontier
 from beft_ext.tap import Tap, require_untapped
 from beft_ext.training.data import generators
+from beft_ext.training.joined import require_apart
 from beft_ext.training.loss import (
     Batch,
     Loss,
@@ -110,7 +110,7 @@ def measure_gains(
         with ModelSnapshot(model), added(model, lacking), quiet(model):
             torch.manual_seed(seed)
             batches = BufferedLoader(loader)
-            require_apart(ranks, batches.first)
+            require_apart(ranks, batches.first, SelectionError)
             examples = _length(loader, examples, ranks)
             dead = ranks.first(dead_of(model, observe, names, batches.first))
             alive = {b: name for b, name in names.items() if name not in dead or terms is not None}
@@ -168,8 +168,10 @@ def _length(loader: Iterable[Batch], most: int, ranks: Ranks) -> int:
 
 
 def _own_length(loader: Iterable[Batch], most: int) -> int:
-    sampler = getattr(loader, "sampler", None)  # a DistributedSampler has this rank's rows alone
-    for held in (getattr(loader, "own", None), sampler, getattr(loader, "dataset", None)):
+    if isinstance(own := getattr(loader, "examples", None), int):
+        return own
+    # A DistributedSampler has this rank's rows alone.
+    for held in (getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
         if isinstance(held, Sized):
             return len(held)
     if isinstance(loader, Sequence) and not any(b and offsets_of(b) is not None for b in loader):

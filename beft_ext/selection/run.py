@@ -66,21 +66,6 @@ def require_same(ranks: Ranks, model: nn.Module, **facts: str) -> None:
         ranks.agree(SelectionError, the_model=digest, **facts)
 
 
-def require_apart(ranks: Ranks, first: Batch) -> None:
-    """Raise SelectionError where two ranks begin with the same batch: they would count it twice."""
-    if ranks.size == 1:
-        return
-    digest = digest_of({k: v for k, v in first.items() if isinstance(v, Tensor)})
-    seen: dict[str, int] = {}
-    for rank, own in enumerate(ranks.gather(digest)):
-        if own in seen:
-            raise SelectionError(
-                f"ranks {seen[own]} and {rank} read the same batch: give each rank rows of its "
-                "own, as with torch's DistributedSampler"
-            )
-        seen[own] = rank
-
-
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 

@@ -24,10 +24,10 @@ from beft_ext.selection.run import (
     BufferedLoader,
     ModelSnapshot,
     Run,
-    require_apart,
     require_same,
 )
 from beft_ext.tap import Tap, require_untapped
+from beft_ext.training.joined import require_apart
 from beft_ext.training.loss import Batch, Loss, LossError, model_loss
 
 
@@ -141,7 +141,7 @@ def select(
         ):
             torch.manual_seed(ranks.seed(seed))
             batches = BufferedLoader(loader)
-            require_apart(ranks, batches.first)
+            require_apart(ranks, batches.first, SelectionError)
             dead = ranks.first(dead_of(model, loss, names, batches.first))
             alive = [b for b in names if terms is not None or names[b] not in dead]
             with Tap(model, alive) as tap:

@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from beft_ext.errors import BeftError
 from beft_ext.parallel import Ranks
+from beft_ext.training.data import digest_of
 from beft_ext.training.loss import Batch
 
 
@@ -36,6 +38,21 @@ def side_by_side(ranks: Ranks, batches: Iterable[Batch]) -> Iterator[Batch]:
         if not any(ranks.gather(batch is not None)):
             return
         yield {} if batch is None else batch
+
+
+def require_apart(ranks: Ranks, first: Batch, error: type[BeftError]) -> None:
+    """Raise ``error`` where two ranks begin with the same batch: it would be counted twice."""
+    if ranks.size == 1:
+        return
+    digest = digest_of({k: v for k, v in first.items() if isinstance(v, Tensor)})
+    seen: dict[str, int] = {}
+    for rank, own in enumerate(ranks.gather(digest if first else f"nothing on rank {ranks.rank}")):
+        if own in seen:
+            raise error(
+                f"ranks {seen[own]} and {rank} read the same batch: give each rank rows of its "
+                "own, as with torch's DistributedSampler"
+            )
+        seen[own] = rank
 
 
 def averaged(ranks: Ranks, parameters: Sequence[Tensor], share: Share) -> float:
