@@ -153,7 +153,7 @@ class Ranks:
             setattr(failure, _TOLD, True)
         kinds = {int(w[0]) for w in words}
         if len(kinds) > 1 and failure is None:
-            raise _told(RankError("the ranks do not do the same: let all make the same calls"))
+            raise known(RankError("the ranks do not do the same: let all make the same calls"))
         return [int(w[1]) for w in words]
 
     def _bytes(self, kind: int, mine: bytes) -> list[bytes]:
@@ -178,7 +178,7 @@ class Ranks:
         try:
             exchange(*arguments, group=self._group)
         except RuntimeError as error:
-            raise _told(RankError(self._lost(error))) from error
+            raise known(RankError(self._lost(error))) from error
 
     def _lost(self, error: RuntimeError) -> str:
         assert self._store is not None
@@ -208,7 +208,8 @@ def is_told(error: BaseException) -> bool:
     return getattr(error, _TOLD, False)
 
 
-def _told(error: T) -> T:
+def known(error: T) -> T:
+    """The error, marked as one that all ranks raise."""
     setattr(error, _TOLD, True)
     return error
 
@@ -223,7 +224,7 @@ def _said(error: BaseException) -> tuple[type[BeftError] | None, str]:
 
 
 def _again(rank: int, kind: type[BeftError] | None, words: str) -> BeftError:
-    return _told((kind or RankError)(f"rank {rank}: {words}"))
+    return known((kind or RankError)(f"rank {rank}: {words}"))
 
 
 def _named(ranks: Sequence[int]) -> str:
@@ -250,6 +251,11 @@ _home: tuple[Any, Ranks] | None = None  # the process group, and its ranks
 def here() -> Ranks:
     """The ranks of the meeting that is held; one rank outside of any."""
     return _here or Ranks()
+
+
+def leads() -> bool:
+    """Whether this process writes and prints: rank 0, or the only one."""
+    return here().rank == 0
 
 
 def held() -> bool:
@@ -372,7 +378,7 @@ def _wait(ranks: Ranks, what: str, seconds: float) -> bool:
     asked = [store.get(f"{door}/what").decode() for door in doors]
     ranks.met += 1
     if other := [r for r, call in enumerate(asked) if call != what]:
-        raise _told(
+        raise known(
             RankError(
                 f"{_named(other)} came to {asked[other[0]]} and rank {ranks.rank} to {what}: let "
                 "all ranks make the same calls in the same order"
