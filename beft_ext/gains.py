@@ -10,14 +10,18 @@ Pure functions in float64. Definitions and letters: docs/definitions.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from beft_ext.errors import BeftError
+
+# Applies a function to each item, as ``map`` does; several processes may share the work.
+Each = Callable[[Callable[[Any], Any], Iterable[Any]], Iterable[Any]]
 
 # Ridges, in units of the mean eigenvalue of K.
 RIDGES = torch.logspace(-4, 3, 22, dtype=torch.float64)
@@ -197,7 +201,12 @@ def _error_of_sum(values: Tensor) -> float:
 
 
 def beyond_chance(
-    grams: Sequence[Gram], gains: Sequence[Gain], regression: Regression, flips: int, seed: int
+    grams: Sequence[Gram],
+    gains: Sequence[Gain],
+    regression: Regression,
+    flips: int,
+    seed: int,
+    each: Each = map,
 ) -> list[float]:
     """For each term the probability that noise alone shows such a gain somewhere.
 
@@ -211,10 +220,12 @@ def beyond_chance(
         flipped[block] *= sign
     flipped = flipped.float()
     before = _nothing(regression).left(regression, flipped)[1][0].square().sum(0)
-    largest = torch.full((flips,), -torch.inf)
-    for gram in grams:
-        left = gram.left(regression, flipped)[1].square().sum(1).amin(0)
-        largest = torch.maximum(largest, 1 - left / before)
+
+    def largest_of(gram: Gram) -> Tensor:
+        left: Tensor = gram.left(regression, flipped)[1].square().sum(1).amin(0)
+        return 1 - left / before
+
+    largest = torch.stack(list(each(largest_of, grams))).amax(0)
     return [(1 + int((largest >= g.value).sum())) / (1 + flips) for g in gains]
 
 
@@ -225,7 +236,7 @@ def equal_rows(keys: Sequence[object]) -> Tensor:
 
 
 def learning_curve(
-    matrix: Tensor, regression: Regression, parts: Sequence[int], seed: int
+    matrix: Tensor, regression: Regression, parts: Sequence[int], seed: int, each: Each = map
 ) -> dict[int, float]:
     """The gain had there been only a part of the examples, by their number.
 
@@ -234,16 +245,21 @@ def learning_curve(
     """
     count = len(regression.blocks)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+
+    def gain_of(part: tuple[int, int]) -> float | None:
+        number, k = part
+        rows = torch.cat([regression.blocks[i] for i in order[k::number]])
+        try:
+            own = regression.part(rows)
+        except GainError:
+            return None
+        return gain(Gram.of(matrix[rows][:, rows]), own).value
+
+    tried = [(number, k) for number in parts for k in range(number)]
+    found = dict(zip(tried, each(gain_of, tried), strict=True))
     curve: dict[int, float] = {}
     for number in parts:
-        found = []
-        for k in range(number):
-            rows = torch.cat([regression.blocks[i] for i in order[k::number]])
-            try:
-                own = regression.part(rows)
-            except GainError:
-                break
-            found.append(gain(Gram.of(matrix[rows][:, rows]), own).value)
-        if len(found) == number:
-            curve[count // number] = sum(found) / number
+        values = [v for k in range(number) if (v := found[number, k]) is not None]
+        if len(values) == number:
+            curve[count // number] = sum(values) / number
     return curve

@@ -23,7 +23,7 @@ class SiteSlab:
     Args:
         biases: of the parameter.
         like: a tensor ``(P,)`` with the dtype and device of the rows.
-        examples: number of rows, N.
+        examples: number of rows, N; more are made where they are needed.
         columns: width of a bias's sketch; a bias that is not wider is kept as it is.
         seed: of the sketches.
     """
@@ -45,6 +45,7 @@ class SiteSlab:
         """
         batch = len(dy) if offsets is None else len(offsets) - 1
         if self.whole is not None:
+            self.whole = _with_room(self.whole, row + batch)
             out = self.whole[row : row + batch]
         else:
             out = next(iter(self.sketches.values())).rows.new_empty(batch, dy.shape[-1])
@@ -56,6 +57,7 @@ class SiteSlab:
     def put(self, row: int, grads: Tensor) -> None:
         """Keep gradients ``(B, P)`` that are summed already."""
         if self.whole is not None:
+            self.whole = _with_room(self.whole, row + len(grads))
             self.whole[row : row + len(grads)] = grads
         for sketch in self.sketches.values():
             sketch.put(row, grads)
@@ -83,7 +85,17 @@ class _Sketch:
     def put(self, row: int, grads: Tensor) -> None:
         signed = _columns(self.bias, grads) * self.sign
         filled = nn.functional.pad(signed, (0, self.beyond))[:, self.order]
+        self.rows = _with_room(self.rows, row + len(grads))
         self.rows[row : row + len(grads)] = filled.unflatten(1, (-1, self.columns)).sum(1)
+
+
+def _with_room(rows: Tensor, count: int) -> Tensor:
+    """The rows, with more of zeros behind them where there are fewer than ``count``."""
+    if count <= len(rows):
+        return rows
+    return torch.cat(
+        [rows, rows.new_zeros(max(count, len(rows) // 4 * 5) - len(rows), rows.shape[1])]
+    )
 
 
 def _columns(bias: Bias, rows: Tensor) -> Tensor:

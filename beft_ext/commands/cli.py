@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import TextIO
 
 from beft_ext import scores
-from beft_ext.commands import methods
+from beft_ext.commands import methods, processes
 from beft_ext.commands.loading import OBJECTIVES, ModelSpec, Source, WorkflowError
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.files import require_writable, save_json
+from beft_ext.parallel import leads
 from beft_ext.selection.gain_result import GAIN
 from beft_ext.tasks import TASKS
 
@@ -21,17 +22,20 @@ TERMS_HELP = "value@6-11+query is the value in layers 6 to 11, from 0, and every
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    with processes.one_voice():
+        a = _parser().parse_args(argv)
     try:
         _quiet()
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), processes.together(a):
             warnings.showwarning = _note
-            arguments.run(arguments)
+            a.run(a)
     except KeyboardInterrupt:
-        print(f"beft-ext: interrupted; {arguments.stands(arguments)}", file=sys.stderr)
+        if processes.speaks():
+            print(f"beft-ext: interrupted; {a.stands(a)}", file=sys.stderr)
         return 130
     except (BeftError, OSError) as error:
-        print(f"beft-ext: {error}", file=sys.stderr)
+        if processes.speaks(error):
+            print(f"beft-ext: {error}", file=sys.stderr)
         return 2
     return 0
 
@@ -68,7 +72,8 @@ def _quiet() -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="beft-ext", description=__doc__)
     parser.set_defaults(stands=lambda _: "nothing was written: results come whole, at the end")
-    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    parser.set_defaults(joint=False)  # whether several processes may run it together
+    verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
     biases = verbs.add_parser("biases", help="list the bias terms that a model has or can get")
     biases.add_argument("model", metavar="MODEL", help="hub id or folder")
     biases.set_defaults(run=_biases)
@@ -91,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     select.add_argument(
         "--steps", type=int, help="length of the run, in place of --epochs; 0 for the gains alone"
     )
-    select.set_defaults(run=_select)
+    select.set_defaults(run=_select, joint=True)
     tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")
     _add_data(tune)
     _add_run(tune, epochs=10, warmup=0.06, race=True)
@@ -110,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     tune.add_argument("--compile", action="store_true", help="torch.compile of the model")
     tune.add_argument("--graphs", action="store_true", help="whole steps as CUDA graphs")
-    tune.set_defaults(run=_tune, stands=_tune_stands)
+    tune.set_defaults(run=_tune, stands=_tune_stands, joint=True)
     evaluate = verbs.add_parser("evaluate", help="measure a model, with an adapter or without")
     _add_data(evaluate)
     evaluate.add_argument("--adapter", type=Path, metavar="DIR")
@@ -233,12 +238,14 @@ def _select(arguments: argparse.Namespace) -> None:
     from beft_ext.commands import workflow
 
     a = arguments
-    require_writable(a.out)
+    if leads():
+        require_writable(a.out)
     selection = workflow.run_select(
         _source(a), _spec(a), workflow.Settings.of(a), a.terms, a.method, a.steps
     )
     print(selection)
-    selection.save(a.out)
+    if leads():
+        selection.save(a.out)
     print(f"\ntrain '{selection.best}'; written to {a.out}")
 
 
@@ -246,7 +253,8 @@ def _tune(arguments: argparse.Namespace) -> None:
     from beft_ext.commands import workflow
 
     a = arguments
-    require_writable(a.out)
+    if leads():
+        require_writable(a.out)
     settings = workflow.Settings.of(a)
     if a.budget is not None and a.terms != "auto":
         raise WorkflowError("--budget is what --terms auto may choose: give one of the two")

@@ -22,9 +22,11 @@ from beft_ext.commands.loading import (
     goes_left_to_right,
     require_order,
 )
+from beft_ext.commands.processes import own_part
 from beft_ext.files import JsonObject, whole_files
 from beft_ext.gains import GainError
 from beft_ext.models import find_biases, find_projections
+from beft_ext.parallel import here, leads
 from beft_ext.selection import (
     GAIN,
     Audition,
@@ -111,7 +113,7 @@ def run_select(
     if source.validation_file is not None:
         source.read("validation")  # not needed here, but better found broken before the run
     model, objective = spec.load(source.task, classes_of(train))
-    loader = settings.batches(objective, train)
+    loader = own_part(settings.batches(objective, train))
     _tell(objective)
     return select(
         model,
@@ -165,10 +167,9 @@ def raced(
 ) -> Audition:
     """The race of ``contender`` at the rates around the ``first``. ``path`` keeps it; where a run
     is resumed, it is read from there."""
-    if resume and path.is_file():
-        found = read_audition(path)
-        if found.best == name:
-            return found
+    kept = here().first(read_audition(path) if resume and leads() and path.is_file() else None)
+    if kept is not None and kept.best == name:
+        return kept
     found = audition(
         {name: contender},
         loader,
@@ -180,7 +181,8 @@ def raced(
         seed=recipe.seed,
         progress=sys.stderr.isatty(),
     )
-    found.save(path)
+    if leads():
+        found.save(path)
     return found
 
 
@@ -211,7 +213,8 @@ def run_tune(
 
     train, validation, task = source.read("train"), source.read("validation"), source.task
     model, objective = spec.load(task, classes_of(train, validation))
-    loader = settings.batches(objective, train)
+    every = settings.batches(objective, train)
+    loader = own_part(every)
     held_out = objective.held_out(validation, EVALUATION_BATCH)
     _tell(objective)
     selected = None
@@ -224,7 +227,7 @@ def run_tune(
         gains = None if selected is None else selected.gains
         first = partial(_first_rate, model, objective, loader, chosen, gains, recipe.lr)
         contender = terms_of(model, chosen)
-        race = raced(out / RACE, terms, contender, first, loader, objective, recipe, budget, resume)
+        race = raced(out / RACE, terms, contender, first, every, objective, recipe, budget, resume)
         print(f"{race}\n")
         recipe = replace(recipe, lr=race.rate)
     print(prepare(model, chosen), "\n")
@@ -242,8 +245,9 @@ def run_tune(
     )
     for record in progress.history:
         print("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
-    save_adapter(model, out / "adapter", selection=selected, audition=race)
-    draw(learning_curve, progress.history, task.metric, out / "learning_curve.png")
+    if leads():
+        save_adapter(model, out / "adapter", selection=selected, audition=race)
+        draw(learning_curve, progress.history, task.metric, out / "learning_curve.png")
     print(f"\nthe adapter is in {out / 'adapter'}")
 
 
@@ -261,15 +265,16 @@ def _automatic(
     ``path`` keeps the selection; a resumed run reads it there. budget: number of the terms'
     parameters, at most.
     """
-    if resume and path.is_file():
-        kept = read_selection(path)
+    kept = here().first(read_selection(path) if resume and leads() and path.is_file() else None)
+    if kept is not None:
         if kept.gains is None:
             raise WorkflowError(f"{path} has no gains: it is of another version, so start anew")
         return automatic(kept.gains, family_of(model), budget).term, kept
     found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget)
     if found is not None:
         print(found)
-        found.save(path.parent)
+        if leads():
+            found.save(path.parent)
     print(f"\nauto: '{choice.term}': {choice.reason}\n")
     return choice.term, found
 

@@ -17,17 +17,24 @@ def inside(model: nn.Module) -> nn.Module:
 
 
 def whole(
-    model: nn.Module, error: type[BeftError], *, adapted: bool = False, copies: bool = True
+    model: nn.Module,
+    error: type[BeftError],
+    *,
+    adapted: bool = False,
+    copies: bool = True,
+    replicas: bool = False,
 ) -> nn.Module:
     """The model inside, where all of it lies in this process and on real devices.
 
     adapted: whether PEFT's wrapper will do, where names do not matter.
     copies: whether DataParallel will do, which runs copies of the model.
+    replicas: whether DDP will do, where each process holds the whole model.
     Raises ``error`` under DDP, FSDP, tensor parallelism, and where parameters are on the meta
     device (offloaded).
     """
     layers = _layers(model)
-    found = next((why for layer in reversed(layers) if (why := _spread(layer)) is not None), None)
+    plain = [layer for layer in layers if not (replicas and _replica(layer))]
+    found = next((why for layer in reversed(plain) if (why := _spread(layer)) is not None), None)
     if not adapted and _from(layers[-1], "peft"):
         found = found or (
             "this model is wrapped by PEFT (its merge_and_unload() gives the model inside)"
@@ -39,6 +46,15 @@ def whole(
     return layers[-1]
 
 
+def replicated(model: nn.Module) -> bool:
+    """Whether DDP wraps the model: each process holds one, and all of them train together."""
+    return any(_replica(layer) for layer in _layers(model))
+
+
+def _replica(layer: nn.Module) -> bool:
+    return isinstance(layer, nn.parallel.DistributedDataParallel)
+
+
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The model and what it wraps, from the outermost in."""
     layers = [model]
@@ -46,7 +62,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
         model = layers[-1]
         if "_orig_mod" in model._modules:  # torch.compile, told without importing its compiler
             layers.append(model.get_submodule("_orig_mod"))
-        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        elif isinstance(model, nn.DataParallel) or _replica(model):
             layers.append(model.module)
         elif _from(model, "sentence_transformers") and hasattr(model, "__getitem__"):
             layers.append(model[0].auto_model)
@@ -55,7 +71,7 @@ def _layers(model: nn.Module) -> list[nn.Module]:
 
 
 def _spread(model: nn.Module) -> str | None:
-    if isinstance(model, nn.parallel.DistributedDataParallel):
+    if _replica(model):
         return "this model is wrapped in DistributedDataParallel"
     if _from(model, "torch.distributed.fsdp") or hasattr(model, "_get_fsdp_state"):
         return "this model is sharded by FSDP"

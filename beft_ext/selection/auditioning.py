@@ -22,6 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from beft_ext import parallel
 from beft_ext.errors import BeftWarning
 from beft_ext.selection.contenders import Contender, rates_around
 from beft_ext.selection.racers import Audition, AuditionError, Racer, Rung, paired
@@ -115,9 +116,10 @@ def audition(
     found: list[dict[Entry, Tensor | str]] = []
     begun = time.perf_counter()
     with (
+        parallel.meeting("audition") as ranks,
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         warnings.catch_warnings(),
-        tqdm(total=total, disable=not progress, desc="audition") as bar,
+        tqdm(total=total, disable=not (progress and ranks.rank == 0), desc="audition") as bar,
     ):
         warnings.simplefilter("ignore", BeftWarning)  # whoever trains in the end is told
         for rung in rungs:
@@ -126,9 +128,10 @@ def audition(
             order = [*racing, *(e for e in order if e not in racing)]
             if len(racing) == 1:
                 break
-    racers = _placed(order, found, [track.learnt(rung) for rung in rungs])
-    seconds = time.perf_counter() - begun
-    return Audition(racers, rungs[: len(found)], grid, track.folds, track.epochs, seconds)
+        racers = _placed(order, found, [track.learnt(rung) for rung in rungs])
+        seconds = time.perf_counter() - begun
+        cost = sum(ranks.gather(track.epochs))
+        return ranks.first(Audition(racers, rungs[: len(found)], grid, track.folds, cost, seconds))
 
 
 def _grid(
@@ -239,10 +242,27 @@ class _Track:
         rung: Rung,
         tick: Callable[[], object],
     ) -> dict[Entry, Tensor | str]:
-        """The held-out losses of each racer, float64, or why it has none."""
+        """The held-out losses of each racer, float64, or why it has none.
+
+        Ranks share the racers: each trains some of them from start to end.
+        """
+        ranks = parallel.here()
+        racing = sorted(entries, key=lambda e: (list(contenders).index(e[0]), e[1]))
+        with parallel.alone():
+            mine = self._race(contenders, racing[ranks.rank :: ranks.size], rung, tick)
+        found = {entry: result for part in ranks.gather(mine) for entry, result in part.items()}
+        return {entry: found[entry] for entry in racing}
+
+    def _race(
+        self,
+        contenders: Mapping[str, Contender],
+        entries: Sequence[Entry],
+        rung: Rung,
+        tick: Callable[[], object],
+    ) -> dict[Entry, Tensor | str]:
         found: dict[Entry, Tensor | str] = {}
         for name, contender in contenders.items():
-            rates = sorted(rate for own, rate in entries if own == name)
+            rates = [rate for own, rate in entries if own == name]
             if not rates:
                 continue
             with contender() as model:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from beft_ext.gains import GainError, Regression, equal_rows
 from beft_ext.models import Bias, head_parameters
+from beft_ext.parallel import Ranks
 from beft_ext.tap import Tap
 from beft_ext.training.loss import Batch, first_rows, offsets_of, on_device, rows_of
 from beft_ext.training.observed import Observed
@@ -75,6 +76,11 @@ class Collector:
         examples: at most, N.
         memory: bytes that the rows may take; where they need more, biases are folded.
         seed: of the folding.
+        ranks: each reads batches of its own. Their rows lie in the order of the steps and, within
+            a step, of the ranks, as if one process had read the batches of a step as one.
+    Attributes:
+        total: examples that all ranks have read; ``rows`` of them lie in this rank's slab.
+        taken: of each step, how many examples each rank took.
     """
 
     model: nn.Module
@@ -84,15 +90,19 @@ class Collector:
     examples: int
     memory: float
     seed: int
-    rows: int = 0  # in the slab
+    ranks: Ranks
+    rows: int = 0
+    total: int = 0
+    taken: list[list[int]] = field(default_factory=list)
     seen: list[Observed] = field(default_factory=list)
     keys: list[object] = field(default_factory=list)
     located: set[bool] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.biases = [bias for bias, _ in self.tap.leaves()]
-        self.columns = fitting(self.biases, self.examples, self.memory)
-        self.tap.keep_rows(self.examples, self.columns, self.seed)
+        share = -(-self.examples // self.ranks.size)
+        self.columns = fitting(self.biases, share, self.memory)
+        self.tap.keep_rows(share, self.columns, self.seed)
         self.heads = _HeadRows.all_of(self.model)
 
     @contextmanager
@@ -106,25 +116,35 @@ class Collector:
 
     def read(self, batches: Iterator[Batch], count: int) -> bool:
         """Read until there are ``count`` examples; False where the batches ran out before."""
-        while self.rows < count:
+        while self.total < count:
             batch = next(batches, None)
-            if batch is None:
+            sizes = self.ranks.gather(None if batch is None else _examples(batch))
+            if all(size is None for size in sizes):
                 return False
-            self._read(batch)
+            left = self.examples - self.total
+            taken: list[int] = []
+            for size in sizes:
+                taken.append(min(size or 0, left - sum(taken)))
+            first = self.total + sum(taken[: self.ranks.rank])
+            if batch:
+                self._read(batch, taken[self.ranks.rank], first)
+            self.total += sum(taken)
+            self.taken.append(taken)
         return True
 
-    def _read(self, batch: Batch) -> None:
+    def _read(self, batch: Batch, size: int, first: int) -> None:
+        """Read ``size`` examples of a batch; the first of them is number ``first`` of all."""
         inputs = on_device(batch, self.tap.leaves()[0][1].device)
         offsets = offsets_of(inputs)
-        size = rows_of(inputs) if offsets is None else len(offsets) - 1
-        room = self.examples - self.rows
-        if size > room and offsets is not None:
+        if size == 0:
+            return
+        if offsets is not None and size < len(offsets) - 1:
             raise GainError(
-                f"a packed batch has {size} texts, but {room} of {self.examples} examples are left "
-                "to read: allow more examples, or pack fewer"
+                f"a packed batch has {len(offsets) - 1} texts, but {size} of {self.examples} "
+                "examples are left to read: allow more examples, or pack fewer"
             )
-        if size > room:
-            inputs, size = first_rows(inputs, room), room
+        if offsets is None:
+            inputs = first_rows(inputs, size)
         self._locate(inputs, size, offsets)
         self.tap.step(size, 1.0, offsets, row=self.rows)
         for head in self.heads:
@@ -136,7 +156,7 @@ class Collector:
             raise GainError(f"a batch of {size} examples has {len(function)} losses")
         for name, value in (("loss", seen.losses), ("output", function)):
             if not bool(value.isfinite().all()):
-                at = self.rows + int((~value.isfinite()).nonzero()[0])
+                at = first + int((~value.isfinite()).nonzero()[0])
                 raise GainError(f"the {name} of example {at} is not finite: check the data")
         function.sum().backward()
         for _, leaf in self.tap.leaves():
@@ -154,20 +174,24 @@ class Collector:
 
     def evidence(self) -> Evidence:
         """Of what was read so far. Raises GainError where no gain can be told from it."""
-        weights, targets, prior = weighed(self.seen)
-        kept = (torch.cat([s.counts for s in self.seen]) > 0).nonzero().flatten().cpu()
+        order, seen, keys = self._of_all()
+        weights, targets, prior = weighed(seen)
+        kept = (torch.cat([s.counts for s in seen]) > 0).nonzero().flatten().cpu()
         if len(kept) < 3:
             raise GainError(f"a gain needs at least 3 examples, but only {len(kept)} have a label")
         regression = Regression(
-            targets[kept], prior[kept], equal_rows([self.keys[i] for i in kept.tolist()])
+            targets[kept], prior[kept], equal_rows([keys[i] for i in kept.tolist()])
         )
-        right = _joined([s.right for s in self.seen])
+        right = _joined([s.right for s in seen])
         if right is not None and len(right[kept].unique()) == 1:
             raise GainError(
                 f"every example has the label {int(right[kept][0])}: there is nothing to tell apart"
             )
-        weights = weights[kept]
-        grams: dict[str, dict[tuple[int, int], Tensor]] = {}
+        weights, places = weights[kept], order.argsort()[kept]
+        own = [i for i, rank in enumerate(self._readers()) if rank == self.ranks.rank]
+        labelled = torch.isin(torch.tensor(own), kept)
+        numbers = torch.tensor(own)[labelled]
+        parts: dict[str, dict[tuple[int, int], Tensor]] = {}
         elements: dict[str, dict[tuple[int, int], int]] = {}
         cuts = {
             name: bands([b.layer for b in self.biases if self.names[b] == name])
@@ -175,28 +199,66 @@ class Collector:
         }
         for bias in self.biases:
             rows, name = self.tap.rows(bias, self.rows), self.names[bias]
-            product = _product(rows[kept.to(rows.device)])
-            self._require_finite(product, bias, kept)
+            _require_finite(rows.square().sum(1).cpu()[labelled], bias, numbers)
+            product = self._against_all(rows)
             band = next(b for b in cuts[name] if b[0] <= bias.layer <= b[1])
-            mine, sizes = grams.setdefault(name, {}), elements.setdefault(name, {})
-            product = product * weights * weights[:, None]
+            mine, sizes = parts.setdefault(name, {}), elements.setdefault(name, {})
             mine[band] = mine[band] + product if band in mine else product
             sizes[band] = sizes.get(band, 0) + bias.width
-        head = None
-        heard = [h for h in self.heads if sum(map(len, h.rows)) == self.rows]
-        if heard and len(heard) == len(self.heads):
-            total = torch.stack([h.gram()[kept][:, kept] for h in heard]).sum(0)
-            head = total * weights * weights[:, None]
-        return Evidence(regression, grams, elements, head)
 
-    def _require_finite(self, product: Tensor, bias: Bias, kept: Tensor) -> None:
-        own = product.diagonal()
-        if not bool(own.isfinite().all()):
-            at = int(kept[int((~own.isfinite()).nonzero()[0])])
-            raise GainError(
-                f"the gradient of example {at} is not finite at '{bias.name}': check that row, or "
-                "load the model in a wider dtype"
-            )
+        def whole(mine: Tensor) -> Tensor:
+            """``K`` from each rank's rows of it, weighted."""
+            found = torch.cat(list(self.ranks.rows(mine)))[places][:, places]
+            return found * weights * weights[:, None]
+
+        grams = {name: {b: whole(k) for b, k in own.items()} for name, own in parts.items()}
+        return Evidence(regression, grams, elements, self._head(whole))
+
+    def _head(self, whole: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """``K`` of the task head; None where not all of it was heard."""
+        heard = [h for h in self.heads if sum(map(len, h.rows)) == self.rows]
+        if not all(self.ranks.gather(bool(heard) and len(heard) == len(self.heads))):
+            return None
+        return whole(torch.stack([self._against_all(h.all_rows()) for h in heard]).sum(0))
+
+    def _readers(self) -> list[int]:
+        """The rank that read each example, in their order."""
+        return [r for step in self.taken for r, count in enumerate(step) for _ in range(count)]
+
+    def _of_all(self) -> tuple[Tensor, list[Observed], list[object]]:
+        """The numbers of the examples, one rank's after another's; and what was seen of each batch
+        and tells each example apart, in the examples' order."""
+        readers = torch.tensor(self._readers())
+        if self.ranks.size == 1:
+            return torch.arange(len(readers)), self.seen, self.keys
+        told = self.ranks.gather(([s.on_host() for s in self.seen], self.keys))
+        seen, keys = ([iter(part) for part in parts] for parts in zip(*told, strict=True))
+        batches = [r for step in self.taken for r, count in enumerate(step) if count]
+        in_order = [next(keys[r]) for r in readers.tolist()]
+        return readers.argsort(stable=True), [next(seen[r]) for r in batches], in_order
+
+    def _against_all(self, rows: Tensor) -> Tensor:
+        """Inner products of this rank's rows with those of all ranks, one rank's after another's,
+        ``(n, N)`` in float64 on the host; computed in the rows' dtype, which has room for them."""
+        return torch.cat([(rows @ other.T).double().cpu() for other in self.ranks.rows(rows)], 1)
+
+
+def _require_finite(squares: Tensor, bias: Bias, numbers: Tensor) -> None:
+    """squares: sums of squares of the gradients of the examples that have these numbers."""
+    if not bool(squares.isfinite().all()):
+        at = int(numbers[int((~squares.isfinite()).nonzero()[0])])
+        raise GainError(
+            f"the gradient of example {at} is not finite at '{bias.name}': check that row, or "
+            "load the model in a wider dtype"
+        )
+
+
+def _examples(batch: Batch) -> int:
+    """How many examples a batch has; an empty one is a step without any on this rank."""
+    offsets = offsets_of(batch) if batch else None
+    if offsets is not None:
+        return len(offsets) - 1
+    return rows_of(batch) if batch else 0
 
 
 def fitting(biases: Sequence[Bias], examples: int, memory: float) -> int | None:
@@ -253,11 +315,6 @@ def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(found)
 
 
-def _product(rows: Tensor) -> Tensor:
-    """``G G^T`` in float64 on the host; products in the rows' dtype, which has room for them."""
-    return (rows @ rows.T).double().cpu()
-
-
 def _keys(inputs: Batch, size: int, offsets: Tensor | None) -> list[object]:
     """What tells examples apart: their tokens, padding left out, or all that they are."""
     ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
@@ -290,6 +347,7 @@ class _HeadRows:
         self.rows: list[Tensor] = []
         self.batch = 0
         self.biased = module.bias is not None
+        self.width = module.out_features * (module.in_features + int(self.biased))
         self.handle = module.register_forward_hook(self._forward)
 
     @classmethod
@@ -315,7 +373,6 @@ class _HeadRows:
             x = nn.functional.pad(x, (0, 1), value=1.0)
         self.rows.append((d.mT @ x).flatten(1))
 
-    def gram(self) -> Tensor:
-        """``(N, N)``."""
-        rows = torch.cat(self.rows)
-        return rows @ rows.T
+    def all_rows(self) -> Tensor:
+        """``(N, out * (in + 1))``."""
+        return torch.cat(self.rows) if self.rows else torch.zeros(0, self.width).double()

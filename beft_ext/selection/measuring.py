@@ -5,23 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager
+from dataclasses import replace
 from statistics import NormalDist
 
 import torch
 from torch import nn
 
+from beft_ext import parallel
 from beft_ext.gains import Gain, GainError, Gram, beyond_chance, gain, lead, learning_curve
 from beft_ext.models import BiasMap
 from beft_ext.models.modes import quiet
-from beft_ext.models.wrappers import whole
+from beft_ext.models.wrappers import replicated, whole
+from beft_ext.parallel import Ranks
 from beft_ext.selection.candidates import added, candidates_of, dead_of
 from beft_ext.selection.evidence import Collector, Evidence, Observe
 from beft_ext.selection.gain_result import MARGIN, SURE, Gains
 from beft_ext.selection.result import SelectionError
-from beft_ext.selection.run import BufferedLoader, ModelSnapshot
+from beft_ext.selection.run import (
+    BufferedLoader,
+    ModelSnapshot,
+    require_same,
+)
 from beft_ext.selection.sets import frontier
 from beft_ext.tap import Tap, require_untapped
 from beft_ext.training.data import generators
+from beft_ext.training.joined import require_apart
 from beft_ext.training.loss import (
     Batch,
     Loss,
@@ -54,16 +62,21 @@ def measure_gains(
     biases. The pass ends at a quarter or half of them, from 250 on, where the first term is sure
     by then at a third of the risk. The model comes back as it was.
 
+    In a process group all ranks call it, each with rows of its own; all get the same gains, those
+    of one process over all rows (docs/large-models.md).
+
     Args:
-        model: a transformers model; compiled or not.
-        loader: batches as keyword arguments of the model, first axis examples.
+        model: a transformers model; compiled, in DistributedDataParallel, or neither.
+        loader: batches as keyword arguments of the model, first axis examples. An empty one is a
+            step without rows on this rank.
         observe: the losses of a batch's examples; by default told by the model's own loss.
         terms: the candidates: each entry of a set of terms, as for ``prepare``, is one. By
             default every term that has a bias or could be given one, without the dead ones.
         biases: the biases that the candidates come from; by default those of every known
             projection.
         examples: to read, at most.
-        memory: bytes that the gradients may take. Where they need more, biases are folded.
+        memory: bytes that the gradients may take in a process. Where they need more, biases are
+            folded.
         seed: of the folding, the sign flips and the learning curve.
     Returns:
         The gains of terms, bands of layers and sets, with their errors.
@@ -77,6 +90,7 @@ def measure_gains(
             another model; a model that is spread over processes or devices.
         ProbeError: an attention cannot be probed for dead terms.
         TapError: the model is tapped already, or the examples cannot be told apart in an output.
+        RankError: a rank ended or fell silent.
     Example:
         >>> import beft_ext
         >>> gains = beft_ext.measure_gains(model, loader, terms="value+mlp_up")
@@ -85,24 +99,29 @@ def measure_gains(
     Source: docs/definitions.md, section 7; the kernel of gradients is that of Malladi et al. 2023
     (arXiv 2210.05643).
     """
-    model = whole(model, SelectionError, copies=False)
+    promised = replicated(model)
+    model = whole(model, SelectionError, copies=False, replicas=True)
     require_untapped(model)
     if examples < 3:
         raise GainError(f"a gain needs at least 3 examples, but only {examples} are to be read")
-    names, lacking = candidates_of(model, terms, biases, every=True)
-    with ModelSnapshot(model), added(model, lacking), quiet(model):
-        torch.manual_seed(seed)
-        batches = BufferedLoader(loader)
-        examples = _length(loader, examples)
-        dead = dead_of(model, observe, names, batches.first)
-        alive = {b: name for b, name in names.items() if name not in dead or terms is not None}
-        if not alive:
-            raise GainError("every candidate term is dead: no bias could be trained")
-        model.requires_grad_(False)
-        with Tap(model, alive) as tap:
-            collector = Collector(model, tap, alive, observe, examples, memory, seed)
-            with collector.listening():
-                return _looked(collector, iter(batches), [t for t in dead if terms is None], seed)
+    with parallel.meeting("measure_gains", promised) as ranks:
+        names, lacking = candidates_of(model, terms, biases, every=True)
+        require_same(ranks, model, candidates=repr((names, examples, memory, seed)))
+        with ModelSnapshot(model), added(model, lacking), quiet(model):
+            torch.manual_seed(seed)
+            batches = BufferedLoader(loader)
+            require_apart(ranks, batches.first, SelectionError)
+            examples = _length(loader, examples, ranks)
+            dead = ranks.first(dead_of(model, observe, names, batches.first))
+            alive = {b: name for b, name in names.items() if name not in dead or terms is not None}
+            if not alive:
+                raise GainError("every candidate term is dead: no bias could be trained")
+            model.requires_grad_(False)
+            with Tap(model, alive) as tap:
+                collector = Collector(model, tap, alive, observe, examples, memory, seed, ranks)
+                with collector.listening():
+                    named = [t for t in dead if terms is None]
+                    return _looked(collector, iter(batches), named, seed)
 
 
 def observed_by(loss: Loss) -> Observe:
@@ -142,32 +161,46 @@ def read_again(loader: Iterable[Batch], once: bool) -> Iterator[None]:
         loader.set_epoch(0)
 
 
-def _length(loader: Iterable[Batch], most: int) -> int:
-    """How many examples there are, ``most`` at most, so that no memory lies idle."""
-    for held in (getattr(loader, "rows", None), getattr(loader, "dataset", None)):
+def _length(loader: Iterable[Batch], most: int, ranks: Ranks) -> int:
+    """How many examples all ranks have, ``most`` at most, so that no memory lies idle."""
+    lengths = ranks.gather(_own_length(loader, most))
+    return min(most, sum(lengths))
+
+
+def _own_length(loader: Iterable[Batch], most: int) -> int:
+    if isinstance(own := getattr(loader, "examples", None), int):
+        return own
+    # A DistributedSampler has this rank's rows alone.
+    for held in (getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
         if isinstance(held, Sized):
-            return min(most, len(held))
-    if isinstance(loader, Sequence) and not any(offsets_of(b) is not None for b in loader):
-        return min(most, sum(map(rows_of, loader)))
+            return len(held)
+    if isinstance(loader, Sequence) and not any(b and offsets_of(b) is not None for b in loader):
+        return sum(rows_of(b) for b in loader if b)
     return most
 
 
 def _looked(collector: Collector, batches: Iterator[Batch], dead: list[str], seed: int) -> Gains:
     """Read and look, until a term is sure or the examples end."""
+    ranks = collector.ranks
     for part in LOOKS:
         more = collector.read(batches, math.ceil(part * collector.examples))
         last = part == 1.0 or not more
-        if last or collector.rows >= FIRST_LOOK:
+        if last or collector.total >= FIRST_LOOK:
             evidence = collector.evidence()
-            grams, found = _of_terms(evidence)
-            if last or _settled(found):
+            grams, found = _of_terms(evidence, ranks)
+            if last or ranks.first(_settled(found)):
                 break
-    return _gains_of(evidence, grams, found, dead, collector.columns is not None, seed)
+    gains = _gains_of(evidence, grams, found, dead, collector.columns is not None, seed, ranks)
+    return replace(ranks.first(gains), evidence=evidence)
 
 
-def _of_terms(evidence: Evidence) -> tuple[dict[str, Gram], dict[str, Gain]]:
-    grams = {term: Gram.of(evidence.of_term(term)) for term in evidence.grams}
-    return grams, {term: gain(gram, evidence.regression) for term, gram in grams.items()}
+def _of_terms(evidence: Evidence, ranks: Ranks) -> tuple[dict[str, Gram], dict[str, Gain]]:
+    def told(term: str) -> tuple[Gram, Gain]:
+        gram = Gram.of(evidence.of_term(term))
+        return gram, gain(gram, evidence.regression)
+
+    pairs = dict(zip(evidence.grams, ranks.map(told, evidence.grams), strict=True))
+    return {t: gram for t, (gram, _) in pairs.items()}, {t: own for t, (_, own) in pairs.items()}
 
 
 def _settled(found: dict[str, Gain]) -> bool:
@@ -187,30 +220,34 @@ def _gains_of(
     dead: list[str],
     folded: bool,
     seed: int,
+    ranks: Ranks,
 ) -> Gains:
-    """Every figure, from the Gram matrices alone."""
-    regression = evidence.regression
+    """Every figure, from the Gram matrices alone; what takes long is shared by the ranks."""
+    regression, each = evidence.regression, ranks.map
     ranking = sorted(found, key=lambda t: -found[t].value)
     first = ranking[0]
     elements = {t: sum(sizes.values()) for t, sizes in evidence.elements.items()}
-    chances = beyond_chance(list(grams.values()), list(found.values()), regression, FLIPS, seed)
+    matrices = {(t, b): k for t in ranking for b, k in evidence.grams[t].items()}
+    if evidence.head is not None:
+        matrices["", (0, 0)] = evidence.head
+    values = each(lambda k: gain(Gram.of(k), regression).value, matrices.values())
+    alone = dict(zip(matrices, values, strict=True))
+    chances = beyond_chance(
+        list(grams.values()), list(found.values()), regression, FLIPS, seed, each
+    )
     return Gains(
         ranking=ranking,
         values={t: found[t].value for t in ranking},
         errors={t: found[t].error for t in ranking},
         chance=dict(zip(grams, chances, strict=True)),
         leads={t: lead(found[first], found[t]) for t in ranking[1:]},
-        bands={
-            t: {b: gain(Gram.of(k), regression).value for b, k in evidence.grams[t].items()}
-            for t in ranking
-        },
+        bands={t: {b: alone[t, b] for b in evidence.grams[t]} for t in ranking},
         steps={t: found[t].step / elements[t] ** 0.5 for t in ranking},
         elements={t: elements[t] for t in ranking},
-        curve=learning_curve(evidence.of_term(first), regression, PARTS, seed),
-        head=None if evidence.head is None else gain(Gram.of(evidence.head), regression).value,
-        frontier=frontier(evidence, {t: found[t].ridge for t in ranking}, seed),
+        curve=learning_curve(evidence.of_term(first), regression, PARTS, seed, each),
+        head=alone.get(("", (0, 0))),
+        frontier=frontier(evidence, {t: found[t].ridge for t in ranking}, seed, each),
         dead=dead,
         examples=evidence.examples,
         folded=folded,
-        evidence=evidence,
     )

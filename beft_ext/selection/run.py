@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models import Bias, head_parameters
+from beft_ext.parallel import Ranks, here
 from beft_ext.selection.result import SelectionError
 from beft_ext.tap import Tap
+from beft_ext.training.data import digest_of
+from beft_ext.training.joined import NOTHING, Share, averaged, side_by_side
 from beft_ext.training.loss import (
     Batch,
     Divisor,
@@ -27,7 +30,7 @@ from beft_ext.training.optim import BiasAdamW, rate_factor
 
 
 class BufferedLoader:
-    """A loader whose ``first`` batch is known before the first pass.
+    """A loader whose ``first`` batch with rows is known before the first pass.
 
     Raises SelectionError where there is none, or none that a model can be called with.
     """
@@ -35,21 +38,32 @@ class BufferedLoader:
     def __init__(self, loader: Iterable[Batch]) -> None:
         self.loader = loader
         self.rest: Iterator[Batch] | None = iter(loader)
-        first = next(self.rest, None)
-        if first is None:
-            raise SelectionError("the loader is empty: at least one batch is needed")
-        if not isinstance(first, Mapping):
-            raise SelectionError(
-                f"a batch must be a mapping of the model's arguments, but is a "
-                f"{type(first).__name__}"
-            )
-        self.first = first
+        self.begun: list[Batch] = []
+        while not self.begun or not self.begun[-1]:
+            batch = next(self.rest, None)
+            if batch is None:
+                raise SelectionError("the loader is empty: at least one batch is needed")
+            if not isinstance(batch, Mapping):
+                raise SelectionError(
+                    f"a batch must be a mapping of the model's arguments, but is a "
+                    f"{type(batch).__name__}"
+                )
+            self.begun.append(batch)
+        self.first = self.begun[-1]
 
     def __iter__(self) -> Iterator[Batch]:
         if self.rest is None:
             return iter(self.loader)
-        begun, self.rest = itertools.chain([self.first], self.rest), None
+        begun, self.rest = itertools.chain(self.begun, self.rest), None
         return begun
+
+
+def require_same(ranks: Ranks, model: nn.Module, **facts: str) -> None:
+    """Raise SelectionError where ranks have different models, or different ``facts``."""
+    if ranks.size > 1:
+        values = dict(model.named_parameters()) | dict(model.named_buffers())
+        digest = digest_of({n: t.detach() for n, t in values.items()}, type(model).__name__)
+        ranks.agree(SelectionError, the_model=digest, **facts)
 
 
 if TYPE_CHECKING:
@@ -102,7 +116,7 @@ class Run:
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
     ) -> None:
-        self.model, self.tap, self.steps = model, tap, steps
+        self.model, self.tap, self.steps, self.ranks = model, tap, steps, here()
         self.loss, self.max_grad_norm = loss, max_grad_norm
         self.pairs = tap.leaves()
         head = head_parameters(model)
@@ -131,10 +145,11 @@ class Run:
 
         losses: list[float] = []
         self.model.train()
+        progress = progress and self.ranks.rank == 0
         with tqdm(total=self.steps, disable=not progress, desc="select") as bar:
             while True:
                 before = self.done
-                for batch in loader:
+                for batch in side_by_side(self.ranks, loader):
                     losses.append(self._train_on(batch))
                     bar.update()
                     if progress and self.done % 10 == 0:
@@ -145,20 +160,11 @@ class Run:
                     raise SelectionError("the loader ran dry: pass one that can be read again")
 
     def _train_on(self, batch: Batch) -> float:
-        inputs = on_device(batch, self.pairs[0][1].device)
-        self.tap.rest()  # measuring a divisor takes backwards that are no example's
-        offsets, scale = offsets_of(inputs), self.divisor.measured(self.model, inputs)
-        size = examples_of(inputs, offsets)
-        self._locate(inputs, size, offsets)
-        self.tap.step(size, scale or 1.0, offsets)
         self.optimizer.zero_grad()
-        value = self.loss(self.model, inputs)
-        if scale is None:
-            self.tap.divided_by(self.divisor.of(value, inputs, size))
-        loss = scalar(value)
-        number = float(loss.detach())
+        share = self._backward(batch) if batch else NOTHING
+        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        number = averaged(self.ranks, trained, share)
         self._stop_unless(math.isfinite(number), "loss")
-        loss.backward()
         self.optimizer.step()
         norm = float(self.optimizer.grad_norm)
         self._stop_unless(math.isfinite(norm), "gradient")
@@ -170,9 +176,35 @@ class Run:
                 grad_norm = live[bias.name].grad_norm * clipped
                 self.batch_sq[bias] += grad_norm**2 / bias.width
         self.schedule.step()
-        self.examples += size
         self.done += 1
         return number
+
+    def _backward(self, batch: Batch) -> Share:
+        """Of this rank's batch: its gradients, and what they are a mean of."""
+        inputs = on_device(batch, self.pairs[0][1].device)
+        self.tap.rest()  # measuring a divisor takes backwards that are no example's
+        offsets, scale = offsets_of(inputs), self.divisor.measured(self.model, inputs)
+        size = examples_of(inputs, offsets)
+        self.examples += size
+        if scale == 0 and self.ranks.size > 1:  # no label: the mean over none is not a number
+            return NOTHING
+        self._locate(inputs, size, offsets)
+        self.tap.step(size, scale or 1.0, offsets)
+        value = self.loss(self.model, inputs)
+        if scale is None:
+            scale = self.divisor.of(value, inputs, size)
+            self.tap.divided_by(scale)
+        loss = scalar(value)
+        number = float(loss.detach())
+        self._stop_unless(math.isfinite(number), "loss")
+        loss.backward()
+        return Share(number, scale, self.divisor.constant(inputs))
+
+    def counted(self) -> tuple[int, dict[Bias, tuple[Tensor, Tensor]]]:
+        """The number of examples of all ranks, and the statistics of their gradients."""
+        found = self.tap.statistics()
+        self.ranks.sum([t for pair in found.values() for t in pair])
+        return sum(self.ranks.gather(self.examples)), found
 
     def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
         """Find where the examples lie, by the first batch of several."""

@@ -11,17 +11,23 @@ from statistics import fmean
 import torch
 from torch import nn
 
-from beft_ext import scores
+from beft_ext import parallel, scores
 from beft_ext.models import Bias, BiasMap
 from beft_ext.models.modes import cuda_devices
-from beft_ext.models.wrappers import whole
+from beft_ext.models.wrappers import replicated, whole
 from beft_ext.selection.candidates import added, candidates_of, dead_of
 from beft_ext.selection.evidence import Observe
 from beft_ext.selection.gain_result import GAIN, Gains
 from beft_ext.selection.measuring import measure_gains, observed_by, read_again
 from beft_ext.selection.result import Selection, SelectionError
-from beft_ext.selection.run import BufferedLoader, ModelSnapshot, Run
+from beft_ext.selection.run import (
+    BufferedLoader,
+    ModelSnapshot,
+    Run,
+    require_same,
+)
 from beft_ext.tap import Tap, require_untapped
+from beft_ext.training.joined import require_apart
 from beft_ext.training.loss import Batch, Loss, LossError, model_loss
 
 
@@ -53,11 +59,15 @@ def select(
     holds after Ctrl-C and after an error too. The same seed on the same machine gives the same
     bits.
 
+    In a process group all ranks call it, each with rows of its own; all get the same selection to
+    the bit, that of one process over all rows (docs/large-models.md).
+
     Args:
-        model: a transformers model whose output has ``loss``; compiled or not.
+        model: a transformers model whose output has ``loss``; compiled, in
+            DistributedDataParallel, or neither.
         loader: batches, keyword arguments of the model whose first axis holds the examples. Each
             text of a packed batch (``position_ids`` that start anew, or ``cu_seq_lens_q``) is an
-            example.
+            example. An empty batch is a step without rows on this rank.
         method: what the ranking goes by: 'gain', for which the gains are measured, or one of the
             run's scores, which are computed in any case: 'beft', 'magnitude', 'fisher',
             'example_fisher' or 'snr'.
@@ -94,6 +104,7 @@ def select(
         BiasError: the model has no such biases, or its head is quantised.
         ProbeError: an attention cannot be probed for dead terms.
         TapError: the model is tapped already, or the examples cannot be told apart in an output.
+        RankError: a rank ended or fell silent.
         OptimizerError: ``lr``, ``warmup``, ``weight_decay`` or ``max_grad_norm`` is out of range.
     Example:
         >>> import beft_ext
@@ -105,42 +116,47 @@ def select(
     if method != GAIN and method not in scores.SCORES:
         known = ", ".join([GAIN, *scores.SCORES])
         raise SelectionError(f"unknown method '{method}': choose one of {known}")
-    model = whole(model, SelectionError, copies=False)
+    promised = replicated(model)
+    model = whole(model, SelectionError, copies=False, replicas=True)
     require_untapped(model)
     gains_alone = method == GAIN and steps == 0
-    step_count = 0 if gains_alone else _step_count(loader, epochs, steps)
-    if method == GAIN:
-        observe = observe or observed_by(loss)
-        with read_again(loader, gains_alone), _loss_told():
-            gains = measure_gains(
-                model, loader, observe=observe, terms=terms, biases=biases, seed=seed
-            )
-        if gains_alone:
-            return _of_gains(gains)
-    names, lacking = candidates_of(model, terms, biases, every=False)
-    with (
-        _loss_told(),
-        ModelSnapshot(model),
-        added(model, lacking),
-        torch.random.fork_rng(devices=cuda_devices(model)),
-    ):
-        torch.manual_seed(seed)
-        batches = BufferedLoader(loader)
-        dead = dead_of(model, loss, names, batches.first)
-        alive = [b for b in names if terms is not None or names[b] not in dead]
-        with Tap(model, alive) as tap:
-            run = Run(
-                model,
-                tap,
-                loss=loss,
-                steps=step_count,
-                lr=lr,
-                warmup=warmup,
-                weight_decay=weight_decay,
-                max_grad_norm=max_grad_norm,
-            )
-            losses = run.train(batches, progress)
-            found = _judge(run, names, method, dead, losses)
+    with parallel.meeting("select", promised) as ranks, _loss_told():
+        step_count = 0 if gains_alone else max(ranks.gather(_step_count(loader, epochs, steps)))
+        plan = repr((method, terms, steps, lr, warmup, weight_decay, max_grad_norm, seed))
+        ranks.agree(SelectionError, arguments=plan)
+        if method == GAIN:
+            observe = observe or observed_by(loss)
+            with read_again(loader, gains_alone):
+                gains = measure_gains(
+                    model, loader, observe=observe, terms=terms, biases=biases, seed=seed
+                )
+            if gains_alone:
+                return _of_gains(gains)
+        names, lacking = candidates_of(model, terms, biases, every=False)
+        require_same(ranks, model, candidates=repr(names))
+        with (
+            ModelSnapshot(model),
+            added(model, lacking),
+            torch.random.fork_rng(devices=cuda_devices(model)),
+        ):
+            torch.manual_seed(ranks.seed(seed))
+            batches = BufferedLoader(loader)
+            require_apart(ranks, batches.first, SelectionError)
+            dead = ranks.first(dead_of(model, loss, names, batches.first))
+            alive = [b for b in names if terms is not None or names[b] not in dead]
+            with Tap(model, alive) as tap:
+                run = Run(
+                    model,
+                    tap,
+                    loss=loss,
+                    steps=step_count,
+                    lr=lr,
+                    warmup=warmup,
+                    weight_decay=weight_decay,
+                    max_grad_norm=max_grad_norm,
+                )
+                losses = run.train(batches, progress)
+                found = ranks.first(_judge(run, names, method, dead, losses))
     return found if method != GAIN else _joined(found, gains)
 
 
@@ -177,7 +193,8 @@ def _joined(found: Selection, gains: Gains) -> Selection:
 def _judge(
     run: Run, names: Mapping[Bias, str], method: str, dead: list[str], losses: list[float]
 ) -> Selection:
-    statistics, current, initial = run.tap.statistics(), run.current(), dict(run.initial)
+    examples, statistics = run.counted()
+    current, initial = run.current(), dict(run.initial)
     for bias in names:  # dead ones stayed out of the run: there they are as they were
         if bias not in current:
             value = bias.read(run.model.get_parameter(bias.parameter))
@@ -192,8 +209,8 @@ def _judge(
             "beft": scores.beft_score(b0, b),
             "magnitude": scores.magnitude(b0, b),
             "fisher": run.batch_sq.get(bias, 0.0) / run.done,
-            "example_fisher": scores.fisher(squares, run.examples),
-            "snr": scores.signal_to_noise(total, squares, run.examples),
+            "example_fisher": scores.fisher(squares, examples),
+            "snr": scores.signal_to_noise(total, squares, examples),
         }
         for name, value in values.items():
             found[name].setdefault(names[bias], {}).setdefault(bias.layer, []).append(value)

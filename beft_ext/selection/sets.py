@@ -9,7 +9,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from beft_ext.gains import GainError, Gram, Regression, gain
+from beft_ext.gains import Each, GainError, Gram, Regression, gain
 from beft_ext.selection.evidence import Evidence
 
 ROUNDS = 3  # a set has as many parts at most
@@ -27,14 +27,14 @@ class Part:
 
 
 def frontier(
-    evidence: Evidence, ridges: Mapping[str, float], seed: int
+    evidence: Evidence, ridges: Mapping[str, float], seed: int, each: Each = map
 ) -> list[tuple[str, int, float]]:
     """Sets that explain more than every set of fewer parameters: name, parameters, gain.
 
     Chosen greedily on one half of the examples; the gain is told from the other half. Each term
     enters with its own ridge, or else the widest would rule.
 
-    ridges: the best of each term alone, in units of ``K``.
+    ridges: the best of each term alone, in units of ``K``. each: as ``map``.
     """
     regression = evidence.regression
     order = torch.randperm(
@@ -54,8 +54,8 @@ def frontier(
     for _ in range(ROUNDS):
         taken = frozenset().union(*(p.pieces for p in best))
         tried = [[*best, p] for p in parts if not p.pieces & taken]
-        for group in tried:
-            chosen[_names(group)] = (_size(group), choosing.gain(group))
+        for group, value in zip(tried, each(choosing.gain, tried), strict=True):
+            chosen[_names(group)] = (_size(group), value)
         if not tried:
             break
         longer = max(tried, key=lambda g: chosen[_names(g)][1])
@@ -63,12 +63,13 @@ def frontier(
             break
         best = longer
     named = {p.name: p for p in parts}
-    found, most = [], 0.0
+    kept, most = [], 0.0
     for names, (size, value) in sorted(chosen.items(), key=lambda item: (item[1][0], -item[1][1])):
         if value > most:
             most = value
-            found.append(("+".join(names), size, telling.gain([named[n] for n in names])))
-    return found
+            kept.append((names, size))
+    told = each(lambda entry: telling.gain([named[n] for n in entry[0]]), kept)
+    return [("+".join(names), size, value) for (names, size), value in zip(kept, told, strict=True)]
 
 
 class _Half:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,9 @@ class Batches:
     The orders follow from ``seed`` and the number of the pass alone (``set_epoch`` sets it);
     ``seed=None`` goes from long to short, the same each time. ``by_length`` makes batches of
     rows of like length: fewer padding tokens, batches a little less random.
+
+    share: this one's number and how many there are, where several processes read parts of the same
+    batches. A batch of which this one has no row is empty.
     """
 
     def __init__(
@@ -38,20 +42,47 @@ class Batches:
         size: int,
         seed: int | None = None,
         by_length: bool = False,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.rows, self.collate = rows, collate
         self.size, self._seed, self._by_length, self._passes = size, seed, by_length, 0
+        self._share = share
 
     def __len__(self) -> int:
-        counts: dict[int, int] = {}
-        for row in self.rows:
-            counts[row.parts] = counts.get(row.parts, 0) + 1
-        return sum(-(-n // self.size) for n in counts.values())
+        return sum(-(-n // self.size) for n in self._counts())
+
+    @property
+    def examples(self) -> int:
+        """Number of rows that this one reads in a pass."""
+        batches = (b for n in self._counts() for b in _split(list(range(n)), self.size))
+        return sum(len(self._mine(batch)) for batch in batches)
+
+    def _counts(self) -> Iterable[int]:
+        """Of the rows that may be in one batch."""
+        return Counter(row.parts for row in self.rows).values()
 
     def part(self, indices: Sequence[int], seed: int | None = None) -> Batches:
         """Batches of some of the rows, which ``plan`` counts from 0 in the order of ``indices``."""
         rows = [self.rows[i] for i in indices]
         return Batches(rows, self.collate, self.size, seed, self._by_length)
+
+    def shared(self, rank: int, ranks: int) -> Batches:
+        """The part of every batch that is one rank's: together they are the batch, in its order."""
+        share = (rank, ranks)
+        return Batches(self.rows, self.collate, self.size, self._seed, self._by_length, share)
+
+    def own(self, epoch: int) -> list[int]:
+        """Numbers of the rows that this one reads in a pass."""
+        self.set_epoch(epoch)
+        found = [i for indices in self.plan() for i in self._mine(indices)]
+        self.set_epoch(epoch)
+        return found
+
+    def _mine(self, indices: list[int]) -> list[int]:
+        """Of one batch; the earlier ranks have one more where it cannot be divided evenly."""
+        rank, ranks = self._share
+        first, last = (-(-len(indices) * r // ranks) for r in (rank, rank + 1))
+        return indices[first:last]
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is number ``epoch``, as with torch's DistributedSampler."""
@@ -59,7 +90,8 @@ class Batches:
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for indices in self.plan():
-            yield self.collate([self.rows[i] for i in indices])
+            mine = self._mine(indices)
+            yield self.collate([self.rows[i] for i in mine]) if mine else {}
 
     def plan(self) -> list[list[int]]:
         """Numbers of the rows of each batch of the next pass."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
+from beft_ext.parallel import here
 from beft_ext.tasks.batches import Batches, Encoded
 from beft_ext.tasks.examples import Example
 from beft_ext.tasks.metrics import measure
@@ -68,13 +69,18 @@ class Objective(ABC):
 
     @torch.no_grad()
     def predict(self, model: nn.Module, batches: Batches) -> list[Prediction]:
-        """A class, choice, number or text for each row, in the rows' order."""
+        """A class, choice, number or text for each row, in the rows' order; ranks that meet share
+        the work."""
         mode, found = model.training, dict[int, Prediction]()
+
+        def answered(indices: list[int]) -> Sequence[Prediction]:
+            with _readable(model):
+                return self.answers(model, [batches.rows[i] for i in indices])
+
         model.eval()
         try:
-            for indices in batches.plan():
-                with _readable(model):
-                    answers = self.answers(model, [batches.rows[i] for i in indices])
+            plan = batches.plan()
+            for indices, answers in zip(plan, here().map(answered, plan), strict=True):
                 found |= zip(indices, answers, strict=True)
         finally:
             model.train(mode)

@@ -190,8 +190,12 @@ class Divisor:
             self.fitting[kind] = self._measure(model, batch)
         if self.told:
             return None
-        found = self.fitting[kind](batch)
-        return found or 1.0  # no label at all: nothing is added up
+        return self.fitting[kind](batch)  # 0 where there is no label at all
+
+    def constant(self, batch: Batch) -> bool:
+        """Whether the divisor that was measured is 1, however many rows a batch has."""
+        kind = (has_ignored(batch), "num_items_in_batch" in batch)
+        return self.fitting.get(kind) is DIVISORS[-1] and not self.told
 
     def _measure(self, model: nn.Module, batch: Batch) -> Measure:
         pairs = _pairs(batch)

@@ -46,6 +46,11 @@ class Observed:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         return Observed(**{k: None if v is None else v.detach() for k, v in values.items()})
 
+    def on_host(self) -> Observed:
+        """The same facts on the CPU."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Observed(**{k: None if v is None else v.cpu() for k, v in values.items()})
+
     @classmethod
     def of_classes(cls, scores: Tensor, right: Tensor) -> Observed:
         """Cross-entropy of ``(B, C)`` logits or scores against the right ones ``(B,)``."""

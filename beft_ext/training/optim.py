@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models import Bias
-from beft_ext.models.wrappers import inside, whole
+from beft_ext.models.wrappers import whole
+from beft_ext.training.drift import Watch
 from beft_ext.training.flat import BiasScore, Entry, Flat, OptimizerError, Work, form_of
 from beft_ext.training.preparation import prepared_of
 
@@ -80,6 +81,7 @@ class BiasAdamW(torch.optim.Optimizer):
         self.grad_norm = torch.zeros((), dtype=torch.float32, device="cpu")
         self._slices: dict[Tensor, list[Bias]] = {}
         self._flats: list[Flat] = []
+        self._watch = Watch()
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -100,9 +102,7 @@ class BiasAdamW(torch.optim.Optimizer):
         self._build()
 
     def _of_model(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
-        if not isinstance(model, nn.parallel.DistributedDataParallel):  # there replicas are equal
-            whole(model, OptimizerError, adapted=True)
-        model = inside(model)
+        model = whole(model, OptimizerError, adapted=True, replicas=True)
         prepared = prepared_of(model)
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
@@ -163,13 +163,17 @@ class BiasAdamW(torch.optim.Optimizer):
         Returns:
             The closure's loss; None without a closure.
         Raises:
-            OptimizerError: a gradient is sparse or of another shape than its parameter, or a
-                parameter's dtype, shape, strides or device changed after the first step.
+            OptimizerError: a gradient is sparse or of another shape than its parameter; a
+                parameter's dtype, shape, strides or device changed after the first step; or the
+                ranks of a process group have different gradients (looked at before steps 1, 2, 4,
+                8 and so on).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if (odd := self._watch.odd(self.param_groups)) is not None:
+            raise OptimizerError(odd)
         work = self._look()
         groups, rates = self._settings()
         scale = getattr(self, "grad_scale", None)
@@ -269,7 +273,7 @@ class BiasAdamW(torch.optim.Optimizer):
             after(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("max_grad_norm", "grad_norm", "_slices")
+        kept = ("max_grad_norm", "grad_norm", "_slices", "_watch")
         held = {key: self.__dict__[key] for key in kept}
         return {**super().__getstate__(), **held, "_last": [f.scores for f in self._flats]}
 

@@ -118,7 +118,9 @@ def prepare(
     prepared too. Loaded adapters that are not active are forgotten.
 
     Args:
-        model: a transformers model, in one process.
+        model: a transformers model, plain or in DistributedDataParallel. Prepare first and wrap
+            then: an added bias is refused in a wrapped model, and what is frozen after the
+            wrapping needs ``find_unused_parameters=True``.
         terms: a set of terms, as text ("value", "value@6-11+query") or as the texts of its parts.
             ``value@6-11`` is the value in layers 6 to 11, ``value@3`` in layer 3 alone.
         layers: numbers of the layers, from 0; by default all.
@@ -138,10 +140,16 @@ def prepare(
         >>> len(trained), trained[0]
         (4, 'bert.encoder.layer.1.attention.self.query.bias')
     """
-    model = wrappers.whole(model, PrepareError)
+    replicated = wrappers.replicated(model)
+    model = wrappers.whole(model, PrepareError, replicas=True)
     _check_free(model)
     found = _projections(model, biases)
     chosen = _choose(found, terms, layers)
+    if replicated and (lacking := next((p.bias for p in chosen if not p.has_bias), None)):
+        raise PrepareError(
+            f"a bias would be added to '{lacking.module}', and DistributedDataParallel adds up no "
+            "gradients of what it does not know: prepare the model first, then wrap it"
+        )
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     head = _head(model)
     added = list(dict.fromkeys(p.bias.module for p in chosen if not p.has_bias))

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
 from beft_ext.ops import dispatch
-from beft_ext.training.loss import Loss, model_loss, scalar
+from beft_ext.parallel import Ranks
+from beft_ext.training.joined import NOTHING, Share, averaged
+from beft_ext.training.loss import Divisor, Loss, examples_of, model_loss, offsets_of, scalar
 from beft_ext.training.optim import BiasAdamW
 
 LENGTH_MULTIPLE = 32  # of tokens
@@ -63,6 +65,41 @@ class EagerStep:
         loss.backward()
         self.optimizer.step()
         return loss.detach(), self.optimizer.grad_norm
+
+
+class JoinedStep(EagerStep):
+    """The step of one process over the batches of all ranks; an empty batch adds nothing.
+
+    Args:
+        ranks: of the meeting that is held.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: BiasAdamW, loss: Loss, bf16: bool, ranks: Ranks
+    ) -> None:
+        super().__init__(model, optimizer, loss, bf16)
+        self.ranks = ranks
+        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self.divisor = Divisor(loss, self.trained)
+
+    def work(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """This rank's forward and backward, and every rank's optimizer's step."""
+        loss = averaged(self.ranks, self.trained, self._backward(batch) if batch else NOTHING)
+        self.optimizer.step()
+        return torch.tensor(loss, device="cpu"), self.optimizer.grad_norm
+
+    def _backward(self, batch: Mapping[str, Tensor]) -> Share:
+        scale = self.divisor.measured(self.model, batch)
+        if scale == 0:  # no label: the mean over none is not a number
+            return NOTHING
+        device = next(iter(batch.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            value = self.loss(self.model, batch)
+            loss = scalar(value)
+        if scale is None:
+            scale = self.divisor.of(value, batch, examples_of(batch, offsets_of(batch)))
+        loss.backward()
+        return Share(float(loss.detach()), scale, self.divisor.constant(batch))
 
 
 class GraphedStep(EagerStep):

@@ -7,7 +7,6 @@ import json
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,76 +14,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from beft_ext.errors import BeftError, BeftWarning
+from beft_ext import parallel
+from beft_ext.errors import BeftWarning
 from beft_ext.files import JsonObject, digest, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
-from beft_ext.ops import dispatch
 from beft_ext.training.data import Batch, Passes, digest_of, generators
+from beft_ext.training.identity import machine, model_digest
+from beft_ext.training.joined import require_apart, side_by_side
 from beft_ext.training.loss import Loss, model_loss
 from beft_ext.training.optim import BiasAdamW, rate_factor
-from beft_ext.training.preparation import prepared_of
-from beft_ext.training.steps import EagerStep, GraphedStep
+from beft_ext.training.recipe import Progress, Recipe, TuningError
+from beft_ext.training.steps import EagerStep, GraphedStep, JoinedStep
 
 if TYPE_CHECKING:
     from tqdm import tqdm
 
+__all__ = ["CHECKPOINT", "Progress", "Recipe", "TuningError", "tune"]
+
 CHECKPOINT = "checkpoint.safetensors"
-
-
-class TuningError(BeftError, RuntimeError):
-    """A run that cannot start, go on or be resumed."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Settings of a run of ``tune``.
-
-    Attributes:
-        epochs: passes over the loader.
-        lr: largest learning rate.
-        warmup: fraction of the steps over which the learning rate rises linearly, in [0, 1].
-        weight_decay: as in AdamW; 0 by default, as biases are trained without.
-        max_grad_norm: the gradient's global norm is clipped to this; 0 for no clipping.
-        seed: of the run's random numbers, dropout and the loader's order.
-        bf16: autocast of the forward; biases, gradients and the optimizer's state stay fp32.
-        compile: run the forward under torch.compile, with the dropout of eager mode.
-        graphs: run whole steps as CUDA graphs; not together with ``compile``.
-        decay: after warm-up, let the rate fall linearly to zero; otherwise it stays constant.
-    Example:
-        >>> import beft_ext
-        >>> recipe = beft_ext.Recipe(epochs=3, lr=4e-4)
-        >>> recipe.decay, recipe.max_grad_norm
-        (True, 1.0)
-    """
-
-    epochs: int = 10
-    lr: float = 1e-3
-    warmup: float = 0.06
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    bf16: bool = False
-    compile: bool = False
-    graphs: bool = False
-    decay: bool = True
-
-
-@dataclass
-class Progress:
-    """Where a run stands.
-
-    Attributes:
-        step: number of training steps made.
-        loss_sum: sum of the losses of the present epoch's steps.
-        history: a record for each epoch: ``epoch``, ``step``, ``loss`` (the mean over the epoch's
-            steps) and the metric.
-        best: parameters of the best epoch, by name.
-    """
-
-    step: int = 0
-    loss_sum: float = 0.0
-    history: list[dict[str, float]] = field(default_factory=list)
-    best: dict[str, Tensor] = field(default_factory=dict, repr=False)
 
 
 def tune(
@@ -107,11 +54,16 @@ def tune(
     of another model, recipe or data is refused. Where torch, threads, backend, device or ranks
     are others, the run goes on, and a warning says that it is no longer the same to the bit.
 
+    In a process group all ranks call it, each with rows of its own. A step is that of one process
+    over the batches of all ranks; all end with the same parameters to the bit; rank 0 writes
+    (docs/large-models.md).
+
     Args:
-        model: a prepared model, whose output has ``loss``.
+        model: a prepared model, whose output has ``loss``; plain or in DistributedDataParallel,
+            of which the model inside trains.
         loader: batches, keyword arguments of the model; must have a length. Each pass may draw a
             new order: with torch's global generator, with a torch.Generator of the loader or
-            its sampler, or with ``set_epoch``.
+            its sampler, or with ``set_epoch``. An empty batch is a step without rows on this rank.
         evaluate: takes the model and gives its metric, the larger the better. It may switch to
             evaluation mode; the next epoch switches back.
         folder: gets ``log.jsonl``, a line for each epoch, and the checkpoint.
@@ -130,6 +82,7 @@ def tune(
             1; ``compile`` beside ``graphs``; a checkpoint that is damaged or of another run.
         OptimizerError: a setting of the recipe is out of range, or the model is sharded.
         LossError: the batches have no labels.
+        RankError: a rank ended or fell silent.
         StepError: graphs are asked for and cannot be had (``beft_ext.training.steps``).
         OSError: the folder cannot be written to.
     Example:
@@ -146,17 +99,19 @@ def tune(
     recipe, folder = recipe or Recipe(), Path(folder)
     if save_every < 1:
         raise TuningError(f"save_every must be at least 1 step, but is {save_every}")
-    run = _TuningRun(model, loader, recipe, loss, metric)
-    sweep(folder)
-    if resume and (folder / CHECKPOINT).is_file():
-        run.load(folder / CHECKPOINT)
-    else:
-        torch.manual_seed(recipe.seed)
-    run.train(evaluate, folder, save_every, progress)
-    with torch.no_grad():
-        for name, p in run.parameters.items():
-            p.copy_(run.state.best[name])
-    run.write_history(folder)
+    with parallel.meeting("tune", wrappers.replicated(model)) as ranks:
+        run = _TuningRun(model, loader, recipe, loss, metric)
+        if ranks.rank == 0:
+            sweep(folder)
+        if ranks.first(resume and (folder / CHECKPOINT).is_file()):
+            run.load(folder / CHECKPOINT)
+        else:
+            torch.manual_seed(ranks.seed(recipe.seed))
+        run.train(evaluate, folder, save_every, progress and ranks.rank == 0)
+        with torch.no_grad():
+            for name, value in ranks.first(run.state.best).items():
+                run.parameters[name].copy_(value)
+        run.write_history(folder)
     return run.state
 
 
@@ -164,14 +119,16 @@ class _TuningRun:
     def __init__(
         self, model: nn.Module, loader: Iterable[Batch], recipe: Recipe, loss: Loss, metric: str
     ) -> None:
-        self.model, self.recipe, self.metric = model, recipe, metric
         self.inside = wrappers.inside(model)
+        # DDP would weigh all ranks alike, however few rows one has.
+        self.model = self.inside if wrappers.replicated(model) else model
+        self.recipe, self.metric, self.ranks = recipe, metric, parallel.here()
         self.parameters = {n: p for n, p in self.inside.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TuningError("no parameter requires grad: call prepare first")
         if not isinstance(loader, Sized):
             raise TuningError("tune needs a loader with a length: a list, or a torch DataLoader")
-        self.per_epoch = len(loader)
+        self.per_epoch = max(self.ranks.gather(len(loader)))
         self.steps = recipe.epochs * self.per_epoch
         if self.steps < 1:
             raise TuningError("nothing to train on: the loader is empty or epochs is 0")
@@ -186,17 +143,25 @@ class _TuningRun:
         self.passes = Passes(loader, recipe.seed)
         self.rest: Iterator[Batch] | None = None  # of the epoch that a checkpoint stood in
         self.training_step = self._training_step(loss)
+        if self.ranks.size > 1:
+            told = {k: json.dumps(v, sort_keys=True) for k, v in self.identity.items()}
+            start = digest_of({n: p.detach() for n, p in self.parameters.items()})
+            self.ranks.agree(TuningError, **told, trained_parameters=start)
 
     def _training_step(self, loss: Loss) -> EagerStep:
         recipe, model = self.recipe, self.model
         if recipe.graphs and recipe.compile:
             raise TuningError("compile and graphs do not go together: choose one")
+        if recipe.graphs and self.ranks.size > 1:
+            raise TuningError("graphs are of one process: leave them out, or start one process")
         if recipe.graphs:
             pad = getattr(getattr(model, "config", None), "pad_token_id", None) or 0
             return GraphedStep(model, self.optimizer, loss, recipe.bf16, pad)
         if recipe.compile:
             options = {"fallback_random": True}
             model = torch.compile(model, dynamic=True, options=options)
+        if self.ranks.size > 1:
+            return JoinedStep(model, self.optimizer, loss, recipe.bf16, self.ranks)
         return EagerStep(model, self.optimizer, loss, recipe.bf16)
 
     def train(
@@ -221,7 +186,9 @@ class _TuningRun:
         batches, self.rest = self.rest or self.passes.epoch(epoch), None
         self.model.train()
         done = self.state.step - epoch * self.per_epoch
-        for batch in batches:
+        for batch in side_by_side(self.ranks, batches):
+            if self.state.step == 0:
+                require_apart(self.ranks, batch, TuningError)
             done += 1
             if done > self.per_epoch:
                 break
@@ -256,7 +223,7 @@ class _TuningRun:
     def _end_epoch(self, evaluate: Callable[[nn.Module], float], folder: Path) -> None:
         state = self.state
         best = max((h[self.metric] for h in state.history), default=-math.inf)
-        reached = evaluate(self.model)
+        reached = self.ranks.first(evaluate(self.model))
         if reached > best or not state.best:
             state.best = {n: p.detach().clone() for n, p in self.parameters.items()}
         record = {"epoch": len(state.history) + 1, "step": state.step}
@@ -267,6 +234,8 @@ class _TuningRun:
         self.write_history(folder)
 
     def write_history(self, folder: Path) -> None:
+        if self.ranks.rank > 0:
+            return
         with whole_file(folder / "log.jsonl") as temporary:
             lines = (json.dumps(record) + "\n" for record in self.state.history)
             temporary.write_text("".join(lines), encoding="utf-8")
@@ -277,35 +246,7 @@ class _TuningRun:
         shapes = {n: list(p.shape) for n, p in self.parameters.items()}
         recipe = dataclasses.asdict(self.recipe)
         own = {"steps an epoch": self.per_epoch, "metric": self.metric, "shapes": shapes}
-        return {**recipe, **own, "model": self._model_digest()}
-
-    def _model_digest(self) -> str:
-        """Digest of what does not train (class, config, frozen values) and of initial values."""
-        as_dict = getattr(getattr(self.inside, "config", None), "to_dict", dict)
-        facts = dict(as_dict())
-        # A moved folder is the same model; the type of problem is set by the first forward.
-        for key in ("_name_or_path", "transformers_version", "problem_type"):
-            facts.pop(key, None)
-        text = json.dumps([type(self.inside).__name__, facts], sort_keys=True, default=str)
-        named = self.inside.named_parameters()
-        values = {n: p.detach() for n, p in named if n not in self.parameters}
-        prepared = prepared_of(self.inside)
-        if prepared is not None:
-            values |= {f"initial/{n}": t for n, t in prepared.initial.items()}
-            values |= {f"initial/{n}": t for n, t in prepared.head_initial.items()}
-        return digest_of(values, text)
-
-    def _machine(self) -> JsonObject:
-        """What must be the same for a resumed run to end in the same bits."""
-        ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
-        cuda = self.device.type == "cuda"
-        return {
-            "torch": torch.__version__,
-            "threads": torch.get_num_threads(),
-            "backend": dispatch.choose(self.device),
-            "device": torch.cuda.get_device_name(self.device) if cuda else self.device.type,
-            "ranks": ranks,
-        }
+        return {**recipe, **own, "model": model_digest(self.inside, self.parameters)}
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that training changes, by its name in the checkpoint."""
@@ -318,20 +259,26 @@ class _TuningRun:
         return tensors
 
     def save(self, path: Path) -> None:
+        """Rank 0 writes what all have in common, and each rank's random state and loader's."""
         state = self.state
-        tensors = self._tensors() | {f"best/{n}": p for n, p in state.best.items()}
-        tensors |= {f"loader/{i}": g for i, g in enumerate(self.passes.generators)}
-        tensors["random/cpu"] = torch.get_rng_state()
+        own = {f"loader/{i}": g for i, g in enumerate(self.passes.generators)}
+        own["random/cpu"] = torch.get_rng_state()
         if self.device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(self.device)
+            own["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        every = self.ranks.gather((own, self.passes.digest))
+        if self.ranks.rank > 0:
+            return
+        tensors = self._tensors() | {f"best/{n}": p for n, p in state.best.items()}
+        for rank, (theirs, _) in enumerate(every):
+            tensors |= {f"{_of_rank(rank)}{name}": t for name, t in theirs.items()}
         record = {"step": state.step, "loss_sum": state.loss_sum, "history": state.history}
-        parts = {"run": self.identity, "machine": self._machine()}
-        parts["progress"] = record | {"batches": self.passes.digest}
+        parts = {"run": self.identity, "machine": machine(self.device, self.ranks.size)}
+        parts["progress"] = record | {"batches": "+".join(digest for _, digest in every)}
         save_tensors(path, tensors, {k: json.dumps(v) for k, v in parts.items()})
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint; all is checked before the model changes."""
-        tensors, identity, machine, record = _read(path)
+        tensors, identity, before, record = _read(path)
         for key, value in self.identity.items():
             if identity.get(key) != value:
                 what = "" if key == "model" else f" is {identity.get(key)}, here it is {value}"
@@ -339,12 +286,14 @@ class _TuningRun:
                     f"{path} belongs to another run: its {key}{what or ' is another one'}; start "
                     "anew or give the same model and settings"
                 )
-        states = [tensors[f"loader/{i}"] for i in range(sum(k[:7] == "loader/" for k in tensors))]
+        mine = _of_rank(self.ranks.rank)
+        own = {k.removeprefix(mine): v for k, v in tensors.items() if k.startswith(mine)}
+        states = [own[f"loader/{i}"] for i in range(sum(k[:7] == "loader/" for k in own))]
         self._enter_again(path, record, states)
-        for key, value in self._machine().items():
-            if machine.get(key) != value:
+        for key, value in machine(self.device, self.ranks.size).items():
+            if before.get(key) != value:
                 warnings.warn(
-                    f"the run was begun with {key} {machine.get(key)} and goes on with {value}: "
+                    f"the run was begun with {key} {before.get(key)} and goes on with {value}: "
                     "its result is no longer the same to the bit",
                     BeftWarning,
                     stacklevel=3,
@@ -359,9 +308,12 @@ class _TuningRun:
             record["history"],
             {n: v.to(self.device) for n, v in best.items()},
         )
-        torch.set_rng_state(tensors["random/cpu"])
-        if "random/cuda" in tensors and self.device.type == "cuda":
-            torch.cuda.set_rng_state(tensors["random/cuda"], self.device)
+        if "random/cpu" not in own:  # there were fewer ranks
+            torch.manual_seed(self.ranks.seed(self.recipe.seed + record["step"]))
+            return
+        torch.set_rng_state(own["random/cpu"])
+        if "random/cuda" in own and self.device.type == "cuda":
+            torch.cuda.set_rng_state(own["random/cuda"], self.device)
 
     def _enter_again(self, path: Path, record: JsonObject, states: list[Tensor]) -> None:
         """Read again the batches that the checkpoint's epoch had given."""
@@ -372,7 +324,10 @@ class _TuningRun:
         batches = self.passes.epoch(epoch)
         for _ in range(done + 1):
             next(batches, None)
-        if self.passes.digest != record["batches"] or len(own) != len(states):
+        digests = record["batches"].split("+")
+        # Other ranks have other rows each: theirs cannot be compared.
+        same = digests[self.ranks.rank : self.ranks.rank + 1] == [self.passes.digest]
+        if len(digests) == self.ranks.size and (not same or len(own) != len(states)):
             raise TuningError(
                 f"{path} belongs to a run on other data: the loader does not give the batches that "
                 f"epoch {epoch + 1} had; start anew, or give the same data in the same order"
@@ -381,6 +336,11 @@ class _TuningRun:
             self.rest = batches
         else:
             next(batches, None)  # the pass is over
+
+
+def _of_rank(rank: int) -> str:
+    """Before the names of what a checkpoint holds of one rank."""
+    return f"rank {rank}/" if rank else ""
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], JsonObject, JsonObject, JsonObject]:

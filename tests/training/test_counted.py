@@ -6,7 +6,7 @@ import copy
 import pytest
 import torch
 import transformers as hf
-from conftest import GQA, GPT2, MLP, ROPE, SIZES
+from conftest import GPT2, GQA, MLP, ROPE, SIZES
 from test_loss import NO_DROPOUT, numbers, opt
 
 from beft_ext import Tap, find_biases

@@ -1,0 +1,42 @@
+"""What a run of ``tune`` is: by which it is known again when it goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.files import JsonObject
+from beft_ext.ops import dispatch
+from beft_ext.training.data import digest_of
+from beft_ext.training.preparation import prepared_of
+
+
+def model_digest(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
+    """Digest of what does not train (class, config, frozen values) and of initial values."""
+    as_dict = getattr(getattr(model, "config", None), "to_dict", dict)
+    facts = dict(as_dict())
+    # A moved folder is the same model; the type of problem is set by the first forward.
+    for key in ("_name_or_path", "transformers_version", "problem_type"):
+        facts.pop(key, None)
+    text = json.dumps([type(model).__name__, facts], sort_keys=True, default=str)
+    values = {n: p.detach() for n, p in model.named_parameters() if n not in trained}
+    prepared = prepared_of(model)
+    if prepared is not None:
+        values |= {f"initial/{n}": t for n, t in prepared.initial.items()}
+        values |= {f"initial/{n}": t for n, t in prepared.head_initial.items()}
+    return digest_of(values, text)
+
+
+def machine(device: torch.device, ranks: int) -> JsonObject:
+    """What must be the same for a resumed run to end in the same bits."""
+    cuda = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "backend": dispatch.choose(device),
+        "device": torch.cuda.get_device_name(device) if cuda else device.type,
+        "ranks": ranks,
+    }
