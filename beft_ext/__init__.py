@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # for type checkers; `X as X` marks a name as exported
     from beft_ext.adapters import (
         AdapterError as AdapterError,
+        delete_adapter as delete_adapter,
         load_adapter as load_adapter,
         merge_adapter as merge_adapter,
         save_adapter as save_adapter,
@@ -45,8 +46,8 @@ if TYPE_CHECKING:  # for type checkers; `X as X` marks a name as exported
         prepare as prepare,
         restore as restore,
     )
+    from beft_ext.training.recipe import Recipe as Recipe
     from beft_ext.training.tuning import (
-        Recipe as Recipe,
         TuningError as TuningError,
         tune as tune,
     )
@@ -66,6 +67,7 @@ _HOMES = {
     "Tap": "tap",
     "TapError": "tap",
     "AdapterError": "adapters",
+    "delete_adapter": "adapters",
     "load_adapter": "adapters",
     "merge_adapter": "adapters",
     "save_adapter": "adapters",
@@ -78,7 +80,7 @@ _HOMES = {
     "Prepared": "training.preparation",
     "prepare": "training.preparation",
     "restore": "training.preparation",
-    "Recipe": "training.tuning",
+    "Recipe": "training.recipe",
     "TuningError": "training.tuning",
     "tune": "training.tuning",
 }

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from beft_ext.adapters.contents import AdapterError, Contents, head_modules, read
-from beft_ext.models import Plain, add_bias, state, wrappers
+from beft_ext.adapters.contents import AdapterError, Contents, head_modules
+from beft_ext.adapters.hub import located
+from beft_ext.adapters.reading import read
+from beft_ext.models import BiasError, Plain, add_bias, find_projections, spell, state, wrappers
 from beft_ext.tap import require_untapped
-from beft_ext.training.preparation import Prepared, prepared_of
+from beft_ext.training.preparation import Prepared, PrepareError, prepare, prepared_of, restore
 
 
 @dataclass
@@ -41,7 +43,7 @@ class Adapters(state.Record):
             return None
         return (
             f"adapter '{self.active}' is active: set_adapter(model, None) first; to train it on, "
-            "load it after prepare"
+            "load it with trainable=True"
         )
 
 
@@ -57,25 +59,39 @@ class Merged(state.Record):
         return "an adapter is merged here: unmerge_adapter, or load the merged folder"
 
 
-def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") -> None:
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    name: str = "default",
+    *,
+    trainable: bool = False,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> nn.Module:
     """Read an adapter that ``save_adapter`` or PEFT wrote, and make it the active one.
 
     Each bias becomes the base value plus the adapter's difference, in the bias's dtype. A
-    projection without a bias has one as long as the adapter is active. On a prepared model the
-    prepared biases and head take the adapter's values, and training goes on from there.
+    projection without a bias has one as long as the adapter is active.
 
     Args:
-        model: a transformers model, in one process; prepared or not.
-        folder: what ``save_adapter`` or PEFT's ``save_pretrained`` wrote.
+        model: a transformers model, in one process.
+        folder: what ``save_adapter`` or PEFT's ``save_pretrained`` wrote; or "user/name" on the
+            hub, where there is no such folder.
         name: what ``set_adapter`` will call it. An adapter of the same name is replaced. Without
-            effect on a prepared model.
+            effect where the adapter is trained on.
+        trainable: train it on. A model that is not prepared is, with the adapter's terms; the
+            biases and head that were prepared take the adapter's values.
+        revision: a branch, tag or commit on the hub; by default the main branch.
+        token: of the hub; by default that of ``hf auth login`` or HF_TOKEN.
+    Returns:
+        The model that was given.
     Raises:
         AdapterError: an adapter of another architecture, width or number of layers; a file that
             is damaged or unsafe (a wrong digest, a pickle, NaN, a link out of the folder); a
-            value that the model's dtype cannot hold, or that a tied tensor cannot take; on a
-            prepared model, an adapter that changes more than what was prepared; a model that is
-            merged, tapped, wrapped by PEFT, or spread over processes or devices. The model is as
-            it was.
+            value that the model's dtype cannot hold, or that a tied tensor cannot take; a
+            prepared model without ``trainable``; an adapter that changes more than what was
+            prepared; a model that is merged, tapped, wrapped by PEFT, or spread over processes
+            or devices; a name that the hub does not give. The model is as it was.
     Example:
         >>> import copy, beft_ext
         >>> base = copy.deepcopy(model)
@@ -84,29 +100,34 @@ def load_adapter(model: nn.Module, folder: str | Path, name: str = "default") ->
         >>> model(**loader[0]).loss.backward()
         >>> optimizer.step()
         >>> beft_ext.save_adapter(model, "adapter")
-        >>> beft_ext.load_adapter(base, "adapter")
+        >>> base = beft_ext.load_adapter(base, "adapter")
         >>> model(**loader[0]).logits.allclose(base(**loader[0]).logits)
         True
     """
     if not isinstance(name, str) or not name:
         raise AdapterError("an adapter's name is a string that is not empty")
-    model = wrappers.whole(model, AdapterError)
-    _require_free(model)
-    contents = read(Path(folder), model)
-    prepared = prepared_of(model)
-    if prepared is not None:
-        _continue_from(model, prepared, contents)
-        return
-    adapters = state.get(model, Adapters) or Adapters()
+    inner = wrappers.whole(model, AdapterError)
+    _require_free(inner)
+    if prepared_of(inner) is not None and not trainable:
+        raise AdapterError(
+            "this model is prepared: to train on from the adapter, load it with trainable=True; "
+            "else call restore(model) first"
+        )
+    contents = read(located(folder, revision, token), inner)
+    if trainable:
+        _train_on(inner, contents)
+        return model
+    adapters = state.get(inner, Adapters) or Adapters()
     before = adapters.active
-    _deactivate(model, adapters)
+    _deactivate(inner, adapters)
     try:
-        _activate(model, adapters, name, contents)
+        _activate(inner, adapters, name, contents)
     except AdapterError:
         if before is not None:
-            _activate(model, adapters, before, adapters.named[before])
+            _activate(inner, adapters, before, adapters.named[before])
         raise
-    state.put(model, adapters)
+    state.put(inner, adapters)
+    return model
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -124,25 +145,85 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         >>> prepared = beft_ext.prepare(model)
         >>> beft_ext.save_adapter(model, "adapter")
         >>> beft_ext.restore(model)
-        >>> beft_ext.load_adapter(model, "adapter", name="first")
+        >>> model = beft_ext.load_adapter(model, "adapter", name="first")
         >>> beft_ext.set_adapter(model, None)
         >>> beft_ext.set_adapter(model, "first")
     """
     model = wrappers.whole(model, AdapterError)
-    adapters = state.get(model, Adapters)
-    _require_free(model)
-    if adapters is None or (name is not None and name not in adapters.named):
-        loaded = ", ".join(adapters.named) if adapters is not None else ""
-        raise AdapterError(f"no adapter '{name}' on this model: loaded are {loaded or 'none'}")
+    adapters = _loaded(model, name)
     _deactivate(model, adapters)
     if name is not None:
         _activate(model, adapters, name, adapters.named[name])
+
+
+def delete_adapter(model: nn.Module, name: str = "default") -> None:
+    """Forget a loaded adapter; where it is the active one, the base values come back first.
+
+    Args:
+        model: a model on which ``load_adapter`` was called.
+        name: a loaded adapter's.
+    Raises:
+        AdapterError: no adapter of that name is loaded; an adapter is merged; the model is tapped,
+            wrapped by PEFT, or spread over processes or devices.
+    Example:
+        >>> import beft_ext
+        >>> prepared = beft_ext.prepare(model)
+        >>> beft_ext.save_adapter(model, "adapter")
+        >>> beft_ext.restore(model)
+        >>> model = beft_ext.load_adapter(model, "adapter", name="first")
+        >>> beft_ext.delete_adapter(model, "first")
+    """
+    model = wrappers.whole(model, AdapterError)
+    adapters = _loaded(model, name)
+    if name == adapters.active:
+        _deactivate(model, adapters)
+    del adapters.named[name]
+
+
+def _loaded(model: nn.Module, name: str | None) -> Adapters:
+    """The model's adapters. Raises AdapterError where they cannot be switched to ``name``."""
+    _require_free(model)
+    adapters = state.get(model, Adapters)
+    if adapters is None or (name is not None and name not in adapters.named):
+        loaded = ", ".join(adapters.named) if adapters is not None else ""
+        raise AdapterError(f"no adapter '{name}' on this model: loaded are {loaded or 'none'}")
+    return adapters
 
 
 def _require_free(model: nn.Module) -> None:
     require_untapped(model, AdapterError)  # the tap holds the biases that would go
     if state.get(model, Merged) is not None:
         raise AdapterError("an adapter is merged here: call unmerge_adapter(model) first")
+
+
+def _train_on(model: nn.Module, contents: Contents) -> None:
+    """Give what is prepared, or the adapter's own terms, the values of ``contents``."""
+    prepared, before = prepared_of(model), state.get(model, Adapters)
+    if prepared is not None:
+        _continue_from(model, prepared, contents)
+        return
+    try:
+        prepared = prepare(model, _terms(model, contents))
+    except (PrepareError, BiasError) as error:
+        raise AdapterError(str(error)) from error
+    try:
+        _continue_from(model, prepared, contents)
+    except AdapterError:
+        restore(model)
+        if before is not None:  # forgotten by prepare
+            state.put(model, before)
+        raise
+
+
+def _terms(model: nn.Module, contents: Contents) -> tuple[str, ...]:
+    """What the adapter says that it trained, or every term of the modules that PEFT names."""
+    if contents.terms:
+        return contents.terms
+    found = [p.bias for p in find_projections(model)]
+    own = [b for b in found if b.module in contents.biases]
+    if not own:
+        raise AdapterError("the adapter has no bias of a known term: it loads, but not to train")
+    return spell(own, found)
 
 
 def _continue_from(model: nn.Module, prepared: Prepared, contents: Contents) -> None:

@@ -1,4 +1,4 @@
-"""Uploading an adapter to the Hugging Face hub, as transformers' ``push_to_hub`` does."""
+"""An adapter on the Hugging Face hub: uploaded and downloaded as transformers does it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from beft_ext.adapters.contents import AdapterError
+from beft_ext.adapters.contents import CONFIG, WEIGHTS, AdapterError
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,48 @@ class Upload:
                 create_pr=self.create_pr,
             )
         except Exception as error:  # the hub's client raises many unrelated types
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise AdapterError(
-                f"the upload to '{self.repo_id}' failed ({reason}); {folder} holds it whole"
+                f"the upload to '{self.repo_id}' failed ({_reason(error)}); {folder} holds it whole"
             ) from error
         return str(commit)
+
+
+def located(
+    source: str | Path, revision: str | None = None, token: str | bool | None = None
+) -> Path:
+    """The folder of an adapter: ``source``, or the hub's files of that name in its local cache.
+
+    Raises:
+        AdapterError: a revision is given for a folder that is here; the hub does not give the
+            files, and the cache does not hold them.
+    """
+    if not (isinstance(source, str) and _names_repository(source)) or Path(source).is_dir():
+        if revision is not None:
+            raise AdapterError(f"revision='{revision}' is for the hub, but {source} names a folder")
+        return Path(source)
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = [WEIGHTS, CONFIG]
+        return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=files))
+    except Exception as error:  # the hub's client raises many unrelated types
+        raise AdapterError(
+            f"'{source}' is no folder here, and the hub does not give it ({_reason(error)}): check "
+            "the name, the revision and, for a private one, token="
+        ) from error
+
+
+def _names_repository(text: str) -> bool:
+    """Whether ``text`` has the form "user/name"."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(text)
+    except HFValidationError:
+        return False
+    return "/" in text
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ from beft_ext.tap import require_untapped
 from beft_ext.training.preparation import mark, prepared_of, unmark
 
 
-def merge_adapter(model: nn.Module) -> None:
+def merge_adapter(model: nn.Module) -> nn.Module:
     """Make the trained or active adapter part of a plain model.
 
     ``save_pretrained`` then writes the model, and transformers loads it without beft_ext.
@@ -22,6 +22,8 @@ def merge_adapter(model: nn.Module) -> None:
 
     Args:
         model: a prepared model, or one with an active adapter.
+    Returns:
+        The model that was given.
     Raises:
         AdapterError: a family without a place for the added bias (Mistral, GPT-J, T5); a model
             without an adapter; a model that is merged already, tapped, wrapped by PEFT, or spread
@@ -29,11 +31,10 @@ def merge_adapter(model: nn.Module) -> None:
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model)
-        >>> beft_ext.merge_adapter(model)
-        >>> model.save_pretrained("merged")
+        >>> beft_ext.merge_adapter(model).save_pretrained("merged")
     Source: docs/definitions.md, section 5, for the folded value bias.
     """
-    model = wrappers.whole(model, AdapterError)
+    given, model = model, wrappers.whole(model, AdapterError)
     require_untapped(model, AdapterError)
     if state.get(model, Merged) is not None:
         raise AdapterError("an adapter is merged here already: unmerge_adapter(model) undoes it")
@@ -55,6 +56,7 @@ def merge_adapter(model: nn.Module) -> None:
         release(adapters)
     state.take(model, Adapters)
     state.put(model, Merged(plain, prepared, adapters))
+    return given
 
 
 def unmerge_adapter(model: nn.Module) -> None:
@@ -69,7 +71,7 @@ def unmerge_adapter(model: nn.Module) -> None:
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model)
-        >>> beft_ext.merge_adapter(model)
+        >>> model = beft_ext.merge_adapter(model)
         >>> beft_ext.unmerge_adapter(model)
         >>> beft_ext.restore(model)
     """

@@ -103,6 +103,8 @@ def _to_save(model: nn.Module) -> tuple[Contents, JsonObject, str]:
     if adapters is None or adapters.active is None:
         raise AdapterError("nothing to save: the model is not prepared and no adapter is active")
     contents = adapters.named[adapters.active]
+    if contents.terms:
+        facts["terms"] = list(contents.terms)
     return contents, facts, "\n".join(sorted(contents.biases))
 
 
@@ -124,4 +126,4 @@ def _trained(model: nn.Module, prepared: Prepared) -> Contents:
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
             biases[path] = whole[names[id(parameter)]].to(dtype)
     head = head_modules(model, prepared.head)
-    return Contents(biases, head_state(model, head))
+    return Contents(biases, head_state(model, head), prepared.terms)

@@ -153,14 +153,20 @@ class BiasMap(Sequence[Bias]):
         """Number of layers with a bias, L."""
         return len({b.layer for b in self._biases})
 
+    def __repr__(self) -> str:
+        terms = ", ".join(self.terms) or "no term"
+        return f"<BiasMap: {len(self)} biases in {self.layers} layers\n {terms}>"
+
     def __str__(self) -> str:
-        lines = [f"{'term':<18}{'layers':>7}{'width':>8}{'elements':>11}  first parameter"]
+        column = max(18, *(1 + len(term) for term in (*self.terms, "")))
+        head = f"{'term':<{column}}{'layers':>7}{'width':>8}{'elements':>11}  first parameter"
+        lines = [head]
         for term in self.terms:
             own = [b for b in self._biases if b.term == term]
             total = sum(b.width for b in own)
             place = self.place(own[0])
             layers = len({b.layer for b in own})
-            lines.append(f"{term:<18}{layers:>7}{own[0].width:>8}{total:>11}  {place}")
+            lines.append(f"{term:<{column}}{layers:>7}{own[0].width:>8}{total:>11}  {place}")
         return "\n".join(lines)
 
     def place(self, bias: Bias) -> str:

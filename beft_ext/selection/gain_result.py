@@ -16,7 +16,7 @@ MARGIN = 0.02  # of gain: a rival that is better by less would not be missed
 SURE = 0.95
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Gains:
     """What each term alone would explain of unseen examples' loss, to first order.
 
@@ -88,18 +88,26 @@ class Gains:
             return False
         return self.confidence >= SURE and self.chance[self.best] <= 1 - SURE
 
+    def __repr__(self) -> str:
+        own = (f"{t} {self.values[t]:.3f}±{self.errors[t]:.3f}" for t in self.ranking[:3])
+        first = " > ".join(own) or "no term is ranked"
+        dead = f"dead: {', '.join(self.dead)}; " if self.dead else ""
+        verdict = "sure" if self.sure else "not sure"
+        return f"<Gains: {first}\n {dead}{verdict}, {self.examples} examples>"
+
     def __str__(self) -> str:
+        width = max(24, *(1 + len(term) for term in [*self.ranking, *self.dead, ""]))
         lines = [
-            f"{'':>4} {'term':<24}{'gain':>8}{'error':>8}{'chance':>8}{'elements':>10}"
+            f"{'':>4} {'term':<{width}}{'gain':>8}{'error':>8}{'chance':>8}{'elements':>10}"
             "  gain of layers alone"
         ]
         for place, term in enumerate(self.ranking, 1):
             layers = "  ".join(f"{a}-{b}: {g:.3f}" for (a, b), g in self.bands[term].items())
             lines.append(
-                f"{place:>3}. {term:<24}{self.values[term]:>8.3f}{self.errors[term]:>8.3f}"
+                f"{place:>3}. {term:<{width}}{self.values[term]:>8.3f}{self.errors[term]:>8.3f}"
                 f"{self.chance[term]:>8.3f}{self.elements[term]:>10,}  {layers}"
             )
-        lines += [f"{'-':>4} {term:<24}{'dead':>8}" for term in self.dead]
+        lines += [f"{'-':>4} {term:<{width}}{'dead':>8}" for term in self.dead]
         if not self.ranking:
             return "\n".join([*lines, "no term is ranked"])
         verdict = "sure" if self.sure else "not sure"

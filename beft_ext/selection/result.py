@@ -28,13 +28,14 @@ from beft_ext.selection.gain_result import Gains
 
 RECORD, BIASES, PICTURE = "selection.json", "biases.safetensors", "heatmap.png"
 GRAMS = "gains.safetensors"
+SHOWN = 3  # terms of a ranking that a line has room for
 
 
 class SelectionError(BeftError, RuntimeError):
     """A selection that cannot start or go on; the model is as it was before."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Selection:
     """What ``select`` found; printed, it is the ranked tables of the gains and of the run.
 
@@ -89,6 +90,16 @@ class Selection:
             raise SelectionError(f"no term has a defined '{self.method}' score: {advice}")
         return self.ranking[self.method][0]
 
+    def __repr__(self) -> str:
+        own, order = self.scores.get(self.method, {}), self.ranking.get(self.method, [])
+        first = " > ".join(f"{t} {own[t]:.3g}" for t in order[:SHOWN]) or "no term is ranked"
+        more = f" > {len(order) - SHOWN} more" if len(order) > SHOWN else ""
+        left = [t for t in self.undefined if t not in (*order, *self.dead)]
+        unranked = (("dead", self.dead), ("undefined", left))
+        notes = [f"{what}: {', '.join(terms)}" for what, terms in unranked if terms]
+        notes.append(f"{len(self.losses)} of {self.steps} steps")
+        return f"<Selection by '{self.method}': {first}{more}\n {'; '.join(notes)}>"
+
     def __str__(self) -> str:
         parts = [] if self.gains is None else [str(self.gains)]
         if columns := [m for m in scores.SCORES if self.scores.get(m)]:
@@ -100,13 +111,14 @@ class Selection:
         by = self.method if self.method in columns else columns[0]
         order = self.ranking.get(by, [])
         rest = [t for t in self.scores[by] if t not in order]
-        lines = [f"{'':>4} {'term':<18}" + "".join(f"{m:>16}" for m in columns)]
+        width = max(18, *(1 + len(term) for term in self.scores[by]))
+        lines = [f"{'':>4} {'term':<{width}}" + "".join(f"{m:>16}" for m in columns)]
         for place, term in enumerate(order + rest, 1):
             rank = f"{place}." if term in order else "-"
             note = "  dead" if term in self.dead else ""
             note += "  undefined" if term in self.undefined else ""
             cells = "".join(f"{self.scores[m][term]:>16.4e}" for m in columns)
-            lines.append(f"{rank:>4} {term:<18}{cells}{note}")
+            lines.append(f"{rank:>4} {term:<{width}}{cells}{note}")
         return "\n".join(lines)
 
     def plot(self, path: str | Path) -> None:

@@ -36,7 +36,7 @@ class PrepareError(BeftError, ValueError):
     """A model that cannot be prepared or restored as asked; it is as it was before."""
 
 
-@dataclass
+@dataclass(repr=False)
 class Prepared(state.Record):
     """What ``prepare`` made trainable; printed, it is a table of the terms and the head.
 
@@ -78,6 +78,9 @@ class Prepared(state.Record):
     def claim(self) -> str:
         return "this model is prepared already: call restore(model) first"
 
+    def __repr__(self) -> str:
+        return f"<Prepared: {'+'.join(self.terms)}\n {self._size()}>"
+
     def __str__(self) -> str:
         column = max(18, *(1 + len(term) for term in self.terms))
         lines = [f"{'trains':<{column}}{'layers':>7}{'elements':>11}  first parameter"]
@@ -92,13 +95,16 @@ class Prepared(state.Record):
             lines.append(row)
         head = sum(t.numel() for t in self.head_initial.values())
         lines.append(f"{'head':<{column}}{'':>7}{head:>11}  {', '.join(self.head) or 'none'}")
+        return "\n".join([*lines, self._size()])
+
+    def _size(self) -> str:
         biases = sum(b.width for b in self.biases)
+        head = sum(t.numel() for t in self.head_initial.values())
         share = 100 * biases / self.parameters
-        lines.append(
+        return (
             f"biases: {biases:,} of {self.parameters:,} parameters ({share:.4f} %); with the "
             f"head {biases + head:,}; adapter {self.adapter_bytes:,} bytes"
         )
-        return "\n".join(lines)
 
 
 def prepare(

@@ -55,7 +55,7 @@ class Progress:
         step: number of training steps made.
         loss_sum: sum of the losses of the present epoch's steps.
         history: a record for each epoch: ``epoch``, ``step``, ``loss`` (the mean over the epoch's
-            steps) and the metric.
+            steps) and the metric, where there is one.
         best: parameters of the best epoch, by name.
     """
 

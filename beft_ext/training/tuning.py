@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from beft_ext.errors import BeftWarning
 from beft_ext.files import JsonObject, digest, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
 from beft_ext.training.data import Batch, Passes, digest_of, generators
+from beft_ext.training.evaluation import Evaluation, Judge
 from beft_ext.training.identity import machine, model_digest
 from beft_ext.training.joined import require_apart, side_by_side
 from beft_ext.training.loss import Loss, model_loss
@@ -37,8 +38,8 @@ CHECKPOINT = "checkpoint.safetensors"
 def tune(
     model: nn.Module,
     loader: Iterable[Mapping[str, Tensor]],
-    evaluate: Callable[[nn.Module], float],
-    folder: str | Path,
+    evaluate: Evaluation = None,
+    folder: str | Path | None = None,
     recipe: Recipe | None = None,
     *,
     loss: Loss = model_loss,
@@ -49,37 +50,42 @@ def tune(
 ) -> Progress:
     """Train everything that requires grad, evaluate after each epoch, and keep the best epoch.
 
-    A resumed run ends in the same bits as one that was not stopped. It reads the batches of its
-    unfinished epoch again, to compare them with those that the checkpoint counted. A checkpoint
-    of another model, recipe or data is refused. Where torch, threads, backend, device or ranks
-    are others, the run goes on, and a warning says that it is no longer the same to the bit.
+    Files are written where a folder is given, and nowhere else. A resumed run ends in the same
+    bits as one that was not stopped: it reads the batches of its unfinished epoch again, and
+    compares them with those that the checkpoint counted. A checkpoint of another model, recipe or
+    data is refused. Where torch, threads, backend, device or ranks are others, the run goes on,
+    and a warning says that it is no longer the same to the bit.
 
     In a process group all ranks call it, each with rows of its own. A step is that of one process
     over the batches of all ranks; all end with the same parameters to the bit; rank 0 writes
     (docs/large-models.md).
 
     Args:
-        model: a prepared model, whose output has ``loss``; plain or in DistributedDataParallel,
-            of which the model inside trains.
+        model: a prepared model, or any other of which something requires grad; plain or in
+            DistributedDataParallel, of which the model inside trains.
         loader: batches, keyword arguments of the model; must have a length. Each pass may draw a
             new order: with torch's global generator, with a torch.Generator of the loader or
             its sampler, or with ``set_epoch``. An empty batch is a step without rows on this rank.
-        evaluate: takes the model and gives its metric, the larger the better. It may switch to
-            evaluation mode; the next epoch switches back.
+        evaluate: batches with labels, on which the loss judges, the smaller the better; or what
+            takes the model and gives its metric, the larger the better, and may switch to
+            evaluation mode. Of several ranks the first one's number counts. None: nothing is
+            judged, and the last epoch is kept.
         folder: gets ``log.jsonl``, a line for each epoch, and the checkpoint.
-        recipe: the settings; ``Recipe()`` by default.
+        recipe: the settings.
         loss: takes the model and a batch; by default it is the output's ``loss``. It gives a
             scalar, the losses of the examples ``(B,)``, or a scalar and its divisor.
-        metric: the metric's name in the log.
-        resume: go on from the checkpoint in ``folder``; begin anew where there is none.
+        metric: the metric's name in the log; of batches it is ``validation_loss``.
+        resume: go on from the checkpoint in ``folder``; begin anew where that has none.
         save_every: training steps from checkpoint to checkpoint. Each epoch ends with one too.
         progress: show a bar.
     Returns:
-        Where the run stands at its end. The model has the parameters of the best epoch.
+        Where the run stands at its end. The model has the parameters of the best epoch, the
+        first of those that are equal; it is in the mode that the last evaluation left.
     Raises:
         TuningError: nothing to train; a loader without a length, or one that gives more or fewer
             batches than its length; a loss or gradient that is not finite; ``save_every`` below
-            1; ``compile`` beside ``graphs``; a checkpoint that is damaged or of another run.
+            1; ``resume`` without a folder; ``compile`` beside ``graphs``; a checkpoint that is
+            damaged or of another run.
         OptimizerError: a setting of the recipe is out of range, or the model is sharded.
         LossError: the batches have no labels.
         RankError: a rank ended or fell silent.
@@ -88,41 +94,50 @@ def tune(
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model, terms="value")
-        >>> def accuracy(model):
-        ...     predicted = model.eval()(**loader[0]).logits.argmax(1)
-        ...     return float((predicted == loader[0]["labels"]).float().mean())
         >>> recipe = beft_ext.Recipe(epochs=2)
-        >>> run = beft_ext.tune(model, loader, accuracy, "out", recipe)
+        >>> run = beft_ext.tune(model, loader, evaluate=loader[:1], recipe=recipe)
         >>> run.step, [record["epoch"] for record in run.history]
         (6, [1, 2])
+        >>> list(run.history[0])
+        ['epoch', 'step', 'loss', 'validation_loss']
     """
-    recipe, folder = recipe or Recipe(), Path(folder)
+    recipe, folder = recipe or Recipe(), None if folder is None else Path(folder)
     if save_every < 1:
         raise TuningError(f"save_every must be at least 1 step, but is {save_every}")
+    if resume and folder is None:
+        raise TuningError("resume=True needs the folder of the run that is to go on")
     with parallel.meeting("tune", wrappers.replicated(model)) as ranks:
-        run = _TuningRun(model, loader, recipe, loss, metric)
-        if ranks.rank == 0:
+        run = _TuningRun(model, loader, recipe, loss, Judge.of(evaluate, metric, loss), folder)
+        if folder is not None and ranks.rank == 0:
             sweep(folder)
-        if ranks.first(resume and (folder / CHECKPOINT).is_file()):
-            run.load(folder / CHECKPOINT)
+        left = None if folder is None or not resume else folder / CHECKPOINT
+        if left is not None and ranks.first(left.is_file()):
+            run.load(left)
         else:
             torch.manual_seed(ranks.seed(recipe.seed))
-        run.train(evaluate, folder, save_every, progress and ranks.rank == 0)
+        run.train(save_every, progress and ranks.rank == 0)
         with torch.no_grad():
             for name, value in ranks.first(run.state.best).items():
                 run.parameters[name].copy_(value)
-        run.write_history(folder)
+        run.write_history()
     return run.state
 
 
 class _TuningRun:
     def __init__(
-        self, model: nn.Module, loader: Iterable[Batch], recipe: Recipe, loss: Loss, metric: str
+        self,
+        model: nn.Module,
+        loader: Iterable[Batch],
+        recipe: Recipe,
+        loss: Loss,
+        judge: Judge,
+        folder: Path | None,
     ) -> None:
         self.inside = wrappers.inside(model)
         # DDP would weigh all ranks alike, however few rows one has.
         self.model = self.inside if wrappers.replicated(model) else model
-        self.recipe, self.metric, self.ranks = recipe, metric, parallel.here()
+        self.recipe, self.judge, self.folder = recipe, judge, folder
+        self.ranks = parallel.here()
         self.parameters = {n: p for n, p in self.inside.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TuningError("no parameter requires grad: call prepare first")
@@ -164,13 +179,7 @@ class _TuningRun:
             return JoinedStep(model, self.optimizer, loss, recipe.bf16, self.ranks)
         return EagerStep(model, self.optimizer, loss, recipe.bf16)
 
-    def train(
-        self,
-        evaluate: Callable[[nn.Module], float],
-        folder: Path,
-        save_every: int,
-        progress: bool,
-    ) -> None:
+    def train(self, save_every: int, progress: bool) -> None:
         from tqdm import tqdm
 
         state = self.state
@@ -178,11 +187,11 @@ class _TuningRun:
             while len(state.history) < self.recipe.epochs:
                 epoch = state.step // self.per_epoch
                 if epoch == len(state.history):  # not between an epoch's last step and its end
-                    self._epoch(epoch, folder, save_every, bar)
-                self._end_epoch(evaluate, folder)
-                self.save(folder / CHECKPOINT)
+                    self._epoch(epoch, save_every, bar)
+                self._end_epoch()
+                self.save()
 
-    def _epoch(self, epoch: int, folder: Path, save_every: int, bar: tqdm) -> None:
+    def _epoch(self, epoch: int, save_every: int, bar: tqdm) -> None:
         batches, self.rest = self.rest or self.passes.epoch(epoch), None
         self.model.train()
         done = self.state.step - epoch * self.per_epoch
@@ -196,7 +205,7 @@ class _TuningRun:
             bar.update()
             bar.set_postfix(loss=f"{self.state.loss_sum / done:.3f}")
             if self.state.step % save_every == 0:
-                self.save(folder / CHECKPOINT)
+                self.save()
         if done != self.per_epoch:
             more = "more" if done > self.per_epoch else "fewer"
             raise TuningError(
@@ -220,23 +229,20 @@ class _TuningRun:
                 )
         self.state.loss_sum += number
 
-    def _end_epoch(self, evaluate: Callable[[nn.Module], float], folder: Path) -> None:
+    def _end_epoch(self) -> None:
         state = self.state
-        best = max((h[self.metric] for h in state.history), default=-math.inf)
-        reached = self.ranks.first(evaluate(self.model))
-        if reached > best or not state.best:
+        reached = self.ranks.first(self.judge.record(self.model))
+        if self.judge.best(reached, state.history) or not state.best:
             state.best = {n: p.detach().clone() for n, p in self.parameters.items()}
         record = {"epoch": len(state.history) + 1, "step": state.step}
-        state.history.append(
-            {**record, "loss": state.loss_sum / self.per_epoch, self.metric: reached}
-        )
+        state.history.append({**record, "loss": state.loss_sum / self.per_epoch, **reached})
         state.loss_sum = 0.0
-        self.write_history(folder)
+        self.write_history()
 
-    def write_history(self, folder: Path) -> None:
-        if self.ranks.rank > 0:
+    def write_history(self) -> None:
+        if self.folder is None or self.ranks.rank > 0:
             return
-        with whole_file(folder / "log.jsonl") as temporary:
+        with whole_file(self.folder / "log.jsonl") as temporary:
             lines = (json.dumps(record) + "\n" for record in self.state.history)
             temporary.write_text("".join(lines), encoding="utf-8")
 
@@ -245,7 +251,7 @@ class _TuningRun:
         """What must be the same for a run to be resumed, beside the data."""
         shapes = {n: list(p.shape) for n, p in self.parameters.items()}
         recipe = dataclasses.asdict(self.recipe)
-        own = {"steps an epoch": self.per_epoch, "metric": self.metric, "shapes": shapes}
+        own = {"steps an epoch": self.per_epoch, "metric": self.judge.metric, "shapes": shapes}
         return {**recipe, **own, "model": model_digest(self.inside, self.parameters)}
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -258,8 +264,10 @@ class _TuningRun:
                 tensors[f"optimizer/{key}/{name}"] = value
         return tensors
 
-    def save(self, path: Path) -> None:
+    def save(self) -> None:
         """Rank 0 writes what all have in common, and each rank's random state and loader's."""
+        if self.folder is None:
+            return
         state = self.state
         own = {f"loader/{i}": g for i, g in enumerate(self.passes.generators)}
         own["random/cpu"] = torch.get_rng_state()
@@ -274,7 +282,8 @@ class _TuningRun:
         record = {"step": state.step, "loss_sum": state.loss_sum, "history": state.history}
         parts = {"run": self.identity, "machine": machine(self.device, self.ranks.size)}
         parts["progress"] = record | {"batches": "+".join(digest for _, digest in every)}
-        save_tensors(path, tensors, {k: json.dumps(v) for k, v in parts.items()})
+        metadata = {k: json.dumps(v) for k, v in parts.items()}
+        save_tensors(self.folder / CHECKPOINT, tensors, metadata)
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint; all is checked before the model changes."""

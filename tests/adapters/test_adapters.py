@@ -18,6 +18,7 @@ from beft_ext import (
     AdapterError,
     PrepareError,
     Tap,
+    delete_adapter,
     find_biases,
     load_adapter,
     merge_adapter,
@@ -184,6 +185,8 @@ def test_an_active_adapter_saves_again(tmp_path):
     load_adapter(model, tmp_path / "a")
     save_adapter(model, tmp_path / "b")
     assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+    again = load_adapter(tiny("bert"), tmp_path / "b", trainable=True)
+    assert prepared_of(again).terms == ("value",)
     set_adapter(model, None)
     with pytest.raises(AdapterError, match="nothing to save"):
         save_adapter(model, tmp_path / "c")
@@ -195,15 +198,82 @@ def test_training_goes_on_from_an_adapter(tmp_path):
     prepare(model, "value")
     before = values(model)
     with pytest.raises(AdapterError, match=r"layers\.0\..* beyond the prepared biases"):
-        load_adapter(model, tmp_path / "a")
+        load_adapter(model, tmp_path / "a", trainable=True)
     assert same(model, before)
     restore(model)
     prepare(model, ("query", "value"))
-    load_adapter(model, tmp_path / "a")
+    with pytest.raises(AdapterError, match="load it with trainable=True; else call restore"):
+        load_adapter(model, tmp_path / "a")
+    assert same(model, before)
+    assert load_adapter(model, tmp_path / "a", trainable=True) is model
     close(logits(model), want)
     save_adapter(model, tmp_path / "b")
     first, second = (load_file(tmp_path / n / WEIGHTS) for n in "ab")
     assert all(torch.allclose(first[n], second[n], atol=1e-7) for n in first)
+
+
+@pytest.mark.parametrize(
+    ("name", "terms"),
+    [("gpt2", ("value",)), ("llama", ("value@1", "mlp_up")), ("bert", ("query", "mlp_norm"))],
+)
+def test_loading_to_train_prepares_the_terms_of_the_adapter(name, terms, tmp_path):
+    first, want = tuned(name, tmp_path / "a", terms)
+    model = load_adapter(tiny(name), tmp_path / "a", trainable=True)
+    prepared, before = prepared_of(model), prepared_of(first)
+    assert prepared.terms == before.terms and prepared.biases == before.biases
+    close(logits(model), want)
+    for own in (first, model):
+        train(own)
+    close(logits(model), logits(first))
+    save_adapter(model, tmp_path / "b")
+    configs = [json.loads((tmp_path / folder / CONFIG).read_text()) for folder in "ab"]
+    assert configs[0]["target_modules"] == configs[1]["target_modules"]
+    restore(model)
+
+
+def test_an_adapter_that_does_not_say_its_terms_trains_those_of_its_modules(tmp_path):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.BeftConfig(target_modules=["query_key_value"])
+    theirs = peft.get_peft_model(tiny("gpt-neox"), config)
+    train(theirs)
+    theirs.save_pretrained(tmp_path)
+    model = load_adapter(tiny("gpt-neox"), tmp_path, trainable=True)
+    assert prepared_of(model).terms == ("query", "key", "value")
+    close(logits(model), logits(theirs))
+
+
+def test_what_cannot_be_trained_on_leaves_the_model_as_it_was(tmp_path):
+    tuned("bert", tmp_path / "a")
+    tuned("bert", tmp_path / "b")
+    rewrite(tmp_path / "b", lambda t, n: t[n].view(-1)[0].fill_(1e6))
+    model = load_adapter(tiny("bert").half(), tmp_path / "a", "a")
+    with pytest.raises(AdapterError, match=r"'a' is active: set_adapter\(model, None\) first"):
+        load_adapter(model, tmp_path / "a", trainable=True)
+    set_adapter(model, None)
+    before = values(model)
+    with pytest.raises(AdapterError, match=r"beyond what torch.float16 can hold"):
+        load_adapter(model, tmp_path / "b", trainable=True)
+    assert same(model, before) and prepared_of(model) is None
+    assert all(p.requires_grad for p in model.parameters())
+    set_adapter(model, "a")
+
+
+def test_a_deleted_adapter_is_gone_and_the_base_is_back(tmp_path):
+    tuned("llama", tmp_path)
+    model = tiny("llama")
+    base = values(model)
+    for name in "ab":
+        load_adapter(model, tmp_path, name)
+    delete_adapter(model, "a")
+    assert not same(model, base)
+    delete_adapter(model, "b")
+    assert same(model, base)
+    model.load_state_dict(base)  # no guard is left
+    for name in "ab":
+        with pytest.raises(AdapterError, match=f"no adapter '{name}' on this model"):
+            set_adapter(model, name)
+        with pytest.raises(AdapterError, match=f"no adapter '{name}' on this model"):
+            delete_adapter(model, name)
 
 
 def test_a_loaded_adapter_is_not_trained_over(tmp_path):
@@ -290,10 +360,10 @@ def test_training_goes_on_only_in_the_layers_of_the_adapter(tmp_path):
     model = tiny("llama")
     prepare(model, "value@0")
     with pytest.raises(AdapterError, match="beyond the prepared biases"):
-        load_adapter(model, tmp_path)
+        load_adapter(model, tmp_path, trainable=True)
     restore(model)
     prepare(model, "value")
-    load_adapter(model, tmp_path)
+    load_adapter(model, tmp_path, trainable=True)
     close(logits(model), want)
 
 
@@ -345,7 +415,7 @@ def test_no_adapter_comes_or_goes_under_a_tap(tmp_path):
     restore(model)
     load_adapter(model, tmp_path)
     with Tap(model, find_biases(model)):
-        for change in (set_adapter, load_adapter, merge_adapter):
+        for change in (set_adapter, load_adapter, delete_adapter, merge_adapter):
             arguments = {set_adapter: [None], load_adapter: [tmp_path]}.get(change, [])
             with pytest.raises(AdapterError, match="tapped already"):
                 change(model, *arguments)
@@ -728,7 +798,7 @@ def test_what_the_dtype_cannot_hold_is_refused(where, bert_adapter, tmp_path):
     prepare(half, "value")
     before = values(half)
     with pytest.raises(AdapterError, match=r"beyond what torch.float16 can hold"):
-        load_adapter(half, folder)
+        load_adapter(half, folder, trainable=True)
     assert same(half, before)
     load_adapter(model, folder)
 
@@ -779,9 +849,10 @@ def test_a_compiled_model_is_the_model_inside(tmp_path):
     for wrap in (lambda m: m, torch.compile, torch.nn.DataParallel):
         plain = tiny("bert")
         base = values(plain)
-        load_adapter(wrap(plain), tmp_path)
+        wrapped = wrap(plain)
+        assert load_adapter(wrapped, tmp_path) is wrapped
         close(logits(plain), want)
-        merge_adapter(wrap(plain))
+        assert merge_adapter(wrapped) is wrapped
         unmerge_adapter(wrap(plain))
         set_adapter(wrap(plain), None)
         assert same(plain, base)

@@ -11,15 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from beft_ext import AdapterError, load_adapter, prepare, save_adapter
-from beft_ext.adapters.contents import (
-    class_facts,
-    class_names,
-    head_classes,
-    head_modules,
-    head_state,
-    model_class,
-    model_facts,
-)
+from beft_ext.adapters.contents import class_facts, head_modules, head_state, model_facts
+from beft_ext.adapters.reading import class_names, head_classes, model_class
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 

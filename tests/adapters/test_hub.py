@@ -1,15 +1,17 @@
-"""push_to_hub: the three files as one commit, by the hub's own client; refused before it writes."""
+"""The hub, by its own client: three files up as one commit, two down; never the network here."""
 
 import json
 import os
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
-from conftest import tiny
+from conftest import close, logits, tiny, train
 
 from beft_ext import AdapterError, load_adapter, prepare, save_adapter
-from beft_ext.adapters.contents import FILES
+from beft_ext.adapters.contents import CONFIG, FILES, WEIGHTS
 
 COMMIT = "https://hub.example/user/name/commit/1"
 
@@ -103,3 +105,63 @@ def test_without_a_network_the_clients_own_error_becomes_one_line(model, tmp_pat
 def _nowhere(init):
     """A port on which nobody listens."""
     return lambda api, **options: init(api, endpoint="http://127.0.0.1:9", **options)
+
+
+@pytest.fixture
+def cached(model, tmp_path, monkeypatch):
+    """A hub that cannot be reached, and its cache with 'user/name' at two revisions."""
+    train(model)
+    save_adapter(model, tmp_path / "made")
+    home = tmp_path / "cache" / "models--user--name"
+    for folder in ("blobs", "refs", "snapshots"):
+        (home / folder).mkdir(parents=True)
+    for revision, commit in (("main", "a" * 40), ("v1", "b" * 40)):
+        (home / "refs" / revision).write_text(commit)
+        (home / "snapshots" / commit).mkdir()
+        for file in (WEIGHTS, CONFIG):
+            shutil.copy(tmp_path / "made" / file, home / "blobs" / f"{commit[0]}-{file}")
+            link = home / "snapshots" / commit / file
+            link.symlink_to(f"../../blobs/{commit[0]}-{file}")
+    (home / "snapshots" / ("b" * 40) / WEIGHTS).unlink()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return logits(model)
+
+
+def test_a_name_on_the_hub_loads_as_a_folder_does(cached):
+    """With the hub's own client, from its cache."""
+    model = tiny("bert")
+    assert load_adapter(model, "user/name") is model
+    close(logits(model), cached)
+    with pytest.raises(AdapterError, match=f"has no {WEIGHTS}"):
+        load_adapter(model, "user/name", revision="v1")
+    with pytest.raises(AdapterError, match="'user/other' is no folder here, and the hub") as caught:
+        load_adapter(model, "user/other")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_hub_is_asked_for_the_two_files_of_a_revision_alone(model, tmp_path, monkeypatch):
+    save_adapter(model, tmp_path / "made")
+    asked = []
+
+    def snapshot(*args, **options):
+        asked.append((args, options))
+        return str(tmp_path / "made")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    load_adapter(tiny("bert"), "user/name", revision="v1", token="hf_x", trainable=True)
+    (args, options), *others = asked
+    assert args == ("user/name",) and not others
+    assert options == {"revision": "v1", "token": "hf_x", "allow_patterns": [WEIGHTS, CONFIG]}
+
+
+def test_a_folder_goes_before_the_hub_and_a_path_is_never_a_name(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
+    save_adapter(model, "user/name")
+    load_adapter(tiny("bert"), "user/name", token="hf_x")
+    with pytest.raises(AdapterError, match="revision='v1' is for the hub, but user/name is a"):
+        load_adapter(tiny("bert"), "user/name", revision="v1")
+    for nowhere in (Path("user/other"), "other", "./user/other", "a/b/c", str(tmp_path / "a")):
+        with pytest.raises(AdapterError, match="no adapter folder at"):
+            load_adapter(tiny("bert"), nowhere)

@@ -172,7 +172,7 @@ def test_several_biases_of_a_term_in_a_layer_are_told_apart(name, places, tmp_pa
     going_on = copy.deepcopy(base)
     prepare(going_on, "mlp_up")
     for fresh in (base, going_on):
-        load_adapter(fresh, tmp_path)
+        load_adapter(fresh, tmp_path, trainable=fresh is going_on)
         for number, bias in enumerate(prepared.biases):
             value = fresh.get_parameter(bias.parameter)
             assert torch.allclose(value, torch.full_like(value, number + 1))

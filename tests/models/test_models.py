@@ -11,7 +11,7 @@ from conftest import CONFIGS, tiny
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from beft_ext import BiasError, find_biases
+from beft_ext import Bias, BiasError, BiasMap, find_biases
 from beft_ext.models import TERMS, head_parameters, is_linear, output_width
 
 UNGATED = (*TERMS[:3], "attention_output", "mlp_up", "mlp_down", "attention_norm", "mlp_norm")
@@ -299,6 +299,11 @@ def test_the_printed_map():
     lines = str(find_biases(tiny("gpt2"))).splitlines()
     assert [line.split()[-1] for line in lines[1:4]] == ["[0:32]", "[32:64]", "[64:96]"]
     assert lines[5].split() == ["mlp_up", "2", "128", "256", "transformer.h.0.mlp.c_fc.bias"]
+    found = find_biases(tiny("gpt2"))
+    assert repr(found) == f"<BiasMap: 16 biases in 2 layers\n {', '.join(found.terms)}>"
+    assert repr(BiasMap([])) == "<BiasMap: 0 biases in 0 layers\n no term>"
+    long = Bias("cross_attention_output", 0, "m", "m.bias", 0, 4)
+    assert str(BiasMap([long])).splitlines()[1].startswith("cross_attention_output ")
 
 
 def test_a_quantised_head_cannot_train():

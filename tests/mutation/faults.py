@@ -246,7 +246,6 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ("p.copy_(run.state.best[name])", "pass"),
             ("        state.loss_sum = 0.0\n", ""),
-            ("reached > best or", "reached >= best or"),
             ("            weight_decay=recipe.weight_decay,\n", ""),
             ("self.recipe.warmup, self", "0.0, self"),
             ("for _ in range(done + 1):", "for _ in range(done):"),
@@ -254,7 +253,15 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("        self.model.train()\n", ""),
             ("            max_grad_norm=recipe.max_grad_norm,\n", ""),
             ("        torch.manual_seed(recipe.seed)", "        pass"),
-            ("max((h[self.metric] for h in state.history), default=-math.inf)", "-math.inf"),
+        ],
+    ),
+    "beft_ext/training/evaluation.py": (
+        TUNING,
+        [
+            ("self.sign * new[key] > self.sign", "self.sign * new[key] >= self.sign"),
+            ("for h in history)", "for h in history[-1:])"),
+            ("batches, loss), -1)", "batches, loss), 1)"),
+            ("divisor = float(rows_of(batch))", "divisor = 1.0"),
         ],
     ),
     "beft_ext/training/data.py": (
@@ -291,7 +298,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("        handle.remove()\n", "        pass\n"),
         ],
     ),
-    "beft_ext/adapters/contents.py": (
+    "beft_ext/adapters/reading.py": (
         ADAPTERS,
         [
             ("if shape != expected", "if shape[-1:] != expected[-1:]"),
@@ -702,7 +709,7 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if len(tied) == 1 and not given:",
     ): "what is not tied agrees with itself, and nothing given is nothing to compare",
     (
-        "beft_ext/adapters/contents.py",
+        "beft_ext/adapters/reading.py",
         "if size < 8 or header > min(size - 8, LARGEST_HEADER):",
         "if size < 9 or header > min(size - 8, LARGEST_HEADER):",
     ): "eight bytes are no whole file either way",

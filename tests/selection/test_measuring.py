@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as hf
@@ -194,6 +196,16 @@ def test_a_loss_of_examples_is_observed_by_itself():
     assert select(model, loader, loss=losses, steps=0).ranking["gain"]
     with pytest.raises(GainError, match="observe="):
         select(model, loader, loss=lambda m, b: losses(m, b).mean(), steps=0)
+
+
+def test_a_notebook_sees_two_lines_of_the_gains():
+    found = measure_gains(tiny("bert"), batches())
+    first, *others = found.ranking
+    shown = f"<Gains: {first} {found.values[first]:.3f}±{found.errors[first]:.3f} > {others[0]} "
+    assert repr(found).startswith(shown) and len(repr(found).splitlines()) == 2
+    assert repr(found).endswith(f"\n dead: key; not sure, {found.examples} examples>")
+    empty = replace(found, ranking=[], dead=["cross_attention_output@0"])
+    assert "no term is ranked" in repr(empty) and "output@0 " in str(empty)
 
 
 def test_a_selection_keeps_the_gains_in_its_files(tmp_path):

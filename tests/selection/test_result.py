@@ -76,6 +76,21 @@ def test_the_table_ranks_and_marks(made):
     assert other[1:] == [["1.", "value"], ["2.", "query"], ["-", "key"]]
 
 
+def test_a_long_name_has_its_column_and_a_notebook_sees_two_lines(made):
+    name = "cross_attention_output@10-11"
+    scores = {m: own | {name: 1.0} for m, own in made.scores.items()}
+    head, *rows = str(replace(made, scores=scores)).splitlines()
+    (row,) = (row for row in rows if name in row)
+    assert row[: head.index("beft") + 4].split() == ["-", name, "1.0000e+00"]
+    first = "<Selection by 'beft': query 0.5\n"
+    assert repr(made) == first + " dead: key; undefined: value; 2 of 2 steps>"
+    ranked = replace(made, method="snr", ranking={"snr": ["value", "query", "a", "b"]})
+    ranked.scores["snr"].update(a=0.1, b=0.1)
+    assert repr(ranked).startswith("<Selection by 'snr': value 2 > query 0.5 > a 0.1 > 1 more\n")
+    assert "undefined" not in repr(ranked)
+    assert "no term is ranked" in repr(replace(made, ranking={"beft": []}))
+
+
 def test_without_a_ranking_there_is_no_best(made):
     with pytest.raises(SelectionError, match="no term has a defined 'beft' score: select anew"):
         replace(made, ranking={"beft": []}).best  # noqa: B018

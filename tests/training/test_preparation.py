@@ -156,6 +156,11 @@ def test_the_printed_table(name):
     assert str(prepare(tiny(name), ("mlp_up", "value"), layers=[1])) == TABLES[name]
 
 
+def test_a_notebook_sees_two_lines():
+    prepared = prepare(tiny("gpt2"), ("mlp_up", "value"), layers=[1])
+    assert repr(prepared) == f"<Prepared: value@1+mlp_up@1\n {TABLES['gpt2'].splitlines()[-1]}>"
+
+
 def test_without_a_head_the_biases_train_alone():
     prepared = prepare(tiny("bert").bert, "value")
     assert prepared.head == [] and prepared.head_initial == {}

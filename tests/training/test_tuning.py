@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from beft_ext.errors import BeftWarning
 from beft_ext.training import tuning
 from beft_ext.training.data import Passes, digest_of
+from beft_ext.training.evaluation import mean_loss
 from beft_ext.training.optim import OptimizerError, rate_factor
 from beft_ext.training.tuning import CHECKPOINT, Recipe, TuningError, tune
 
@@ -429,6 +430,64 @@ def test_the_first_best_epoch_is_put_back_and_losses_are_of_their_epoch(tmp_path
     tune(one, loader(), lambda _: 0.9, tmp_path / "b", short)
     for a, b in zip(best.parameters(), one.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_loader_judges_by_its_loss_and_leaves_the_mode_alone(tmp_path):
+    """Oracle: the mean over rows, of batches that differ in size, written out."""
+    held_out = [batch(seed=7), {k: v[:2] for k, v in batch(seed=8).items()}]
+    model, states = prepared(), []
+
+    def watched(own, inputs):
+        states.append((own.training, {n: p.detach().clone() for n, p in own.named_parameters()}))
+        return own(**inputs).loss
+
+    recipe = Recipe(epochs=4, lr=0.3, decay=False)
+    run = tune(model, loader(), held_out, tmp_path, recipe, loss=watched)
+    ends, oracle = [states[i + 1] for i in range(4, 28, 7)], prepared()
+    for (training, state), record in zip(ends, run.history, strict=True):
+        oracle.load_state_dict(state, strict=False)
+        sums = [len(b["labels"]) * float(oracle(**b).loss.detach()) for b in held_out]
+        rows = sum(len(b["labels"]) for b in held_out)
+        assert record["validation_loss"] == pytest.approx(sum(sums) / rows, rel=1e-5)
+        assert not training and "accuracy" not in record
+    losses = [record["validation_loss"] for record in run.history]
+    best = losses.index(min(losses))
+    assert 0 < best < 3 or min(losses) != losses[-1], "no test of the best epoch"
+    for name, p in model.named_parameters():
+        assert torch.equal(p, ends[best][1][name])
+    assert model.training
+    log = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in log] == run.history
+
+
+def test_a_loss_of_ones_own_says_how_much_a_batch_counts():
+    """Losses of examples, and a loss with its divisor, are means over what they count."""
+    batches = [batch(seed=7), {k: v[:2] for k, v in batch(seed=8).items()}]
+    rows, numbers = [len(b["labels"]) for b in batches], iter([1.0, 4.0])
+    model = prepared()
+
+    def of_examples(_, inputs):
+        return torch.full((len(inputs["labels"]),), next(numbers))
+
+    assert mean_loss(model, batches, of_examples) == (rows[0] + 4 * rows[1]) / sum(rows)
+    pairs = iter([(torch.tensor(1.0), 1.0), (torch.tensor(4.0), torch.tensor(5))])
+    assert mean_loss(model, batches, lambda *_: next(pairs)) == 21 / 6
+
+
+def test_without_a_folder_nothing_is_written_and_without_a_judge_the_last_epoch_stays(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    plain, judged = prepared(), prepared()
+    run = tune(plain, loader(), recipe=RECIPE, save_every=1)
+    assert [list(r) for r in run.history] == 3 * [["epoch", "step", "loss"]]
+    rising = iter((0.1, 0.2, 0.3))
+    tune(judged, loader(), lambda _: next(rising), recipe=RECIPE)
+    for a, b in zip(plain.parameters(), judged.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(TuningError, match="resume=True needs the folder"):
+        tune(prepared(), loader(), resume=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):

@@ -1,0 +1,69 @@
+"""What judges an epoch of ``tune``: a metric of one's own, the loss on a loader, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from beft_ext.models.modes import quiet
+from beft_ext.training.loss import Loss, on_device, rows_of
+
+LOADER_METRIC = "validation_loss"
+# A metric of the model, batches with labels, or None.
+Evaluation = Callable[[nn.Module], float] | Iterable[Mapping[str, Tensor]] | None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Says what a model reaches, and whether that is the best so far.
+
+    Attributes:
+        metric: name of the number in the log; None where nothing is measured.
+        measure: takes the model and gives the number.
+        sign: 1 for the larger the better, -1 for the smaller.
+    """
+
+    metric: str | None = None
+    measure: Callable[[nn.Module], float] | None = None
+    sign: int = 1
+
+    @classmethod
+    def of(cls, evaluate: Evaluation, metric: str, loss: Loss) -> Judge:
+        """What ``tune`` was given."""
+        if evaluate is None:
+            return cls()
+        if callable(evaluate):
+            return cls(metric, evaluate)
+        batches = evaluate
+        return cls(LOADER_METRIC, lambda model: mean_loss(model, batches, loss), -1)
+
+    def record(self, model: nn.Module) -> dict[str, float]:
+        """The number by its name."""
+        if self.metric is None or self.measure is None:
+            return {}
+        return {self.metric: self.measure(model)}
+
+    def best(self, new: Mapping[str, float], history: Sequence[Mapping[str, float]]) -> bool:
+        """Whether no earlier epoch is as good. Where nothing is measured, the latest is best."""
+        key = self.metric
+        return key is None or all(self.sign * new[key] > self.sign * h[key] for h in history)
+
+
+def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: Loss) -> float:
+    """Mean over all batches, in evaluation mode; a batch counts by the divisor that its loss
+    tells, one that tells none by its rows."""
+    device = next(model.parameters()).device
+    total = count = 0.0
+    with quiet(model), torch.no_grad():
+        for batch in batches:
+            value = loss(model, on_device(batch, device))
+            if isinstance(value, tuple):
+                value, divisor = value[0], float(value[1])
+            else:
+                divisor = float(rows_of(batch))
+            total += float(value.mean()) * divisor
+            count += divisor
+    return total / count if count else float("nan")
