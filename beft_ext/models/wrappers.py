@@ -64,10 +64,26 @@ def _layers(model: nn.Module) -> list[nn.Module]:
             layers.append(model.get_submodule("_orig_mod"))
         elif isinstance(model, nn.DataParallel) or _replica(model):
             layers.append(model.module)
-        elif _from(model, "sentence_transformers") and hasattr(model, "__getitem__"):
-            layers.append(model[0].auto_model)
+        elif (held := _of_sentences(model)) is not None:
+            layers.append(held)
         else:
             return layers
+
+
+def called(model: nn.Module) -> nn.Module:
+    """What takes a transformers model's arguments: the model itself, or that of
+    sentence-transformers, whose own call takes a dict of features."""
+    held = _of_sentences(model)
+    return model if held is None else held
+
+
+def _of_sentences(model: nn.Module) -> nn.Module | None:
+    """The transformers model of sentence-transformers' SentenceTransformer or CrossEncoder."""
+    if not _from(model, "sentence_transformers"):
+        return None
+    first = model[0] if isinstance(model, nn.Sequential) and len(model) else model
+    held = getattr(first, "auto_model", getattr(first, "model", None))
+    return held if isinstance(held, nn.Module) else None
 
 
 def _spread(model: nn.Module) -> str | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
 from beft_ext.models.modes import quiet
+from beft_ext.models.wrappers import called
 from beft_ext.training.counted import IGNORED_LABEL, counted_losses
 
 Batch = Mapping[str, Any]  # a model's arguments: tensors, and whatever else it takes
@@ -39,6 +40,7 @@ def model_loss(model: nn.Module, batch: Batch) -> Tensor:
 
     Raises: LossError where it gives none.
     """
+    model = called(model)
     found = counted_losses(model, batch)
     if found is None:
         return loss_of(model(**batch))

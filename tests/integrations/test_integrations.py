@@ -3,8 +3,9 @@
 import pytest
 import torch
 from conftest import batch, tiny
+from safetensors.torch import load_file
 
-from beft_ext import prepare
+from beft_ext import load_adapter, prepare
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.tuning import Recipe, tune
 
@@ -223,7 +224,6 @@ def test_scores_reach_the_loggers_that_come_before(tmp_path):
 
 
 def test_the_adapter_lies_beside_each_checkpoint_with_the_added_biases(tmp_path):
-    from beft_ext import load_adapter, prepare
     from beft_ext.integrations.trainer import AdapterCallback
 
     model = tiny("llama")
@@ -240,3 +240,35 @@ def test_the_adapter_lies_beside_each_checkpoint_with_the_added_biases(tmp_path)
     with torch.no_grad():
         torch.testing.assert_close(again(**inputs).logits, model(**inputs).logits)
     assert again.model.layers[0].self_attn.v_proj.bias.abs().min() > 0
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_trainer_resumes_from_a_checkpoint_with_its_adapter(name, tmp_path):
+    """To the bits of a run that was not stopped, from the Trainer's files; and the adapter alone
+    is what that checkpoint's model was, to train on in another run."""
+    from beft_ext.adapters.contents import FILES
+    from beft_ext.integrations.trainer import AdapterCallback
+
+    def begun(folder, **options):
+        model = tiny(name)
+        prepare(model, "value")
+        options |= {"save_strategy": "steps", "save_steps": 5}
+        run = trainer(model, folder, **options)
+        run.add_callback(AdapterCallback())
+        return run, model
+
+    run, whole = begun(tmp_path / "whole")
+    run.train()
+    checkpoint = tmp_path / "whole" / "checkpoint-5"
+    run, resumed = begun(tmp_path / "resumed")
+    run.train(str(checkpoint))
+    assert not (tmp_path / "resumed" / "checkpoint-5").exists()
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    for file in FILES:
+        last = [tmp_path / n / "checkpoint-12" / "adapter" / file for n in ("whole", "resumed")]
+        assert last[0].read_bytes() == last[1].read_bytes()
+    again, saved = tiny(name), load_file(checkpoint / "model.safetensors")
+    load_adapter(again, checkpoint / "adapter", trainable=True)
+    for key, value in saved.items():
+        torch.testing.assert_close(again.state_dict()[key], value)

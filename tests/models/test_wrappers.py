@@ -10,7 +10,7 @@ from torch import nn
 
 from beft_ext.errors import BeftError
 from beft_ext.models import state
-from beft_ext.models.wrappers import inside, whole
+from beft_ext.models.wrappers import called, inside, whole
 
 
 class Refused(BeftError):
@@ -32,6 +32,21 @@ def test_the_model_inside_is_found_and_carries_the_records(name):
     assert inside(wrapped) is inside(model) is whole(wrapped, Refused) is model
     state.put(wrapped, Note("a"))
     assert state.get(model, Note) == Note("a")
+
+
+@pytest.mark.parametrize("held", ["auto_model", "model"])
+def test_sentence_transformers_hold_the_model_in_their_first_module(held):
+    """Told by package and attribute; its own call is another, so the model inside is called."""
+    own = {"__module__": "sentence_transformers.models"}
+    first = type("Transformer", (nn.Module,), own)()
+    setattr(first, held, model := nn.Linear(3, 2))
+    wrapper = type("SentenceTransformer", (nn.Sequential,), own)(first, nn.Flatten())
+    for outer in (wrapper, first, nn.DataParallel(wrapper)):
+        assert inside(outer) is whole(outer, Refused) is model
+    assert called(wrapper) is called(first) is called(model) is model
+    assert called(torch.compile(model)) is not model
+    empty = type("SentenceTransformer", (nn.Sequential,), own)(nn.Flatten())
+    assert inside(empty) is called(empty) is empty
 
 
 def test_data_parallel_will_not_do_where_copies_run():
