@@ -1,52 +1,75 @@
-"""The adapter's README.md: what it changes, how to load it, why this term was chosen."""
+"""The adapter's README.md: how to load it, what it changes, what it reached, why this term."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
+import transformers
 from torch import nn
 
+from beft_ext.adapters.contents import Contents, class_facts, task_type
+from beft_ext.adapters.hub import names_repository
 from beft_ext.selection import Audition, Selection, read_selection
+
+PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+}
+MOST_NAMES = 12  # classes that the code names one by one
+HERE = "."
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the card tells of the training; what is None stays unsaid.
+
+    Attributes:
+        data: what the adapter was trained on, in words.
+        metric: the metric's name.
+        before, after: its value of the model before training, and of the adapter.
+        rows: what rows ``after`` is of, in words.
+    """
+
+    data: str | None = None
+    metric: str | None = None
+    before: float | None = None
+    after: float | None = None
+    rows: str = "best on validation"
 
 
 def model_card(
     model: nn.Module,
+    contents: Contents,
     what: str,
     reason: str | None,
+    *,
+    place: str | None = None,
     selection: Selection | str | Path | None = None,
     audition: Audition | None = None,
+    results: Results | None = None,
 ) -> str:
     """Markdown with the hub's metadata.
 
     Args:
+        contents: what the adapter changes.
         what: the summary of what was trained.
         reason: why PEFT cannot load the adapter, or None.
+        place: "user/name" on the hub; None for the folder that the card lies in.
         selection: the run's result or its ``selection.json``.
         audition: the race that the term or its rate won.
     Raises:
         SelectionError: that file is not one that ``Selection.save`` wrote.
     """
-    kind = type(model).__name__
-    base = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
-    head = ["library_name: peft", "tags:", "- beft", "- bias-tuning"]
-    if base:
-        head.insert(0, f"base_model: {json.dumps(base)}")
-    place = json.dumps(base or "path/to/base")
-    lines = ["---", *head, "---", "", f"# Bias adapter for {kind}", ""]
-    lines += ["Biases trained with beft_ext (BEFT, arXiv 2509.15974):", "", _code(what)]
-    lines += ["", "## Use", ""]
-    plain = (
-        f"from transformers import {kind}\nimport beft_ext\n\n"
-        f"model = {kind}.from_pretrained({place})\n"
-        'beft_ext.load_adapter(model, "path/to/this/folder")'
-    )
-    lines += [_code(plain, "python"), ""]
-    if reason is None:
-        peft = 'from peft import PeftModel\n\nmodel = PeftModel.from_pretrained(model, "...")'
-        lines += ["or with PEFT 0.21 or later:", "", _code(peft, "python")]
-    else:
-        lines += [f"It does not load in PEFT: {reason}."]
+    names = class_facts(model).get("classes")
+    lines = [*_metadata(model, reason), "", f"# Bias adapter for {type(model).__name__}", ""]
+    lines += ["Biases trained with beft_ext (BEFT, arXiv 2509.15974):", "", _code(what), ""]
+    lines += [f"Classes: {', '.join(names)}.", ""] if names else []
+    lines += _use(model, contents, reason, place)
+    lines += _reached(results) if results is not None else []
     if selection is not None:
         if not isinstance(selection, Selection):
             selection = read_selection(Path(selection))
@@ -56,6 +79,64 @@ def model_card(
         lines += ["", "## Audition", "", "Raced by the loss on training rows held out:", ""]
         lines += [_code(str(audition))]
     return "\n".join(lines) + "\n"
+
+
+def _metadata(model: nn.Module, reason: str | None) -> list[str]:
+    base, pipeline = _base(model), PIPELINES.get(task_type(model) or "")
+    lines = ["---"]
+    if base and names_repository(base) and not Path(base).exists():  # the hub refuses a path
+        lines += [f"base_model: {json.dumps(base)}", "base_model_relation: adapter"]
+    lines += ["library_name: peft"] if reason is None else []
+    lines += [f"pipeline_tag: {pipeline}"] if pipeline else []
+    return [*lines, "tags:", "- beft", "- bias-tuning", "---"]
+
+
+def _use(model: nn.Module, contents: Contents, reason: str | None, place: str | None) -> list[str]:
+    where = json.dumps(place or HERE)
+    base = _loading(model, contents)
+    ours = f"import beft_ext\n{base}\nmodel = beft_ext.load_adapter(model, {where})"
+    lines = ["## Use", "", _code(ours, "python"), ""]
+    lines += [] if place else ["`.` is the folder that holds the adapter.", ""]
+    if reason is not None:
+        return [*lines, f"It does not load in PEFT: {reason}."]
+    peft = f"from peft import PeftModel\n{base}\nmodel = PeftModel.from_pretrained(model, {where})"
+    return [*lines, "or with PEFT 0.21 or later:", "", _code(peft, "python")]
+
+
+def _loading(model: nn.Module, contents: Contents) -> str:
+    """Code that loads the base model, with a head of the adapter's classes."""
+    kind, base = type(model), _base(model) or "path/to/base"
+    home = "transformers" if hasattr(transformers, kind.__name__) else kind.__module__
+    options, note = [json.dumps(base)], ""
+    config = getattr(model, "config", None)
+    if contents.head and "Classification" in kind.__name__:
+        names, count = class_facts(model).get("classes", []), getattr(config, "num_labels", 2)
+        some = 0 < len(names) <= MOST_NAMES
+        options.append(f"id2label={dict(enumerate(names))}" if some else f"num_labels={count}")
+        options.append("ignore_mismatched_sizes=True")
+        note = "  # the adapter brings the head"
+    changed = config.to_diff_dict() if isinstance(config, transformers.PreTrainedConfig) else {}
+    if isinstance(padding := changed.get("pad_token_id"), int):
+        options.append(f"pad_token_id={padding}")
+    arguments = "".join(f"    {option},\n" for option in options)
+    call = f"model = {kind.__name__}.from_pretrained(\n{arguments}){note}"
+    if len(options) == 1:
+        call = f"model = {kind.__name__}.from_pretrained({options[0]})"
+    return f"from {home} import {kind.__name__}\n\n{call}"
+
+
+def _reached(results: Results) -> list[str]:
+    lines = ["", "## Training", ""]
+    if results.data is not None:
+        lines += [f"Data: {results.data}.", ""]
+    if results.metric is not None and results.after is not None:
+        before = "" if results.before is None else f"{results.before:.4g} before training, "
+        lines += [f"{results.metric}: {before}{results.after:.4g} after, {results.rows}."]
+    return lines if len(lines) > 3 else []
+
+
+def _base(model: nn.Module) -> str:
+    return str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
 
 
 def _code(text: str, language: str = "") -> str:

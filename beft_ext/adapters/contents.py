@@ -107,7 +107,6 @@ def peft_config(model: nn.Module, contents: Contents, facts: JsonObject) -> Json
     """``adapter_config.json``. PEFT complains of a key that it does not know, but not of what
     stands under ``auto_mapping``: our own facts do."""
     kind = type(model)
-    task = next((t for ending, t in TASK_TYPES.items() if kind.__name__.endswith(ending)), None)
     return {
         "auto_mapping": {
             "base_model_class": kind.__name__,
@@ -122,8 +121,14 @@ def peft_config(model: nn.Module, contents: Contents, facts: JsonObject) -> Json
         "peft_version": "0.21.0",
         "revision": None,
         "target_modules": sorted(contents.biases),
-        "task_type": task,
+        "task_type": task_type(model),
     }
+
+
+def task_type(model: nn.Module) -> str | None:
+    """PEFT's name of what the model's class is for; None for a class of no known ending."""
+    name = type(model).__name__
+    return next((task for ending, task in TASK_TYPES.items() if name.endswith(ending)), None)
 
 
 def class_facts(model: nn.Module) -> JsonObject:

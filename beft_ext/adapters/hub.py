@@ -82,7 +82,8 @@ def located(
         AdapterError: a revision is given for a folder that is here; the hub does not give the
             files, and the cache does not hold them.
     """
-    if not (isinstance(source, str) and _names_repository(source)) or Path(source).is_dir():
+    named = isinstance(source, str) and "/" in source and names_repository(source)
+    if not named or Path(source).is_dir():
         if revision is not None:
             raise AdapterError(f"revision='{revision}' is for the hub, but {source} names a folder")
         return Path(source)
@@ -90,7 +91,8 @@ def located(
 
     try:
         files = [WEIGHTS, CONFIG]
-        return Path(snapshot_download(source, revision=revision, token=token, allow_patterns=files))
+        found = snapshot_download(str(source), revision=revision, token=token, allow_patterns=files)
+        return Path(found)
     except Exception as error:  # the hub's client raises many unrelated types
         raise AdapterError(
             f"'{source}' is no folder here, and the hub does not give it ({_reason(error)}): check "
@@ -98,8 +100,8 @@ def located(
         ) from error
 
 
-def _names_repository(text: str) -> bool:
-    """Whether ``text`` has the form "user/name"."""
+def names_repository(text: str) -> bool:
+    """Whether ``text`` may be a repository's: "name" or "user/name"."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
@@ -107,7 +109,7 @@ def _names_repository(text: str) -> bool:
         validate_repo_id(text)
     except HFValidationError:
         return False
-    return "/" in text
+    return True
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.adapters.applying import Adapters
-from beft_ext.adapters.card import model_card
+from beft_ext.adapters.card import Results, model_card
 from beft_ext.adapters.contents import (
     FILES,
     AdapterError,
@@ -34,6 +34,7 @@ def save_adapter(
     selection: Selection | str | Path | None = None,
     *,
     audition: Audition | None = None,
+    results: Results | None = None,
     push_to_hub: bool = False,
     **hub: Any,
 ) -> str | None:
@@ -51,6 +52,7 @@ def save_adapter(
         selection: a Selection or its ``selection.json``, whose table the README shows; None for a
             README without one.
         audition: the race of terms or rates, whose table the README shows too.
+        results: data and metrics for the README (``beft_ext.adapters.Results``).
         push_to_hub: upload these three files too, as one commit.
         hub: ``repo_id`` (by default the folder's name), ``token``, ``private``,
             ``commit_message``, ``revision`` and ``create_pr``, as in transformers.
@@ -80,8 +82,18 @@ def save_adapter(
     reason = unsupported(model, contents.biases)
     if reason is not None:
         facts["not_in_peft"] = reason
+    place = upload.repo_id if upload is not None and "/" in upload.repo_id else None
     try:
-        card = model_card(model, what, reason, selection, audition)
+        card = model_card(
+            model,
+            contents,
+            what,
+            reason,
+            place=place,
+            selection=selection,
+            audition=audition,
+            results=results,
+        )
     except SelectionError as error:
         raise AdapterError(str(error)) from error
     write(folder, model, contents, facts, card)

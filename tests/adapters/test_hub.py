@@ -160,7 +160,7 @@ def test_a_folder_goes_before_the_hub_and_a_path_is_never_a_name(model, tmp_path
     monkeypatch.setattr(huggingface_hub, "snapshot_download", None)
     save_adapter(model, "user/name")
     load_adapter(tiny("bert"), "user/name", token="hf_x")
-    with pytest.raises(AdapterError, match="revision='v1' is for the hub, but user/name is a"):
+    with pytest.raises(AdapterError, match="revision='v1' is for the hub, but user/name names a"):
         load_adapter(tiny("bert"), "user/name", revision="v1")
     for nowhere in (Path("user/other"), "other", "./user/other", "a/b/c", str(tmp_path / "a")):
         with pytest.raises(AdapterError, match="no adapter folder at"):
