@@ -1,7 +1,6 @@
 """Adapters: the trained biases and head as files, on a model by name, and merged for good."""
 
 from beft_ext.adapters.applying import delete_adapter, load_adapter, set_adapter
-from beft_ext.adapters.card import Results
 from beft_ext.adapters.contents import AdapterError
 from beft_ext.adapters.facts import TermFacts, facts_table, term_facts
 from beft_ext.adapters.merging import merge_adapter, unmerge_adapter
@@ -10,7 +9,6 @@ from beft_ext.adapters.saving import save_adapter
 
 __all__ = [
     "AdapterError",
-    "Results",
     "TermFacts",
     "class_names",
     "delete_adapter",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import transformers
 from torch import nn
@@ -23,24 +24,6 @@ MOST_NAMES = 12  # classes that the code names one by one
 HERE = "."
 
 
-@dataclass(frozen=True)
-class Results:
-    """What the card tells of the training; what is None stays unsaid.
-
-    Attributes:
-        data: what the adapter was trained on, in words.
-        metric: the metric's name.
-        before, after: its value of the model before training, and of the adapter.
-        rows: what rows ``after`` is of, in words.
-    """
-
-    data: str | None = None
-    metric: str | None = None
-    before: float | None = None
-    after: float | None = None
-    rows: str = "best on validation"
-
-
 def model_card(
     model: nn.Module,
     contents: Contents,
@@ -50,7 +33,7 @@ def model_card(
     place: str | None = None,
     selection: Selection | str | Path | None = None,
     audition: Audition | None = None,
-    results: Results | None = None,
+    about: Mapping[str, Any] | None = None,
 ) -> str:
     """Markdown with the hub's metadata.
 
@@ -61,6 +44,7 @@ def model_card(
         place: "user/name" on the hub; None for the folder that the card lies in.
         selection: the run's result or its ``selection.json``.
         audition: the race that the term or its rate won.
+        about: of which ``data``, in words, and ``evaluation`` are shown, as ``save_adapter`` says.
     Raises:
         SelectionError: that file is not one that ``Selection.save`` wrote.
     """
@@ -69,7 +53,11 @@ def model_card(
     lines += ["Biases trained with beft_ext (BEFT, arXiv 2509.15974):", "", _code(what), ""]
     lines += [f"Classes: {', '.join(names)}.", ""] if names else []
     lines += _use(model, contents, reason, place)
-    lines += _reached(results) if results is not None else []
+    about = about or {}
+    if "data" in about:
+        lines += ["", "## Data", "", str(about["data"])]
+    if "evaluation" in about:
+        lines += ["", "## Evaluation", "", *_evaluation(about["evaluation"])]
     if selection is not None:
         if not isinstance(selection, Selection):
             selection = read_selection(Path(selection))
@@ -125,14 +113,25 @@ def _loading(model: nn.Module, contents: Contents) -> str:
     return f"from {home} import {kind.__name__}\n\n{call}"
 
 
-def _reached(results: Results) -> list[str]:
-    lines = ["", "## Training", ""]
-    if results.data is not None:
-        lines += [f"Data: {results.data}.", ""]
-    if results.metric is not None and results.after is not None:
-        before = "" if results.before is None else f"{results.before:.4g} before training, "
-        lines += [f"{results.metric}: {before}{results.after:.4g} after, {results.rows}."]
-    return lines if len(lines) > 3 else []
+def _evaluation(found: Mapping[str, Any]) -> list[str]:
+    """A table: metrics before training, of the majority, and after it or of the best epoch."""
+    best = {"best on validation": found["best_on_validation"]}
+    columns = {"before training": found["before"]}
+    if majority := found.get("majority"):
+        columns[f"always '{majority['class']}'"] = majority
+    columns |= best if found["after"] is None else {"after training": found["after"]}
+    names = list(found["before"])
+    rows = f"{found['examples']} {found['rows']} rows"
+    told = "which chose the epoch" if found["after"] is None else "which no choice has seen"
+    lines = [
+        f"On {rows}, {told}:",
+        "",
+        f"| | {' | '.join(names)} |",
+        f"|{' --- |' * (len(names) + 1)}",
+    ]
+    for column, values in columns.items():
+        lines.append(f"| {column} | {' | '.join(f'{values[n]:.4f}' for n in names)} |")
+    return lines
 
 
 def _base(model: nn.Module) -> str:

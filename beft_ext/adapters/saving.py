@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.adapters.applying import Adapters
-from beft_ext.adapters.card import Results, model_card
+from beft_ext.adapters.card import model_card
 from beft_ext.adapters.contents import (
     FILES,
     AdapterError,
@@ -34,7 +35,7 @@ def save_adapter(
     selection: Selection | str | Path | None = None,
     *,
     audition: Audition | None = None,
-    results: Results | None = None,
+    about: Mapping[str, Any] | None = None,
     push_to_hub: bool = False,
     **hub: Any,
 ) -> str | None:
@@ -52,7 +53,11 @@ def save_adapter(
         selection: a Selection or its ``selection.json``, whose table the README shows; None for a
             README without one.
         audition: the race of terms or rates, whose table the README shows too.
-        results: data and metrics for the README (``beft_ext.adapters.Results``).
+        about: what else the config keeps under ``auto_mapping.beft_ext``, as JSON. The README shows
+            ``data``, in words, and ``evaluation``: ``rows`` ("validation", "test") and ``examples``
+            of what judged, the metrics ``before`` training and ``after``, and instead of these
+            (None) ``best_on_validation`` where the rows chose the epoch; ``majority``, the metrics
+            of always saying its ``class``.
         push_to_hub: upload these three files too, as one commit.
         hub: ``repo_id`` (by default the folder's name), ``token``, ``private``,
             ``commit_message``, ``revision`` and ``create_pr``, as in transformers.
@@ -80,6 +85,7 @@ def save_adapter(
         raise AdapterError(f"{next(iter(hub))}=... is for the hub: pass push_to_hub=True with it")
     contents, facts, what = _to_save(model)
     reason = unsupported(model, contents.biases)
+    facts = dict(about or {}) | facts
     if reason is not None:
         facts["not_in_peft"] = reason
     place = upload.repo_id if upload is not None and "/" in upload.repo_id else None
@@ -92,7 +98,7 @@ def save_adapter(
             place=place,
             selection=selection,
             audition=audition,
-            results=results,
+            about=about,
         )
     except SelectionError as error:
         raise AdapterError(str(error)) from error

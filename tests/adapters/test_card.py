@@ -1,5 +1,6 @@
 """The card: its code runs as it is printed, and it says what is known of the training."""
 
+import json
 import re
 
 import pytest
@@ -8,7 +9,6 @@ import transformers as hf
 from conftest import CONFIGS, SIZES, batch, close, tiny
 
 from beft_ext import prepare, save_adapter, select
-from beft_ext.adapters import Results
 from beft_ext.adapters.card import model_card
 from beft_ext.adapters.contents import Contents
 
@@ -135,17 +135,23 @@ def test_the_card_names_data_metric_classes_and_selection_with_their_errors(tmp_
     model.config.id2label = {0: "late", 1: "fine"}
     selection = select(model, [batch(seed=seed) for seed in range(3)])
     prepare(model, selection.best)
-    told = Results("mail.csv, 860 rows", "macro_f1", 0.5, 0.8625, "on 200 rows of test.csv")
-    save_adapter(model, tmp_path, selection, results=told)
+    evaluation = {"rows": "test", "examples": 200, "before": {"f1": 0.5}, "after": {"f1": 0.8625}}
+    evaluation |= {"best_on_validation": {"f1": 0.9}, "majority": {"class": "fine", "f1": 0.25}}
+    about = {"data": "mail.csv, 860 rows", "evaluation": evaluation}
+    save_adapter(model, tmp_path, selection, about=about)
     card = (tmp_path / "README.md").read_text()
-    assert "Classes: late, fine.\n" in card and "Data: mail.csv, 860 rows.\n" in card
-    line = "macro_f1: 0.5 before training, 0.8625 after, on 200 rows of test.csv.\n"
-    assert line in card
-    best = selection.best
-    gains = selection.gains
+    assert "Classes: late, fine.\n" in card and "\nmail.csv, 860 rows\n" in card
+    assert "On 200 test rows, which no choice has seen:\n\n| | f1 |\n| --- | --- |\n" in card
+    table = "| before training | 0.5000 |\n| always 'fine' | 0.2500 |\n| after training | 0.8625 |"
+    assert table in card and "best on validation" not in card
+    best, gains = selection.best, selection.gains
     assert f"{gains.values[best]:.3f}" in card and f"{gains.errors[best]:.3f}" in card
-    save_adapter(model, tmp_path, results=Results(metric="f1", after=0.5))
+    facts = json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"]["beft_ext"]
+    assert facts["data"] == about["data"] and facts["evaluation"] == evaluation
+    about["evaluation"] = evaluation | {"after": None, "rows": "validation"}
+    save_adapter(model, tmp_path, about=about)
     card = (tmp_path / "README.md").read_text()
-    assert "f1: 0.5 after, best on validation.\n" in card
-    save_adapter(model, tmp_path, results=Results())
-    assert "## Training" not in (tmp_path / "README.md").read_text()
+    assert "| best on validation | 0.9000 |" in card and "which chose the epoch" in card
+    save_adapter(model, tmp_path)
+    card = (tmp_path / "README.md").read_text()
+    assert "## Evaluation" not in card and "## Data" not in card
