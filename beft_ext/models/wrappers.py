@@ -70,6 +70,13 @@ def _layers(model: nn.Module) -> list[nn.Module]:
             return layers
 
 
+def name_of(model: nn.Module) -> str:
+    """Name or folder of the model inside, as its config has it; else its class."""
+    model = inside(model)
+    named = getattr(getattr(model, "config", None), "_name_or_path", None)
+    return str(named or type(model).__name__)
+
+
 def called(model: nn.Module) -> nn.Module:
     """What takes a transformers model's arguments: the model itself, or that of
     sentence-transformers, whose own call takes a dict of features."""

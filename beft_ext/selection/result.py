@@ -56,6 +56,7 @@ class Selection:
         initial, current: each bias ``(H,)`` before and after the run, by ``Bias.name``, on the
             CPU. Half-precision biases are fp32 in ``current``.
         gains: what each term alone would explain; None where they were not asked for.
+        model: name or folder of the model, as its config has it; its class where that has none.
         best: the first term by ``method``. To read it where no term is ranked raises
             SelectionError.
     Example:
@@ -80,6 +81,7 @@ class Selection:
     initial: dict[str, Tensor] = field(repr=False)
     current: dict[str, Tensor] = field(repr=False)
     gains: Gains | None = None
+    model: str = ""
 
     @property
     def best(self) -> str:
@@ -121,25 +123,30 @@ class Selection:
             lines.append(f"{rank:>4} {term:<{width}}{cells}{note}")
         return "\n".join(lines)
 
-    def plot(self, path: str | Path) -> None:
+    def plot(self, path: str | Path, task: str = "") -> None:
         """Draw the term x layer heatmap of ``method``.
 
         Args:
             path: where the picture goes, as PNG.
+            task: its name, for the title, which says the model too.
         Raises:
             PlotError: matplotlib is missing, or there are no scores by layer (a selection that
                 was read from a file).
         """
         from beft_ext.plots import heatmap
 
-        rows = {
-            name: [*[math.nan] * parse_terms(name)[0].first, *values]
+        rows: dict[str, list[float | None]] = {
+            name: [*[None] * parse_terms(name)[0].first, *values]
             for name, values in self.per_layer.get(self.method, {}).items()
         }
+        layers = max(map(len, rows.values()), default=0)
+        rows |= {name: [math.nan] * layers for name in self.dead if name not in rows}
+        of = ", ".join(filter(None, ("/".join(Path(self.model).parts[-2:]), task)))
+        title = f"{of}: {self.method}" if of else self.method
         with whole_file(path) as temporary:
-            heatmap(rows, self.method, temporary)
+            heatmap(rows, title, temporary, score=self.method, dead=self.dead)
 
-    def save(self, folder: str | Path) -> None:
+    def save(self, folder: str | Path, task: str = "") -> None:
         """Write ``selection.json``, its tensors and ``heatmap.png`` as one.
 
         ``biases.safetensors`` has the biases before and after the run, ``gains.safetensors`` the
@@ -148,12 +155,14 @@ class Selection:
 
         Args:
             folder: is made where it does not exist.
+            task: its name, for the picture's title.
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
         """
         tensors = {f"initial/{name}": t for name, t in self.initial.items()}
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
         record = {
+            "model": self.model,
             "method": self.method,
             "best": next(iter(self.ranking.get(self.method, [])), None),
             "ranking": self.ranking,
@@ -171,12 +180,12 @@ class Selection:
             record["biases"] = write_tensors(temporary / BIASES, tensors)
             if self.gains is not None:
                 record["grams"] = write_tensors(temporary / GRAMS, self.gains.tensors())
-            draw(self.plot, temporary / PICTURE)
+            draw(self.plot, temporary / PICTURE, task)
             write_json(temporary / RECORD, _nulls(record))
 
 
 RECORD_KEYS = {"method", "best", "ranking", "scores", "per_layer", "undefined", "dead", "losses"}
-RECORD_KEYS |= {"steps", "above_90_degrees", "biases", "gains", "grams", DIGEST}
+RECORD_KEYS |= {"model", "steps", "above_90_degrees", "biases", "gains", "grams", DIGEST}
 RECORD_KEYS |= {"settled"}  # of older files
 
 
@@ -205,6 +214,7 @@ def read_selection(path: Path) -> Selection:
             initial={},
             current={},
             gains=Gains.of(record["gains"]) if record.get("gains") else None,
+            model=str(record.get("model", "")),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SelectionError(f"{path} is not a {RECORD}: {error}") from error

@@ -14,7 +14,7 @@ from torch import nn
 from beft_ext import parallel, scores
 from beft_ext.models import Bias, BiasMap
 from beft_ext.models.modes import cuda_devices
-from beft_ext.models.wrappers import replicated, whole
+from beft_ext.models.wrappers import name_of, replicated, whole
 from beft_ext.selection.candidates import added, candidates_of, dead_of
 from beft_ext.selection.evidence import Observe
 from beft_ext.selection.gain_result import GAIN, Gains
@@ -131,7 +131,7 @@ def select(
                     model, loader, observe=observe, terms=terms, biases=biases, seed=seed
                 )
             if gains_alone:
-                return _of_gains(gains)
+                return replace(_of_gains(gains), model=name_of(model))
         names, lacking = candidates_of(model, terms, biases, every=False)
         require_same(ranks, model, candidates=repr(names))
         with (
@@ -157,6 +157,7 @@ def select(
                 )
                 losses = run.train(batches, progress)
                 found = ranks.first(_judge(run, names, method, dead, losses))
+    found = replace(found, model=name_of(model))
     return found if method != GAIN else _joined(found, gains)
 
 

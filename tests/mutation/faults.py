@@ -599,10 +599,12 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/plots.py": (
         ("test_plots.py",),
         [
-            ("[math.nan] * (layers - len(row))", "[0.0] * (layers - len(row))"),
-            ("mean = sum(values) / len(values)", "mean = values[0]"),
+            ("if name in dead or not math.isfinite(value)", "if not math.isfinite(value)"),
+            ("mean = statistics.fmean(values)", "mean = values[0]"),
+            ("(min if smaller else max)", "(max if smaller else max)"),
+            ("    if low > 0:\n        return LogNorm(low, high)\n", ""),
             ("    except PlotError as error:", "    except Exception as error:"),
-            ("if o.method == name and o.failure is None]", "if o.failure is None]"),
+            ("for o in fine if o.method == name]", "for o in fine]"),
         ],
     ),
     "beft_ext/commands/demo.py": (

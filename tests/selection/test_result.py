@@ -2,13 +2,14 @@
 
 import json
 import math
+from contextlib import suppress
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from beft_ext import SelectionError
+from beft_ext import SelectionError, plots
 from beft_ext.files import save_json
 from beft_ext.scores import SCORES
 from beft_ext.selection import Selection
@@ -32,6 +33,7 @@ def made():
         obtuse=["1.query"],
         losses=[0.5, 0.25],
         steps=2,
+        model="/home/models/tiny-bert",
         initial={"0.query": torch.ones(3)},
         current={"0.query": torch.tensor([1.0, 2.0, 3.0])},
     )
@@ -42,13 +44,39 @@ def test_what_was_saved_is_read_back(made, tmp_path):
     for path in (tmp_path, tmp_path / RECORD):
         found = read_selection(path)
         assert repr(found.scores) == repr(made.scores)  # NaN is not equal to itself
-        for name in ("method", "ranking", "undefined", "dead", "obtuse", "losses", "steps", "best"):
+        for name in (
+            "method",
+            "ranking",
+            "undefined",
+            "dead",
+            "obtuse",
+            "losses",
+            "steps",
+            "best",
+            "model",
+        ):
             assert getattr(found, name) == getattr(made, name)
         assert str(found) == str(made) and found.initial == found.current == {}
     tensors = load_file(tmp_path / BIASES)
     assert tensors["initial/0.query"].tolist() == [1, 1, 1]
     assert tensors["current/0.query"].tolist() == [1, 2, 3] and len(tensors) == 2
     assert (tmp_path / PICTURE).read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_picture_says_model_task_and_score_and_shows_the_dead(made, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(plots, "heatmap", lambda *given, **told: seen.append((*given[:2], told)))
+    layers = {"value": [0.5, 0.25], "query@1-2": [0.1, 0.2]}
+    found = replace(made, per_layer={"beft": layers})
+    with suppress(FileNotFoundError):  # nothing was drawn
+        found.plot(tmp_path / "x", "own.csv")
+    with suppress(FileNotFoundError):
+        replace(found, model="").plot(tmp_path / "x")
+    (rows, title, told), (_, bare, _) = seen
+    assert title == "models/tiny-bert, own.csv: beft" and bare == "beft"
+    assert rows["value"] == [0.5, 0.25] and rows["query@1-2"] == [None, 0.1, 0.2]
+    assert len(rows["key"]) == 3 and all(map(math.isnan, rows["key"]))
+    assert told == {"score": "beft", "dead": ["key"]}
 
 
 def test_the_record_is_plain_json(made, tmp_path):
