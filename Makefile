@@ -25,7 +25,7 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* benchmarks/guard/*.h benchmarks/guard/*.cpp tests/sanitize/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*.h csrc/*/* benchmarks/guard/*.h benchmarks/guard/*.cpp benchmarks/rungs/*.cpp tests/sanitize/*.cpp
 
 # Instruction, register and spill counts against the record.
 guard: $(VENV)/.installed
@@ -56,7 +56,7 @@ mutants: $(VENV)/.installed
 
 # Each part alone: make bench PARTS=fisher. ARGS=--quick tries them without writing results;
 # PARTS=selection ARGS="--data DIR" takes real SST-2.
-PARTS ?= operators optimizer training selection fisher choices growth
+PARTS ?= operators optimizer training selection fisher choices growth rungs
 ARGS ?=
 RUN_PARTS = set -e; for part in $(PARTS); do $(1) benchmarks/bench_$$part.py $(ARGS) $(2); done; \
 	$(1) benchmarks/render.py

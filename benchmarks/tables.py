@@ -23,6 +23,10 @@ PARTS: dict[str, dict[str, str]] = {
     "fisher": {"step": "What does the per-example Fisher information of all biases cost?"},
     "choices": {"ranking": "How long does it take to rank options by a decoder?"},
     "growth": {"axes": "How do time and memory of a training step grow?"},
+    "rungs": {
+        "sums": "What does each rung to `bias_grad_stats` bring?",
+        "steps": "What does each rung to `bias_adamw_step` bring?",
+    },
 }
 
 
@@ -57,6 +61,7 @@ def spread(s: Record) -> str:
 COLUMNS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "median_s": ("time", spread),
     "bytes_per_s": ("GB/s", lambda s: f"{s['bytes_per_s'] / 1e9:.1f}"),
+    "error": ("error", lambda s: f"{s['error']:.1e}"),
     "of_read": ("of a plain read", lambda s: f"{s['of_read']:.0%}"),
     "tokens_per_s": ("tokens/s", lambda s: f"{s['tokens_per_s']:,.0f}"),
     "peak_bytes": ("peak memory", lambda s: f"{s['peak_bytes'] / 2**20:,.1f} MiB"),
