@@ -9,6 +9,13 @@ interface: int
 bias_adamw_step_limits: tuple[int, int]
 
 def survey(params: list[Tensor], /) -> tuple[list[Tensor | None], bytes, bytes, bytes | None]: ...
+def cuda_refusal() -> str: ...
+def bias_grad_stats_arguments(
+    grad_output: Tensor, offsets: Tensor | None, sum: Tensor, sum_sq: Tensor, /
+) -> tuple[int, ...] | None: ...
+def bias_example_grads_arguments(
+    grad_output: Tensor, offsets: Tensor | None, out: Tensor, /
+) -> tuple[int, ...] | None: ...
 def bias_grad_stats_cpu(
     data: int,
     dtype: int,

@@ -3,12 +3,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 
 #include "adamw_tables.h"
 #include "cpu/bias_adamw_step_cpu.h"
 #include "cpu/bias_grad_stats_cpu.h"
+#include "grad_arguments.h"
 #include "tensor_views.h"
 #ifdef BEFT_WITH_CUDA
 #include <cuda_runtime.h>
@@ -24,6 +26,14 @@ namespace {
 template <typename T>
 T* pointer(uintptr_t address) {
   return reinterpret_cast<T*>(address);
+}
+
+// Other Python threads run meanwhile, where the work is worth handing over for.
+using Released = std::optional<py::gil_scoped_release>;
+constexpr int64_t kWorthReleasing = 16384;  // elements: some microseconds of work
+
+int64_t elements(const beft::GradView& view) {
+  return (view.offsets ? 1 : view.batch) * view.tokens * view.width;
 }
 
 beft::GradView grad_view(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t width,
@@ -44,7 +54,8 @@ bool stats_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_t
                int threads, uintptr_t grad, uintptr_t sum, uintptr_t sum_sq) {
   const auto view =
       grad_view(data, dtype, batch, tokens, width, stride_b, stride_t, stride_h, offsets);
-  py::gil_scoped_release release;
+  Released released;
+  if (elements(view) > kWorthReleasing) released.emplace();
   return beft::bias_grad_stats_cpu(view, scale, threads, pointer<float>(grad), pointer<float>(sum),
                                    pointer<float>(sum_sq));
 }
@@ -55,7 +66,8 @@ bool example_grads_cpu(uintptr_t data, int dtype, int64_t batch, int64_t tokens,
   const auto view =
       grad_view(data, dtype, batch, tokens, width, stride_b, stride_t, stride_h, offsets);
   const beft::RowsView rows{pointer<void>(out), static_cast<beft::DType>(out_dtype), out_stride};
-  py::gil_scoped_release release;
+  Released released;
+  if (elements(view) > kWorthReleasing) released.emplace();
   return beft::bias_example_grads_cpu(view, scale, threads, rows);
 }
 
@@ -112,7 +124,8 @@ double adamw_cpu(const py::bytes& params, const py::bytes& grads, const py::byte
                              max_grad_norm,
                              global_norm,
                              inverse_scale};
-  py::gil_scoped_release release;
+  Released released;
+  if (flat.sizes[1] > kWorthReleasing) released.emplace();
   return beft::bias_adamw_step_cpu(view, threads);
 }
 
@@ -132,7 +145,8 @@ void stats_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens, int64_
                 int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets,
                 int64_t chunks, float scale, uintptr_t workspace, uintptr_t grad, uintptr_t sum,
                 uintptr_t sum_sq, uintptr_t stream) {
-  cudaError_t status = beft_bias_grad_stats_cuda(
+  py::gil_scoped_release released;  // a launch waits where the queue is full
+  const cudaError_t status = beft_bias_grad_stats_cuda(
       pointer<const void>(data), dtype, batch, tokens, width, stride_b, stride_t, stride_h,
       pointer<const int64_t>(offsets), chunks, scale, pointer<float>(workspace),
       pointer<float>(grad), pointer<float>(sum), pointer<float>(sum_sq),
@@ -145,7 +159,8 @@ void example_grads_cuda(uintptr_t data, int dtype, int64_t batch, int64_t tokens
                         int64_t stride_b, int64_t stride_t, int64_t stride_h, uintptr_t offsets,
                         int64_t chunks, float scale, uintptr_t workspace, uintptr_t out,
                         int out_dtype, int64_t out_stride, uintptr_t stream) {
-  cudaError_t status = beft_bias_example_grads_cuda(
+  py::gil_scoped_release released;
+  const cudaError_t status = beft_bias_example_grads_cuda(
       pointer<const void>(data), dtype, batch, tokens, width, stride_b, stride_t, stride_h,
       pointer<const int64_t>(offsets), chunks, scale, pointer<float>(workspace), pointer<void>(out),
       out_dtype, out_stride, pointer<CUstream_st>(stream));
@@ -181,7 +196,8 @@ void adamw_cuda(const py::bytes& params, const py::bytes& grads, const py::bytes
                                       block_count,
                                       segments,
                                       static_cast<int>(tensors.size())};
-  cudaError_t status =
+  py::gil_scoped_release released;
+  const cudaError_t status =
       beft_cuda::bias_adamw_step(tensors.data(), own.data(), static_cast<int>(own.size()), tables,
                                  pointer<CUstream_st>(stream));
   if (status != cudaSuccess)
@@ -193,8 +209,10 @@ void adamw_cuda(const py::bytes& params, const py::bytes& grads, const py::bytes
 
 PYBIND11_MODULE(_native, m) {
   // Counted up with each change of what Python hands over: dispatch.py refuses another number.
-  m.attr("interface") = 3;
+  m.attr("interface") = 4;
   m.def("survey", &beft::survey);
+  m.def("bias_grad_stats_arguments", &beft::stats_arguments);
+  m.def("bias_example_grads_arguments", &beft::rows_arguments);
   m.def("bias_grad_stats_cpu", &stats_cpu);
   m.def("bias_example_grads_cpu", &example_grads_cpu);
   m.def("bias_adamw_step_cpu", &adamw_cpu);

@@ -49,7 +49,7 @@ struct TensorView {
   bool contiguous() const {
     int64_t expected = 1;
     for (int i = ndim - 1; i >= 0; --i) {
-      if (sizes[i] != 1 && strides[i] != expected) return false;
+      if (sizes[i] != 1 && strides[i] != expected) return elements() == 0;
       expected *= sizes[i];
     }
     return true;

@@ -11,13 +11,16 @@ from torch._guards import TracingContext
 
 from beft_ext.ops import checks, dispatch, grad_output as inputs, reference
 from beft_ext.ops.checks import DTYPE_CODES, OperatorError
+from beft_ext.ops.grad_output import Numbers
 
 
 def _run(grad_output: Tensor, example_offsets: Tensor | None, scale: float, out: Tensor) -> None:
-    _check(grad_output, example_offsets, out)
-    name = dispatch.choose(grad_output.device)
-    backend = _BACKENDS[name if grad_output.dtype in DTYPE_CODES else "reference"]
-    backend(grad_output.resolve_neg(), example_offsets, scale, out)
+    dy, numbers = inputs.readable(
+        "bias_example_grads_arguments", _check, grad_output, example_offsets, out
+    )
+    name = dispatch.choose(dy.device)
+    backend = _BACKENDS[name if dy.dtype in DTYPE_CODES else "reference"]
+    backend(dy, example_offsets, scale, out, numbers)
 
 
 _op = torch.library.custom_op("beft_ext::bias_example_grads", _run, mutates_args=("out",))
@@ -98,42 +101,44 @@ def _in_rows(out: Tensor) -> bool:
     return (width == 1 or column == 1) and (rows == 1 or row >= width)
 
 
-def _reference(dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor) -> None:
+def _reference(
+    dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor, _: Numbers | None
+) -> None:
     inputs.check_values(offsets, len(dy))
     reference.bias_example_grads(dy, offsets, scale, out)
 
 
-def _rows(out: Tensor) -> tuple[int, int]:
-    """dtype, and elements from one row to the next."""
-    return DTYPE_CODES[out.dtype], out.stride(0)
-
-
-def _cpu(dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor) -> None:
-    assert dispatch.native is not None
-    data, to = checks.addresses(dy, out)
-    if not dispatch.native.bias_example_grads_cpu(
-        data, *inputs.layout(dy, offsets), scale, torch.get_num_threads(), to, *_rows(out)
-    ):
+def _cpu(
+    dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor, numbers: Numbers | None
+) -> None:
+    assert dispatch.native is not None and numbers is not None
+    *layout, to, dtype, stride = numbers
+    threads = torch.get_num_threads()
+    if not dispatch.native.bias_example_grads_cpu(*layout, scale, threads, to, dtype, stride):
         raise inputs.bad_offsets(len(dy))
 
 
-def _cuda(dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor) -> None:
-    assert dispatch.native is not None
-    layout = inputs.layout(dy, offsets)
-    chunks = inputs.chunk_count(*layout[1:4])
+def _cuda(
+    dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor, numbers: Numbers | None
+) -> None:
+    assert dispatch.native is not None and numbers is not None
+    *layout, to, dtype, stride = numbers
+    batch, tokens, width = layout[2:5]
+    chunks = inputs.chunk_count(batch, tokens, width)
     with torch.cuda.device(dy.device):
-        workspace = inputs.cuda_workspace(dy, layout[1], chunks, layout[3])
-        data, between, to = checks.addresses(dy, workspace, out)
+        workspace = inputs.cuda_workspace(dy, batch, chunks, width)
         stream = torch.cuda.current_stream().cuda_stream
         dispatch.native.bias_example_grads_cuda(
-            data, *layout, chunks, scale, between, to, *_rows(out), stream
+            *layout, chunks, scale, workspace.data_ptr(), to, dtype, stride, stream
         )
 
 
-def _triton(dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor) -> None:
+def _triton(
+    dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor, _: Numbers | None
+) -> None:
     from beft_ext.ops.triton_bias_grad_stats import bias_example_grads_triton
 
-    chunks = inputs.chunk_count(*inputs.layout(dy, offsets)[1:4])
+    chunks = inputs.chunk_count(*inputs.sizes(dy, offsets))
     bias_example_grads_triton(dy, offsets, chunks, scale, out)
 
 

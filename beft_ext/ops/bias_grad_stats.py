@@ -8,6 +8,7 @@ from torch._guards import TracingContext
 
 from beft_ext.ops import checks, dispatch, grad_output as inputs, reference
 from beft_ext.ops.checks import DTYPE_CODES, OperatorError
+from beft_ext.ops.grad_output import Numbers
 
 
 def _run(
@@ -17,11 +18,14 @@ def _run(
     grad_sum: Tensor,
     grad_sum_sq: Tensor,
 ) -> Tensor:
-    _check(grad_output, example_offsets, grad_sum, grad_sum_sq)
-    name = dispatch.choose(grad_output.device)
-    backend = _BACKENDS[name if grad_output.dtype in DTYPE_CODES else "reference"]
+    written = grad_sum, grad_sum_sq
+    dy, numbers = inputs.readable(
+        "bias_grad_stats_arguments", _check, grad_output, example_offsets, *written
+    )
+    name = dispatch.choose(dy.device)
+    backend = _BACKENDS[name if dy.dtype in DTYPE_CODES else "reference"]
     grad = torch.empty_like(grad_sum)
-    backend(grad_output.resolve_neg(), example_offsets, scale, grad, grad_sum, grad_sum_sq)
+    backend(dy, example_offsets, scale, grad, *written, numbers)
     return grad
 
 
@@ -101,42 +105,68 @@ def _check(dy: Tensor, offsets: Tensor | None, grad_sum: Tensor, grad_sum_sq: Te
 
 
 def _reference(
-    dy: Tensor, offsets: Tensor | None, scale: float, grad: Tensor, total: Tensor, total_sq: Tensor
+    dy: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    grad: Tensor,
+    total: Tensor,
+    total_sq: Tensor,
+    _: Numbers | None,
 ) -> None:
     inputs.check_values(offsets, len(dy))
     reference.bias_grad_stats(dy, offsets, scale, grad, total, total_sq)
 
 
 def _cpu(
-    dy: Tensor, offsets: Tensor | None, scale: float, grad: Tensor, total: Tensor, total_sq: Tensor
+    dy: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    grad: Tensor,
+    total: Tensor,
+    total_sq: Tensor,
+    numbers: Numbers | None,
 ) -> None:
-    assert dispatch.native is not None
-    data, *out = checks.addresses(dy, grad, total, total_sq)
+    assert dispatch.native is not None and numbers is not None
+    *layout, to_sum, to_squares = numbers
+    threads = torch.get_num_threads()
     if not dispatch.native.bias_grad_stats_cpu(
-        data, *inputs.layout(dy, offsets), scale, torch.get_num_threads(), *out
+        *layout, scale, threads, grad.data_ptr(), to_sum, to_squares
     ):
         raise inputs.bad_offsets(len(dy))
 
 
 def _cuda(
-    dy: Tensor, offsets: Tensor | None, scale: float, grad: Tensor, total: Tensor, total_sq: Tensor
+    dy: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    grad: Tensor,
+    total: Tensor,
+    total_sq: Tensor,
+    numbers: Numbers | None,
 ) -> None:
-    assert dispatch.native is not None
-    layout = inputs.layout(dy, offsets)
-    chunks = inputs.chunk_count(*layout[1:4])
+    assert dispatch.native is not None and numbers is not None
+    *layout, to_sum, to_squares = numbers
+    batch, tokens, width = layout[2:5]
+    chunks = inputs.chunk_count(batch, tokens, width)
     with torch.cuda.device(dy.device):
-        workspace = inputs.cuda_workspace(dy, layout[1], chunks, layout[3])
-        data, *out = checks.addresses(dy, workspace, grad, total, total_sq)
+        workspace = inputs.cuda_workspace(dy, batch, chunks, width)
+        out = workspace.data_ptr(), grad.data_ptr(), to_sum, to_squares
         stream = torch.cuda.current_stream().cuda_stream
-        dispatch.native.bias_grad_stats_cuda(data, *layout, chunks, scale, *out, stream)
+        dispatch.native.bias_grad_stats_cuda(*layout, chunks, scale, *out, stream)
 
 
 def _triton(
-    dy: Tensor, offsets: Tensor | None, scale: float, grad: Tensor, total: Tensor, total_sq: Tensor
+    dy: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    grad: Tensor,
+    total: Tensor,
+    total_sq: Tensor,
+    _: Numbers | None,
 ) -> None:
     from beft_ext.ops.triton_bias_grad_stats import bias_grad_stats_triton
 
-    chunks = inputs.chunk_count(*inputs.layout(dy, offsets)[1:4])
+    chunks = inputs.chunk_count(*inputs.sizes(dy, offsets))
     bias_grad_stats_triton(dy, offsets, chunks, scale, grad, total, total_sq)
 
 

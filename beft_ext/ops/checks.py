@@ -61,14 +61,11 @@ def described(tensor: Tensor) -> str:
     return said if tensor.is_contiguous() else f"{said}, not contiguous"
 
 
-def addresses(*tensors: Tensor) -> list[int]:
-    """Where tensors lie. Raises OperatorError for one that has elements but no memory."""
-    found = [tensor.data_ptr() for tensor in tensors]
-    if not all(found):
-        for tensor, address in zip(tensors, found, strict=True):
-            if address == 0 and tensor.numel() > 0:
-                raise OperatorError(
-                    f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was "
-                    "freed, or it is a zero tensor that autograd never filled"
-                )
-    return found
+def require_memory(*tensors: Tensor) -> None:
+    """Raise OperatorError for a tensor that has elements but no memory."""
+    for tensor in tensors:
+        if tensor.data_ptr() == 0 and tensor.numel() > 0:
+            raise OperatorError(
+                f"a tensor of shape {tuple(tensor.shape)} has no memory: its storage was freed, or "
+                "it is a zero tensor that autograd never filled"
+            )

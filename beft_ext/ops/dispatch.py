@@ -18,7 +18,7 @@ DEVICES = {"reference": "", "cpu": "cpu", "triton": "cuda", "cuda": "cuda"}
 
 
 # Of the native module: its kernels get raw addresses, so an old build must not be called.
-INTERFACE = 3
+INTERFACE = 4
 
 
 class BackendError(BeftError, RuntimeError):

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from beft_ext.ops import checks
+from beft_ext.ops import checks, dispatch
 from beft_ext.ops.checks import DTYPE_CODES, OperatorError
+
+# Of grad_output: address, dtype, batch, tokens, width, three strides, and the offsets' address (0:
+# none); then what the operator's ``..._arguments`` of the native module says of what is written.
+Numbers = tuple[int, ...]
 
 
 def needs_dispatcher(grad_output: Tensor, *written: Tensor) -> bool:
@@ -61,12 +67,41 @@ def check_values(offsets: Tensor | None, rows: int) -> None:
         raise bad_offsets(rows)
 
 
-def layout(dy: Tensor, offsets: Tensor | None) -> tuple[int, ...]:
-    """dtype, batch, tokens, width, the three strides, and the offsets' address (0: none)."""
-    dtype = DTYPE_CODES[dy.dtype]
+def readable(
+    look: str, check: Callable[..., None], dy: Tensor, offsets: Tensor | None, *written: Tensor
+) -> tuple[Tensor, Numbers | None]:
+    """``grad_output`` as kernels read it, once everything fits.
+
+    Args:
+        look: of the native module, gives the numbers that kernels are told of all tensors, None
+            where something does not fit.
+        check: says what does not fit: all that ``look`` looks at, but memory.
+    Returns:
+        grad_output without a negative bit, and the numbers; None for fp64, or where there is no
+        native module.
+    Raises:
+        OperatorError: what ``check`` says, or a tensor has no memory.
+    """
+    native = dispatch.native
+    seen = None if native is None else getattr(native, look)(dy, offsets, *written)
+    if seen is not None:
+        return dy, seen
+    check(dy, offsets, *written)
+    dy = dy.resolve_neg()
+    if native is None or dy.dtype not in DTYPE_CODES:
+        return dy, None
+    checks.require_memory(dy, *written)
+    seen = getattr(native, look)(dy, offsets, *written)
+    if seen is None:  # of storages that are not one to torch
+        raise OperatorError("grad_output and what is written must not share memory")
+    return dy, seen
+
+
+def sizes(dy: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
+    """Examples, tokens and width."""
     if offsets is None:
-        return (dtype, *dy.shape, *dy.stride(), 0)
-    return (dtype, len(offsets) - 1, *dy.shape, 0, *dy.stride(), offsets.data_ptr())
+        return dy.shape[0], dy.shape[1], dy.shape[2]
+    return len(offsets) - 1, dy.shape[0], dy.shape[1]
 
 
 def chunk_count(batch: int, tokens: int, width: int) -> int:

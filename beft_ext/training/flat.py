@@ -167,13 +167,9 @@ class Flat:
         self.scores = torch.zeros(len(self.segments), 4, **single)
         self.workspace = torch.zeros(workspace_size(len(blocks), len(self.segments)), **single)
         self.widths = [sum(run[3] for run in s.runs) for s in self.segments]
-        places = [
-            torch.arange(starts[s.tensor] + at, starts[s.tensor] + at + n, device="cpu")
-            for s in self.segments
-            for _, _, at, n in s.runs
+        self.places = [
+            [(starts[s.tensor] + at, n) for _, _, at, n in s.runs] for s in self.segments
         ]
-        self.where = torch.cat(places)
-        self.owner = torch.repeat_interleave(torch.tensor(self.widths, device="cpu"))
 
     def changes(self) -> list[int]:
         """Numbers of the parameters that are no longer what the tables were laid out for."""
@@ -289,8 +285,12 @@ class Flat:
     def scored(self) -> Iterable[tuple[str, BiasScore]]:
         """Each segment's name and scores after the last step."""
         rows = self.scores.double().cpu()
-        squares = self.state[2].cpu().double().square()[self.where]
-        initial = squares.new_zeros(len(rows)).index_add_(0, self.owner, squares)
+        values = self.state[2].cpu()
+        squares = [
+            sum(float(values[at : at + n].double().square().sum()) for at, n in places)
+            for places in self.places
+        ]
+        initial = rows.new_tensor(squares)
         shift, growth = rows[:, 1], rows[:, 2]  # <d, b0> and <d, b>; their sum is |b|^2 - |b0|^2
         # 1 - <b, b0> / max^2, each case without the subtraction of nearly equal numbers.
         current = initial + shift + growth

@@ -24,6 +24,7 @@ using beft_cuda::AdamWTables;
 
 constexpr int kThreads = 256;
 constexpr int kFewTensors = 96;  // below 4 KB of arguments launches are cheapest
+constexpr int kSomeTensors = 256;
 
 // Tensors field by field and in few bytes: a launch carries little.
 template <int kTensors>
@@ -245,6 +246,8 @@ cudaError_t beft_cuda::bias_adamw_step(const AdamWTensor* tensors, const AdamWGr
   if (tables.tensors > kMaxTensors || group_count > kMaxGroups) return cudaErrorInvalidValue;
   if (tables.block_count < 1 || tables.segments < 1 || tables.tensors < 1)
     return cudaErrorInvalidValue;
-  auto run = tables.tensors <= kFewTensors ? launch<kFewTensors> : launch<kMaxTensors>;
+  const auto run = tables.tensors <= kFewTensors    ? launch<kFewTensors>
+                   : tables.tensors <= kSomeTensors ? launch<kSomeTensors>
+                                                    : launch<kMaxTensors>;
   return run(tensors, groups, group_count, tables, stream);
 }

@@ -30,7 +30,7 @@ def output_of(*command):
     [
         # Two load widths for three dtypes, and the second stages: columns, and rows of two dtypes.
         ("bias_grad_stats.cu", 9),
-        ("bias_adamw_step.cu", 4),  # norm and step, for few tensors and for many
+        ("bias_adamw_step.cu", 6),  # norm and step, for few tensors, some and many
     ],
 )
 def test_kernels_compile_without_spills(nvcc, tmp_path, name, kernels, architecture):
