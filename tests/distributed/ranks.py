@@ -1,0 +1,250 @@
+"""What each rank does in the tests of this folder: run as ``ranks.py OUT SIZE`` with a rank's
+environment. Its findings go to ``OUT/SIZE-RANK.pt``; ``test_ranks.py`` compares them."""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers as hf
+from torch.nn.parallel import DistributedDataParallel
+
+import beft_ext
+from beft_ext import parallel
+from beft_ext.errors import BeftError
+from beft_ext.training.loss import model_loss
+from beft_ext.training.steps import JoinedStep
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+MODELS = {
+    "encoder": lambda: hf.BertForSequenceClassification(
+        hf.BertConfig(**SIZES, intermediate_size=48, **STILL)
+    ),
+    "decoder": lambda: hf.OPTForCausalLM(
+        hf.OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=32, dropout=0.0, pad_token_id=0)
+    ),
+    "bias-free": lambda: hf.LlamaForCausalLM(
+        hf.LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
+    ),
+}
+STEPS = 4
+ROWS = {2: (5, 3), 3: (4, 2, 1)}  # of each rank's batches
+MISSING = {3: (2, 2)}  # the rank and the step that it has no batch for, and none after
+
+
+def model_of(name, seed=0):
+    torch.manual_seed(seed)
+    model = MODELS[name]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+    return model
+
+
+def batch(name, rows, seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 64, (rows, 9), generator=generator)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if name == "encoder":
+        return found | {"labels": torch.randint(0, 2, (rows,), generator=generator)}
+    labels = ids.clone()
+    labels[:, : 2 + seed % 4] = -100  # ranks have unequal numbers of labels
+    return found | {"labels": labels}
+
+
+def batches_of(name, size, rank):
+    """A rank's own batches."""
+    last = MISSING.get(size, (None, STEPS))
+    count = last[1] if rank == last[0] else STEPS
+    return [batch(name, ROWS[size][rank], seed=1 + 10 * rank + i) for i in range(count)]
+
+
+def batches_of_all(name, size):
+    """What one process reads: each step's batches of all ranks as one."""
+    ranks = [batches_of(name, size, r) for r in range(size)]
+    steps = [[own[i] for own in ranks if i < len(own)] for i in range(STEPS)]
+    return [{k: torch.cat([b[k] for b in step]) for k in step[0]} for step in steps]
+
+
+def selection_of(model, loader):
+    found = beft_ext.select(model, loader, lr=1e-2)
+    gains = {k: getattr(found.gains, k) for k in ("values", "errors", "chance", "curve", "bands")}
+    grams = found.gains.tensors()
+    told = {"scores": found.scores, "ranking": found.ranking, "losses": found.losses}
+    told |= {"dead": found.dead, "current": found.current, "examples": found.gains.examples}
+    return told | {"gains": gains, "grams": grams, "frontier": found.gains.frontier}
+
+
+def first_gradient(model, loader):
+    """Of everything that trains, by name, after the first step's backward."""
+    with parallel.meeting("a step", promised=True) as ranks:
+        beft_ext.prepare(model, "value")
+        optimizer = beft_ext.BiasAdamW(model, lr=0.0)
+        step = JoinedStep(model.train(), optimizer, model_loss, False, ranks)
+        loss, _ = step(loader[0], 0.0)
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": float(loss), "grads": grads}
+
+
+def accuracy(model):
+    data = batch("encoder", 16, seed=99)
+    with torch.no_grad():
+        predicted = model.eval()(**data).logits.argmax(1)
+    return float((predicted == data["labels"]).float().mean())
+
+
+def tuned(model, loader, folder, epochs=2, **options):
+    recipe = beft_ext.Recipe(epochs=epochs, lr=1e-2)
+    run = beft_ext.tune(model, loader, accuracy, folder, recipe, save_every=3, **options)
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {"history": run.history, "trained": trained}
+
+
+class Stopped(Exception):
+    """In place of a kill."""
+
+
+class Interrupted(list):
+    """Batches of which the second pass breaks off."""
+
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        for number, own in enumerate(super().__iter__()):
+            if self.passes == 2 and number == 3:
+                raise Stopped
+            yield own
+
+
+def resumed(make, loader, folder):
+    """A run that all ranks broke off in its second epoch, and went on with."""
+    said = why(lambda: tuned(make(), Interrupted(loader), folder))
+    return tuned(make(), loader, folder, resume=True) | {"said": said}
+
+
+def prepared(name="encoder"):
+    model = model_of(name)
+    beft_ext.prepare(model, "value")
+    return model
+
+
+def why(call):
+    try:
+        call()
+    except (BeftError, Stopped) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def alone_and_warned(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if "alone" in str(w.message)]
+
+
+def refusals(rank, size):
+    """What is said of each fault, by its name; the same faults on all ranks."""
+    mine = batches_of("encoder", size, rank)
+    broken = [dict(own) for own in mine]
+    if rank == 1:
+        broken[0]["labels"] = broken[0]["labels"] * 0 + 7  # no such class
+    odd = model_of("encoder", seed=rank)
+    late = model_of("bias-free")
+    wrapped = DistributedDataParallel(late, find_unused_parameters=True)
+
+    def drift():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            beft_ext.prepare(late, "value")
+        optimizer = beft_ext.BiasAdamW(late, lr=1e-2)
+        wrapped(**batches_of("bias-free", size, rank)[0]).loss.backward()
+        optimizer.step()
+
+    def nothing_here():
+        beft_ext.select(model_of("encoder"), [] if rank == 1 else mine, steps=2)
+
+    def others():
+        beft_ext.select(model_of("encoder"), mine, lr=1e-2 if rank else 1e-3)
+
+    def not_finite():
+        raised = model_of("encoder")
+        if rank == 1:
+            mine[0]["inputs_embeds"] = torch.full((len(mine[0]["labels"]), 9, 32), torch.nan)
+            mine[0].pop("input_ids")
+        try:
+            beft_ext.select(raised, mine, steps=0)
+        finally:
+            mine[:] = batches_of("encoder", size, rank)
+
+    return {
+        "wrapped first": why(lambda: beft_ext.prepare(wrapped, "value")),
+        "drift": why(drift),
+        "another model": why(lambda: beft_ext.select(odd, mine)),
+        "another rate": why(others),
+        "an empty rank": why(nothing_here),
+        "a row": why(not_finite),
+        "the same rows": why(
+            lambda: beft_ext.select(model_of("encoder"), batches_of("encoder", size, 0))
+        ),
+        "graphs": why(
+            lambda: beft_ext.tune(
+                prepared(), mine, accuracy, "nowhere", beft_ext.Recipe(graphs=True)
+            )
+        ),
+    }
+
+
+def lost(rank, size):
+    """The last rank ends in the middle of a selection."""
+
+    def loader():
+        yield batch("encoder", 4, seed=rank + 50)
+        if rank == size - 1:
+            os._exit(0)
+        yield batch("encoder", 4, seed=rank + 60)
+
+    return why(lambda: beft_ext.select(model_of("encoder"), loader(), steps=0))
+
+
+def main(out, size):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, found = dist.get_rank(), {}
+    for name in MODELS:
+        own = batches_of(name, size, rank)
+        found[name] = selection_of(model_of(name), own)
+        found[f"{name}, first step"] = first_gradient(model_of(name), own)
+    own = batches_of("encoder", size, rank)
+    found["wrapped"] = selection_of(DistributedDataParallel(model_of("encoder")), own)
+    found["tuned"] = tuned(prepared(), own, out / f"tuned-{size}")
+    if size == 2:
+        wrapped = prepared()
+        found["tuned, wrapped"] = tuned(DistributedDataParallel(wrapped), own, out / "wrapped")
+        found["tuned, wrapped"]["trained"] = {
+            n: p.detach() for n, p in wrapped.named_parameters() if p.requires_grad
+        }
+        found["resumed"] = resumed(prepared, own, out / "resumed")
+        found["refused"] = refusals(rank, size)
+        parallel.ALONE = 0.5
+        if rank == 0:
+            select = lambda: beft_ext.select(model_of("encoder"), own, steps=0)  # noqa: E731
+            found["alone"] = alone_and_warned(select)
+            with parallel.alone():
+                found["within alone"] = alone_and_warned(select)
+    dist.barrier()
+    if size == 3:
+        if rank == size - 1:
+            torch.save(found, out / f"{size}-{rank}.pt")
+        found["lost"] = lost(rank, size)
+    torch.save(found, out / f"{size}-{rank}.pt")
+    os._exit(0)  # what is left of the group needs no farewell
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))
