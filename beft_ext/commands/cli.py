@@ -121,7 +121,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("--adapter", type=Path, metavar="DIR")
     evaluate.add_argument("--split", default="validation", help="of a named task")
     evaluate.add_argument("--out", type=Path, metavar="DIR", help="for evaluation.json")
-    evaluate.set_defaults(run=_evaluate)
+    evaluate.set_defaults(run=_evaluate, joint=True)
     compare = verbs.add_parser("compare", help="methods side by side on one task")
     _add_data(compare)
     _add_run(compare, epochs=10, warmup=0.06, race=True)
@@ -134,7 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
     compare.add_argument("--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones")
-    compare.set_defaults(run=_compare, stands=_compare_stands)
+    compare.set_defaults(run=_compare, stands=_compare_stands, joint=True)
     merge = verbs.add_parser("merge", help="a plain model folder with the adapter inside")
     merge.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
     merge.add_argument("--adapter", required=True, type=Path, metavar="DIR")
@@ -273,12 +273,12 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     from beft_ext.commands import workflow
 
     a = arguments
-    if a.out:
+    if a.out and leads():
         require_writable(a.out)
     record = workflow.run_evaluate(_source(a), _spec(a), a.adapter, a.split)
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
     print(f"{metrics}  ({record['examples']} examples)")
-    if a.out:
+    if a.out and leads():
         save_json(a.out / "evaluation.json", record)
 
 
@@ -286,7 +286,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     from beft_ext.commands import comparison, workflow
 
     a = arguments
-    require_writable(a.out)
+    if leads():
+        require_writable(a.out)
     planned = comparison.Comparison(
         _source(a),
         _spec(a),
@@ -296,8 +297,9 @@ def _compare(arguments: argparse.Namespace) -> None:
         rates=comparison.rates_of(a.rates),
     )
     outcomes = planned.run(a.out)
-    found = comparison.write(planned, outcomes, a.out)
-    print(f"\n{found}\n\ntable and plot are in {a.out}")
+    if leads():
+        found = comparison.write(planned, outcomes, a.out)
+        print(f"\n{found}\n\ntable and plot are in {a.out}")
     comparison.require_result(outcomes)
 
 

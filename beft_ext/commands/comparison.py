@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from beft_ext.commands.loading import ModelSpec, Source, WorkflowError, classes_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
+from beft_ext.commands.processes import own_part
 from beft_ext.commands.workflow import (
     EVALUATION_BATCH,
     RACE,
@@ -24,6 +25,7 @@ from beft_ext.commands.workflow import (
     raced,
 )
 from beft_ext.files import JsonObject, locked, save_json, whole_file
+from beft_ext.parallel import RankError, here, leads, meeting
 from beft_ext.selection import made_by
 from beft_ext.tasks import Example, Objective, PromptObjective, subset
 from beft_ext.training.optim import BiasAdamW
@@ -84,8 +86,8 @@ class Comparison:
         train, validation = self.source.read("train"), self.source.read("validation")
         if self.evaluated is not None and self.evaluated < len(validation):
             validation = subset(validation, self.evaluated, seed=0)
-        setup = self._setup()
-        outcomes = _read(out / RUNS, setup)
+        setup, ranks = self._setup(), here()
+        outcomes = ranks.first(_read(out / RUNS, setup) if leads() else [])
         done = {(o.method, o.seed) for o in outcomes if o.failure is None}
         for seed in self.seeds:
             for name, way in ways.items():
@@ -93,11 +95,14 @@ class Comparison:
                     continue
                 folder = out / f"{name.replace(':', '-')}-{seed}"
                 try:
-                    outcome = self._one(name, way, seed, train, validation, folder)
+                    with meeting(name):
+                        outcome = self._one(name, way, seed, train, validation, folder)
+                except RankError:
+                    raise
                 except Exception as error:  # a peer that fails on this model is a result too
                     said = (str(error).strip().splitlines() or [""])[0]
                     outcome = Outcome(name, seed, {}, failure=f"{type(error).__name__}: {said}")
-                outcomes = add(out / RUNS, setup, outcome)
+                outcomes = ranks.first(add(out / RUNS, setup, outcome) if leads() else [])
                 print(_line(outcome), flush=True)
         return [o for o in outcomes if o.method in ways and o.seed in self.seeds]
 
@@ -133,7 +138,8 @@ class Comparison:
             if not isinstance(objective, PromptObjective):
                 raise MethodError(f"{name} asks a language model: use a decoder")
             return Outcome(name, seed, objective.evaluate(model, held_out, validation))
-        loader = objective.training(own, settings.batch_size, seed, settings.group_by_length)
+        every = objective.training(own, settings.batch_size, seed, settings.group_by_length)
+        loader = own_part(every)
         chosen, start = None, time.perf_counter()
         if name == "auto":
             chosen = chosen_by_gains(model, objective, loader, seed)[1].term
@@ -153,12 +159,12 @@ class Comparison:
             path, contender = folder / RACE, made_by(fresh)
             usual = recipe.lr
             race = raced(
-                path, name, contender, lambda: usual, loader, objective, recipe, budget, resume=True
+                path, name, contender, lambda: usual, every, objective, recipe, budget, resume=True
             )
             recipe = replace(recipe, lr=race.rate)
         begun = time.perf_counter()
         loader.set_epoch(0)  # the same batch for every method
-        peak = _step_peak(adapted, objective, next(iter(loader)), recipe.lr)
+        peak = _step_peak(adapted, objective, next(b for b in loader if b), recipe.lr)
         aside = time.perf_counter() - begun
         metric = self.source.task.metric
         tune(
@@ -173,7 +179,8 @@ class Comparison:
         )
         seconds = time.perf_counter() - start - aside
         metrics = objective.evaluate(adapted, held_out, validation)
-        (folder / CHECKPOINT).unlink(missing_ok=True)
+        if leads():
+            (folder / CHECKPOINT).unlink(missing_ok=True)
         kept = kept_bytes(adapted)
         found = trained(adapted)
         return Outcome(name, seed, metrics, found, seconds, peak, kept, chosen, recipe.lr)

@@ -311,10 +311,10 @@ def test_a_number_that_is_given_and_not_used_is_not_taken():
         assert measured(DIVIDED["labels"], batch) == float(DIVIDED["labels"](batch))
 
 
-def test_a_batch_without_any_label_divides_by_one():
+def test_a_batch_without_any_label_has_the_divisor_zero():
     empty = masked(0, 3, 4)
     empty["labels"] = torch.full((3, 4), -100)
-    assert measured(DIVIDED["labels"], masked(0, 3, 4), empty) == 1.0
+    assert measured(DIVIDED["labels"], masked(0, 3, 4), empty) == 0
 
 
 @pytest.mark.parametrize("by", ["labels", "nothing"])

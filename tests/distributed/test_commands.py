@@ -1,0 +1,101 @@
+"""The command line under several processes: the result of one, one voice, one exit code."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from beft_ext.commands.cli import main
+
+pytestmark = pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
+    reason="torch has no gloo",
+)
+
+
+@pytest.fixture(scope="module")
+def given(tiny_folder, tmp_path_factory):
+    """Arguments: a model without dropout, and a file of rows."""
+    folder = tmp_path_factory.mktemp("given")
+    shutil.copytree(tiny_folder, folder / "model")
+    path = folder / "model" / "config.json"
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    path.write_text(json.dumps(json.loads(path.read_text()) | still))
+    words = ["good", "fine", "bad", "poor", "so so", "well made", "dull", "bright"]
+    rows = [f"{words[i % 8]} {words[i // 8]} {'abc'[i % 3]},{i * 7 % 5 % 2}" for i in range(21)]
+    (folder / "rows.csv").write_text("\n".join(["sentence,label", *rows, ""]))
+    train = ["--train-file", folder / "rows.csv", "--validation-file", folder / "rows.csv"]
+    return [str(a) for a in ("--model", folder / "model", *train, "--batch-size", 5)]
+
+
+def test_select_finds_what_one_process_finds_and_rank_0_says_it(launch, given, tmp_path):
+    codes, said = launch(2, "-m", "beft_ext", "select", *given, "--out", tmp_path / "two")
+    assert codes == [0, 0], said[0][1]
+    assert "written to" in said[0][0] and said[1][0] == ""
+    assert main(["select", *given, "--out", str(tmp_path / "one")]) == 0
+    two, one = (
+        json.loads((tmp_path / name / "selection.json").read_text()) for name in ("two", "one")
+    )
+    assert two["best"] == one["best"] and two["steps"] == one["steps"] == 5
+    assert two["gains"]["values"] == pytest.approx(one["gains"]["values"], rel=1e-4, abs=1e-5)
+    assert two["gains"]["chance"] == pytest.approx(one["gains"]["chance"], abs=1e-9)
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
+
+
+def test_torchrun_tunes_what_one_process_tunes(launch, given, tmp_path):
+    more = ["--terms", "value", "--epochs", "2", "--lr", "1e-2"]
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0)
+    command = ("-m", "beft_ext", "tune", *given, *more, "--out", tmp_path / "two")
+    codes, said = launch(1, *torchrun, *command)
+    assert codes == [0], said[0][1]
+    assert said[0][0].count("the adapter is in") == 1
+    assert main(["tune", *given, *more, "--out", str(tmp_path / "one")]) == 0
+    one, two = (
+        load_file(tmp_path / name / "adapter" / "adapter_model.safetensors")
+        for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-4)
+    records = (tmp_path / "two" / "log.jsonl").read_text().splitlines()
+    assert [json.loads(r)["step"] for r in records] == [5, 10]
+
+
+def test_auto_races_and_trains_in_two_processes(launch, given, tmp_path):
+    more = ["--epochs", "1", "--lr", "auto", "--out", tmp_path]
+    codes, said = launch(2, "-m", "beft_ext", "tune", *given, *more)
+    assert codes == [0, 0], said[0][1]
+    assert "won at" in said[0][0] and said[1][0] == ""
+    written = {p.name for p in Path(tmp_path).iterdir()}
+    assert {"adapter", "selection", "audition.json", "log.jsonl"} <= written
+
+
+def test_compare_compares_in_two_processes(launch, given, tmp_path):
+    more = ["--methods", "auto,lora", "--seeds", "1", "--epochs", "1", "--out", tmp_path]
+    codes, said = launch(2, "-m", "beft_ext", "compare", *given, *more)
+    assert codes == [0, 0], said[0][1]
+    assert "table and plot" in said[0][0] and said[1][0] == ""
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [run["method"] for run in runs] == ["auto", "lora"]
+    assert all(run["failure"] is None for run in runs)
+
+
+BAD = {
+    "no file": (["select", "--train-file", "/no/such.csv"], "/no/such.csv"),
+    "a verb of one": (["merge"], "beft-ext merge is for one process, and 2 were started"),
+    "no row": (["select", "--batch-size", "1"], "rank 1 has no row: 21 in batches of 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_sentence_on_rank_0_and_exit_code_2_on_all(launch, given, tmp_path, name):
+    (verb, *arguments), sentence = BAD[name]
+    own = given if verb == "select" else [*given[:2], "--adapter", tmp_path]
+    codes, said = launch(2, "-m", "beft_ext", verb, *own, *arguments, "--out", tmp_path)
+    assert codes == [2, 2], said
+    own = [line for line in said[0][1].splitlines() if line.startswith("beft-ext: ")]
+    assert len(own) == 1 and sentence in own[0]
+    assert "beft-ext: " not in said[1][1]
