@@ -1,5 +1,8 @@
 """Tiny random models of each family, made on the spot: no hub, no files."""
 
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -125,6 +128,38 @@ def benchmarks_on_the_path(monkeypatch):
     yield
     for name in [p.stem for folder in folders for p in folder.glob("*.py")]:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def launch():
+    """Starts the processes of one job, without a launcher: what each prints and its exit code are
+    its own."""
+
+    def run(size, *arguments, seconds=170):
+        """Exit codes, and what each rank printed to stdout and stderr."""
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        common |= {"OMP_NUM_THREADS": "1", "BEFT_RANK_TIMEOUT": "100"}
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, *map(str, arguments)],
+                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for rank in range(size)
+        ]
+        try:
+            said = [process.communicate(timeout=seconds) for process in ranks]
+        finally:
+            for process in ranks:
+                process.kill()
+        return [process.returncode for process in ranks], said
+
+    return run
 
 
 @pytest.fixture(scope="session")
