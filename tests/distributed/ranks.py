@@ -30,6 +30,7 @@ MODELS = {
         hf.LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
     ),
 }
+MODELS["encoder in fp64"] = lambda: MODELS["encoder"]().double()
 STEPS = 4
 ROWS = {2: (5, 3), 3: (4, 2, 1)}  # of each rank's batches
 MISSING = {3: (2, 2)}  # the rank and the step that it has no batch for, and none after
@@ -49,7 +50,7 @@ def batch(name, rows, seed):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 64, (rows, 9), generator=generator)
     found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if name == "encoder":
+    if name.startswith("encoder"):
         return found | {"labels": torch.randint(0, 2, (rows,), generator=generator)}
     labels = ids.clone()
     labels[:, : 2 + seed % 4] = -100  # ranks have unequal numbers of labels

@@ -47,7 +47,7 @@ def test_select_finds_what_one_process_finds_and_rank_0_says_it(launch, given, t
 
 def test_torchrun_tunes_what_one_process_tunes(launch, given, tmp_path):
     more = ["--terms", "value", "--epochs", "2", "--lr", "1e-2"]
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", 2, "--master-port", 0)
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
     command = ("-m", "beft_ext", "tune", *given, *more, "--out", tmp_path / "two")
     codes, said = launch(1, *torchrun, *command)
     assert codes == [0], said[0][1]

@@ -77,15 +77,15 @@ def test_all_ranks_select_what_one_process_selects(jobs, size, name):
     found = own[0][name]
     assert found["examples"] == one["examples"] and found["dead"] == one["dead"]
     assert found["ranking"]["gain"][0] == one["ranking"]["gain"][0]
-    for figure in ("values", "errors", "chance"):
-        close(found["gains"][figure], one["gains"][figure])
-    # The smallest ridge is 1e-4 of an eigenvalue: there K's rounding is 1e4 times as large.
-    for figure in ("bands", "curve"):
-        close(found["gains"][figure], one["gains"][figure], 5e-3)
+    # A ridge may be 1e-4 of an eigenvalue: with few examples K's rounding shows 1e4 times as large.
+    wide = name == "encoder in fp64"
+    for figure in ("values", "errors", "chance", "bands", "curve"):
+        close(found["gains"][figure], one["gains"][figure], 1e-5 if wide else 5e-3)
     close({k: v for k, v in found["grams"].items() if k != "groups"},
           {k: v for k, v in one["grams"].items() if k != "groups"})  # fmt: skip
     assert torch.equal(found["grams"]["groups"], one["grams"]["groups"])
-    assert [entry[:2] for entry in found["frontier"]] == [entry[:2] for entry in one["frontier"]]
+    if wide:
+        assert [e[:2] for e in found["frontier"]] == [e[:2] for e in one["frontier"]]
     # AdamW divides noise by its own size: the run is held to less than the gradients are.
     close(found["losses"], one["losses"], 1e-4)
     for method in ("example_fisher", "fisher"):
@@ -131,7 +131,7 @@ def test_ddp_and_a_run_that_was_broken_off_end_in_the_same_bits(jobs):
 
 
 REFUSED = {
-    "wrapped first": r"^PrepareError: added to '.*: prepare the model first",
+    "wrapped first": r"^PrepareError: .* added to '.*: prepare the model first",
     "drift": r"^OptimizerError: ranks 0 and 1 have different gradients of '.*v_proj.bias'",
     "another model": r"^SelectionError: rank 1 and rank 0 differ in the model",
     "another rate": r"^SelectionError: rank 1 and rank 0 differ in arguments",
