@@ -20,7 +20,7 @@ from harness import Case, measure, settings, show, write
 from rungs import steps, sums
 from torch import Tensor
 
-from beft_ext.ops import bias_grad_stats, checks, dispatch, grad_output
+from beft_ext.ops import bias_grad_stats, checks, dispatch
 from beft_ext.training.optim import BiasAdamW
 
 SHAPE, QUICK = (workloads.BATCH, workloads.TOKENS, 4096), (2, 16, 64)
@@ -35,9 +35,10 @@ def kernel(dy: Tensor) -> tuple[Tensor, Tensor]:
     if dispatch.native is None:
         raise RuntimeError("the native module is missing: reinstall with a C++17 compiler")
     out = torch.zeros(3, dy.shape[2])
-    data, *addresses = checks.addresses(dy, *out)
-    layout = grad_output.layout(dy, None)
-    dispatch.native.bias_grad_stats_cpu(data, *layout, 1.0, torch.get_num_threads(), *addresses)
+    layout = checks.DTYPE_CODES[dy.dtype], *dy.shape, *dy.stride(), 0  # no offsets
+    addresses = (x.data_ptr() for x in out)
+    threads = torch.get_num_threads()
+    dispatch.native.bias_grad_stats_cpu(dy.data_ptr(), *layout, 1.0, threads, *addresses)
     return out[0], out[2]
 
 

@@ -1,4 +1,4 @@
-"""README.md, docs/benchmarks.md and the plots from benchmarks/results/; a test checks them.
+"""README.md, pages of docs/ and the plots from benchmarks/results/; a test checks them.
 
 ``python benchmarks/render.py`` after a benchmark rewrites all of them.
 """
@@ -10,6 +10,7 @@ from pathlib import Path
 import plots
 import tables
 from harness import ROOT
+from rungs import page
 
 from beft_ext.files import whole_file
 
@@ -39,13 +40,22 @@ def rendered(readme: str, content: str) -> str:
     return f"{before}{BEGIN}\n{content}\n{END}{rest.split(END)[1]}"
 
 
+def kernels(text: str, root: Path = ROOT) -> str:
+    """docs/kernels.md with its figures between their marks."""
+    found = {p.parent.name: record for p, record in tables.records(root) if p.stem == "rungs"}
+    return page.filled(text, found)
+
+
 def write(root: Path = ROOT) -> None:
     for path, record in tables.records(root):
         if path.stem in plots.PLOTS:
             plots.draw(path, record, root / "docs")
-    readme = root / "README.md"
-    text = rendered(readme.read_text(encoding="utf-8"), summary(root))
-    for path, content in ((readme, text), (root / "docs" / "benchmarks.md", document(root))):
+    readme, climb = root / "README.md", root / "docs" / "kernels.md"
+    for path, content in (
+        (readme, rendered(readme.read_text(encoding="utf-8"), summary(root))),
+        (root / "docs" / "benchmarks.md", document(root)),
+        (climb, kernels(climb.read_text(encoding="utf-8"), root)),
+    ):
         with whole_file(path) as temporary:
             temporary.write_text(content, encoding="utf-8")
 

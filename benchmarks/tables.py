@@ -106,25 +106,25 @@ def _rows(found: Mapping[str, Mapping[str, Record]]) -> Iterator[str]:
     columns = {k: v for k, v in COLUMNS.items() if any(k in s for s in cases)}
     relative = any("ours" in group for group in found.values())
     heads = [title for title, _ in columns.values()]
-    yield _line("", "case", *heads, *(["time to ours"] if relative else []))
-    yield _line(*["---"] * (2 + len(heads) + relative))
+    yield line("", "case", *heads, *(["time to ours"] if relative else []))
+    yield line(*["---"] * (2 + len(heads) + relative))
     for where, group in found.items():
         for case, s in group.items():
             if "missing" in s:
                 reason = s["missing"].replace("|", "\\|")
-                yield _line(where, case, f"missing: {reason}", *[""] * (len(heads) - 1 + relative))
+                yield line(where, case, f"missing: {reason}", *[""] * (len(heads) - 1 + relative))
                 continue
             cells = [show(s) if key in s else "" for key, (_, show) in columns.items()]
             ratio = [f"{s['median_s'] / group['ours']['median_s']:.2f}"] if relative else []
-            yield _line(where, case, *cells, *ratio)
+            yield line(where, case, *cells, *ratio)
 
 
 def _exponents(axes: Record) -> Iterator[str]:
-    yield _line("doubled", "exponent of time", "exponent of memory")
-    yield _line(*["---"] * 3)
+    yield line("doubled", "exponent of time", "exponent of memory")
+    yield line(*["---"] * 3)
     for axis, found in axes.items():
         e = found["exponents"]
-        yield _line(axis, f"{e['median_s']:.2f}", f"{e['peak_bytes']:.2f}")
+        yield line(axis, f"{e['median_s']:.2f}", f"{e['peak_bytes']:.2f}")
 
 
 # The README's rows: file, part and group of a record, what is told of it, and beside which case.
@@ -144,14 +144,14 @@ def key_rows(root: Path) -> str:
     lines: list[str] = []
     for device, found in _by_device(root).items():
         lines += ["", f"**{device}**; more than 1: ours is faster.", ""]
-        lines += [_line("what", "ours", "beside", "times ours"), _line(*["---"] * 4)]
+        lines += [line("what", "ours", "beside", "times ours"), line(*["---"] * 4)]
         if "operators" in found:
             lines.append(_limit(found["operators"]))
         for name, part, group, what, peer in README_ROWS:
             cases = found.get(name, {}).get(part, {}).get(group, {})
             if "median_s" in cases.get("ours", {}) and "median_s" in cases.get(peer, {}):
                 mark = "" if found[name]["kernel_digest"] == digest() else " (stale)"
-                lines.append(_line(what + mark, *_against(cases, peer)))
+                lines.append(line(what + mark, *_against(cases, peer)))
     if any("(stale)" in line for line in lines):
         lines += ["", "Stale: the kernels have changed since it was measured."]
     return "\n".join(lines).strip()
@@ -178,8 +178,8 @@ def _limit(record: Record) -> str:
     ours, read = (grid[key][case]["bytes_per_s"] for case in ("ours", "plain read"))
     mark = "" if record["kernel_digest"] == digest() else " (stale)"
     what = f"sums and squares of {key.removesuffix(' float32')} in fp32, threads: {threads}{mark}"
-    return _line(what, f"{ours / 1e9:.1f} GB/s", "plain read of the bytes", f"{ours / read:.2f}")
+    return line(what, f"{ours / 1e9:.1f} GB/s", "plain read of the bytes", f"{ours / read:.2f}")
 
 
-def _line(*cells: str) -> str:
+def line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"

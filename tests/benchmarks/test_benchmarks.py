@@ -92,8 +92,11 @@ def test_results_become_tables_and_plots(tmp_path):
         digest = harness.digest() if name == "fisher" else "old"
         record = {**common, "kernel_digest": digest, **part}
         (folder / f"{name}.json").write_text(json.dumps(record))
+    climb = tmp_path / "docs" / "kernels.md"
+    climb.write_text("<!-- cpu sums --><!-- / -->")
     render.write(tmp_path)
 
+    assert climb.read_text() == "<!-- cpu sums -->Not yet measured.<!-- / -->"
     readme = (tmp_path / "README.md").read_text()
     page = (tmp_path / "docs" / "benchmarks.md").read_text()
     assert readme.startswith("a\n") and readme.endswith("b\n") and "old\n" not in readme
