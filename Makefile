@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint guard fuzz sanitize crash mutants bench gpu docs clean
+.PHONY: help demo test lint guard fuzz sanitize races crash mutants bench gpu gpu-build gpu-check gpu-test gpu-bench docs clean
 help:
-	@echo "make demo | test | lint | guard | fuzz | sanitize | crash |"
+	@echo "make demo | test | lint | guard | fuzz | sanitize | races | crash |"
 	@echo "     mutants | bench | gpu | docs | clean"
 
 $(VENV)/.installed: pyproject.toml setup.py csrc/bindings.cpp $(wildcard csrc/*.h csrc/*/*)
@@ -41,6 +41,11 @@ fuzz: $(VENV)/.installed
 sanitize:
 	$(PYTHON) tests/sanitize
 
+# Missing barriers and fences of the CUDA kernels, without a GPU: SEEDS orders of their threads.
+SEEDS ?= 100
+races:
+	$(PYTHON) tests/races --seeds $(SEEDS)
+
 # kill -9, a full disk, flipped bits, two writers: what is read afterwards.
 CRASH_ROUNDS ?= 200
 crash: $(VENV)/.installed
@@ -67,10 +72,28 @@ bench: $(VENV)/.installed
 	echo "some peers do not install: shown as missing"
 	@$(call RUN_PARTS,$(BIN)/python)
 
-# On a machine with a GPU, with the torch that is there: builds, tests, writes the receipt.
-gpu:
+# On a machine with a GPU, with the torch that is there: builds, looks at the kernels' memory, tests,
+# writes the receipt. Each part is a verb of its own that takes minutes: make gpu-check, make
+# gpu-test, make gpu-bench PARTS=optimizer.
+gpu: gpu-check gpu-test gpu-bench
+
+gpu-build:
 	$(PYTHON) setup.py -q build_ext --inplace
+
+# Without torch's pool of memory, within which nothing would be out of bounds.
+CHECKED = tests/ops/test_bias_grad_stats.py tests/ops/test_bias_example_grads.py \
+	tests/training/test_optim.py
+gpu-check: gpu-build
+	@if command -v compute-sanitizer > /dev/null; then set -e; \
+	for tool in memcheck racecheck initcheck; do \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	$(PYTHON) -m pytest $(CHECKED) -k "cuda and not triton"; done; \
+	else echo "gpu: compute-sanitizer is not on PATH: the kernels' memory is not checked"; fi
+
+gpu-test: gpu-build
 	$(PYTHON) -m pytest tests
+
+gpu-bench: gpu-build
 	@$(call RUN_PARTS,$(PYTHON),--device cuda)
 
 docs: $(VENV)/.installed

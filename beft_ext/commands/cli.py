@@ -115,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     tune.add_argument("--compile", action="store_true", help="torch.compile of the model")
     tune.add_argument("--graphs", action="store_true", help="whole steps as CUDA graphs")
+    tune.add_argument(
+        "--deterministic", action="store_true", help="the same bits on a GPU too, which costs time"
+    )
     tune.set_defaults(run=_tune, stands=_tune_stands, joint=True)
     evaluate = verbs.add_parser("evaluate", help="measure a model, with an adapter or without")
     _add_data(evaluate)
@@ -259,7 +262,7 @@ def _tune(arguments: argparse.Namespace) -> None:
     if a.budget is not None and a.terms != "auto":
         raise WorkflowError("--budget is what --terms auto may choose: give one of the two")
     options = {"resume": a.resume, "save_every": a.save_every, "parameters": a.budget}
-    options |= {"bf16": a.bf16, "compile": a.compile, "graphs": a.graphs}
+    options |= {name: getattr(a, name) for name in ("bf16", "compile", "graphs", "deterministic")}
     workflow.run_tune(_source(a), _spec(a), settings, a.terms, a.out, **options)
 
 

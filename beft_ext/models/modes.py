@@ -1,7 +1,8 @@
-"""A model's evaluation mode and random state, for a while."""
+"""A model's evaluation mode and random state, and torch's way to compute, for a while."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,6 +25,25 @@ def quiet(model: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+
+
+@contextmanager
+def repeatable(wanted: bool) -> Iterator[None]:
+    """Where wanted, torch's deterministic algorithms alone, and the workspace that cuBLAS needs to
+    be deterministic; a RuntimeError of torch names an operation that has no such algorithm."""
+    if not wanted:
+        yield
+        return
+    name = "CUBLAS_WORKSPACE_CONFIG"
+    before = torch.get_deterministic_debug_mode(), os.environ.get(name)
+    os.environ.setdefault(name, ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_deterministic_debug_mode(before[0])
+        if before[1] is None:
+            os.environ.pop(name, None)
 
 
 def cuda_devices(model: nn.Module) -> list[torch.device]:

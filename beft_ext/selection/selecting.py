@@ -13,7 +13,7 @@ from torch import nn
 
 from beft_ext import parallel, scores
 from beft_ext.models import Bias, BiasMap
-from beft_ext.models.modes import cuda_devices
+from beft_ext.models.modes import cuda_devices, repeatable
 from beft_ext.models.wrappers import name_of, replicated, whole
 from beft_ext.selection.candidates import added, candidates_of, dead_of
 from beft_ext.selection.evidence import Observe
@@ -47,6 +47,7 @@ def select(
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
     seed: int = 0,
+    deterministic: bool = False,
     progress: bool = False,
 ) -> Selection:
     """Find out which bias term to train: by gains, before any training, and by one short run.
@@ -57,7 +58,7 @@ def select(
 
     Afterwards the model is as it was: weights, ``requires_grad``, training mode and hooks. This
     holds after Ctrl-C and after an error too. The same seed on the same machine gives the same
-    bits.
+    bits; on a GPU with ``deterministic``.
 
     In a process group all ranks call it, each with rows of its own; all get the same selection to
     the bit, that of one process over all rows (docs/large-models.md).
@@ -91,6 +92,7 @@ def select(
         weight_decay: as in AdamW.
         max_grad_norm: the gradient's global norm is clipped to this; 0 for no clipping.
         seed: of the run's random numbers; the global random state is put back.
+        deterministic: on a GPU, take torch's deterministic algorithms alone; it costs time.
         progress: show a bar.
     Returns:
         Gains, scores, rankings, and the biases before and after the run.
@@ -120,7 +122,8 @@ def select(
     model = whole(model, SelectionError, copies=False, replicas=True)
     require_untapped(model)
     gains_alone = method == GAIN and steps == 0
-    with parallel.meeting("select", promised) as ranks, _loss_told():
+    meeting = parallel.meeting("select", promised)
+    with meeting as ranks, _loss_told(), repeatable(deterministic):
         step_count = 0 if gains_alone else max(ranks.gather(_step_count(loader, epochs, steps)))
         plan = repr((method, terms, steps, lr, warmup, weight_decay, max_grad_norm, seed))
         ranks.agree(SelectionError, arguments=plan)

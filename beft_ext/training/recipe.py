@@ -28,6 +28,8 @@ class Recipe:
         compile: run the forward under torch.compile, with the dropout of eager mode.
         graphs: run whole steps as CUDA graphs; not together with ``compile``.
         decay: after warm-up, let the rate fall linearly to zero; otherwise it stays constant.
+        deterministic: on a GPU, take torch's deterministic algorithms alone, so that the same run
+            ends in the same bits there too; it costs time. A CPU needs nothing.
     Example:
         >>> import beft_ext
         >>> recipe = beft_ext.Recipe(epochs=3, lr=4e-4)
@@ -45,6 +47,7 @@ class Recipe:
     compile: bool = False
     graphs: bool = False
     decay: bool = True
+    deterministic: bool = False
 
 
 @dataclass

@@ -18,6 +18,7 @@ from beft_ext import parallel
 from beft_ext.errors import BeftWarning
 from beft_ext.files import JsonObject, digest, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
+from beft_ext.models.modes import repeatable
 from beft_ext.training.data import Batch, Passes, digest_of, generators
 from beft_ext.training.evaluation import Evaluation, Judge
 from beft_ext.training.identity import machine, model_digest
@@ -106,7 +107,8 @@ def tune(
         raise TuningError(f"save_every must be at least 1 step, but is {save_every}")
     if resume and folder is None:
         raise TuningError("resume=True needs the folder of the run that is to go on")
-    with parallel.meeting("tune", wrappers.replicated(model)) as ranks:
+    meeting = parallel.meeting("tune", wrappers.replicated(model))
+    with meeting as ranks, repeatable(recipe.deterministic):
         run = _TuningRun(model, loader, recipe, loss, Judge.of(evaluate, metric, loss), folder)
         if folder is not None and ranks.rank == 0:
             sweep(folder)

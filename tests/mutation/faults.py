@@ -519,6 +519,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("inside = offsets[0] >= 0 and", "inside ="),
             ("not inside or bool((offsets.diff() < 0).any())", "not inside"),
             ("or set(map(type, (grad_output, *written))) != {Tensor}", "or False"),
+            ("    dy = dy.resolve_neg()\n", ""),
+            ("    checks.require_memory(dy, *written)\n", ""),
         ],
     ),
     "beft_ext/ops/bias_example_grads.py": (
@@ -529,7 +531,6 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("row >= width)", "row >= 1)"),
             ("        or out.is_neg()\n", ""),
             ("    torch.autograd.graph.increment_version(out)\n", ""),
-            ("backend(grad_output.resolve_neg(),", "backend(grad_output,"),
         ],
     ),
     "beft_ext/ops/bias_grad_stats.py": (
@@ -537,7 +538,6 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ("    if checks.overlap(grad_sum, grad_sum_sq):", "    if False:"),
             ("    torch.autograd.graph.increment_version((grad_sum, grad_sum_sq))\n", ""),
-            ("backend(grad_output.resolve_neg(),", "backend(grad_output,"),
         ],
     ),
     "beft_ext/ops/reference.py": (
@@ -559,7 +559,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("tl.minimum(tl.maximum(tl.load(example_offsets + example + 1), 0), tokens)",
              "tl.load(example_offsets + example + 1)"),
             ("before + scale * result", "before + result"),
-            ("out + example * stride + columns", "out + example * width + columns"),
+            ("out + (examples * stride)", "out + (examples * width)"),
         ],
     ),
     "beft_ext/ops/triton_bias_adamw_step.py": (
@@ -629,8 +629,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ('os.environ.get("BEFT_CUDA", "1") != "0"', "True"),
             ('                "-ffp-contract=off",\n', ""),
-            ('CUDA_TARGETS = ("80", "90")', 'CUDA_TARGETS = ("90",)'),
-            ("code=compute_{newest}", "code=sm_{newest}"),
+            ('CUDA_TARGETS = ("75", ', 'CUDA_TARGETS = ('),
+            ("code=compute_{t}", "code=sm_{t}"),
             ("            optional=True,\n", ""),
             ('        ext.define_macros.append(("BEFT_WITH_CUDA", "1"))\n', ""),
         ],

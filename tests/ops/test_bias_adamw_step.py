@@ -1,5 +1,5 @@
 """The GPU's AdamW step without a GPU: Triton by its interpreter and compiled ahead of time, CUDA
-by threads of the host, which see no race (cuda_emulator.py). Each takes the CPU's place under
+by fibers of the host (cuda_emulator.py). Each takes the CPU's place under
 BiasAdamW and must move parameters as torch.optim.AdamW does in float64, with the scores of the
 reference.
 """
@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import pytest
-from cuda_emulator import emulated
+from cuda_emulator import build, emulated
 
 CHECK = """
 import sys
@@ -271,10 +271,8 @@ def install():
 
 
 def test_emulated_cuda_kernels_step_as_adamw(tmp_path):
-    nvcc = shutil.which("nvcc") or pytest.skip("nvcc is not on PATH")
-    source, library = tmp_path / "emulated.cpp", tmp_path / "emulated.so"
-    source.write_text(emulated("bias_adamw_step.cu") + GLUE)
-    command = [nvcc, "-x", "c++", "-std=c++20", "-O2", "-shared", "-Xcompiler=-fPIC,-pthread,-w"]
-    done = subprocess.run([*command, source, "-o", library], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    if shutil.which("nvcc") is None:
+        pytest.skip("nvcc is not on PATH")
+    library = tmp_path / "emulated.so"
+    build(emulated("bias_adamw_step.cu") + GLUE, library, "-shared", "-Xcompiler=-fPIC")
     execute(CHECK.replace("install()\n", CUDA + "\n\ninstall()\n", 1), library)

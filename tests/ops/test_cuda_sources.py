@@ -1,6 +1,6 @@
 """The CUDA sources without a GPU: they compile without spills, and their threads, run on the
-host, compute the right numbers; the emulation sees no race (cuda_emulator.py). The shared
-arithmetic keeps fp32 sums at rounding level.
+host in any order, compute the right numbers (cuda_emulator.py; test_cuda_races.py has the races).
+The shared arithmetic keeps fp32 sums at rounding level.
 """
 
 import re
@@ -8,7 +8,7 @@ import shutil
 import subprocess
 
 import pytest
-from cuda_emulator import CSRC, emulated
+from cuda_emulator import CSRC, build, emulated
 
 HEADER = CSRC / "bias_grad_stats.h"
 
@@ -274,8 +274,6 @@ int main() {
 
 
 def test_kernels_emulated_on_the_host_match_double(nvcc, tmp_path):
-    source, program = tmp_path / "emulated.cpp", tmp_path / "emulated"
-    source.write_text(emulated("bias_grad_stats.cu") + CHECK)
-    output_of(nvcc, "-x", "c++", "-std=c++20", "-O2", "-Xcompiler=-pthread,-w",
-              source, "-o", program)  # fmt: skip
+    program = tmp_path / "emulated"
+    build(emulated("bias_grad_stats.cu") + CHECK, program)
     print(output_of(program))
