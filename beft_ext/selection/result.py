@@ -133,7 +133,7 @@ class Selection:
             PlotError: matplotlib is missing, or there are no scores by layer (a selection that
                 was read from a file).
         """
-        from beft_ext.plots import heatmap
+        from beft_ext.plots import heatmap, title_of
 
         rows: dict[str, list[float | None]] = {
             name: [*[None] * parse_terms(name)[0].first, *values]
@@ -141,7 +141,7 @@ class Selection:
         }
         layers = max(map(len, rows.values()), default=0)
         rows |= {name: [math.nan] * layers for name in self.dead if name not in rows}
-        of = ", ".join(filter(None, ("/".join(Path(self.model).parts[-2:]), task)))
+        of = title_of(self.model, task)
         title = f"{of}: {self.method}" if of else self.method
         with whole_file(path) as temporary:
             heatmap(rows, title, temporary, score=self.method, dead=self.dead)
