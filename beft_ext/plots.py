@@ -230,6 +230,11 @@ def _apart(place: int, count: int) -> list[float]:
     return [place + step * (i - (count - 1) / 2) for i in range(count)]
 
 
+def title_of(model: str, *more: str | None) -> str:
+    """The end of a model's name or folder, and what else there is to say, for a title."""
+    return ", ".join(filter(None, ("/".join(Path(model).parts[-2:]), *more)))
+
+
 def _title_width(title: str) -> float:
     """Inches that the longest line of a title takes."""
     return 0.6 + 0.105 * max(map(len, title.split("\n")))

@@ -133,7 +133,7 @@ class Selection:
             PlotError: matplotlib is missing, or there are no scores by layer (a selection that
                 was read from a file).
         """
-        from beft_ext.plots import heatmap
+        from beft_ext.plots import heatmap, title_of
 
         rows: dict[str, list[float | None]] = {
             name: [*[None] * parse_terms(name)[0].first, *values]
@@ -141,12 +141,12 @@ class Selection:
         }
         layers = max(map(len, rows.values()), default=0)
         rows |= {name: [math.nan] * layers for name in self.dead if name not in rows}
-        of = ", ".join(filter(None, ("/".join(Path(self.model).parts[-2:]), task)))
+        of = title_of(self.model, task)
         title = f"{of}: {self.method}" if of else self.method
         with whole_file(path) as temporary:
             heatmap(rows, title, temporary, score=self.method, dead=self.dead)
 
-    def save(self, folder: str | Path, task: str = "") -> None:
+    def save(self, folder: str | Path, about: JsonObject | None = None) -> None:
         """Write ``selection.json``, its tensors and ``heatmap.png`` as one.
 
         ``biases.safetensors`` has the biases before and after the run, ``gains.safetensors`` the
@@ -155,13 +155,15 @@ class Selection:
 
         Args:
             folder: is made where it does not exist.
-            task: its name, for the picture's title.
+            about: what else ``selection.json`` keeps, as JSON: the version and the task, whose name
+                the picture's title says.
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
         """
         tensors = {f"initial/{name}": t for name, t in self.initial.items()}
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
         record = {
+            **(about or {}),
             "model": self.model,
             "method": self.method,
             "best": next(iter(self.ranking.get(self.method, [])), None),
@@ -180,12 +182,14 @@ class Selection:
             record["biases"] = write_tensors(temporary / BIASES, tensors)
             if self.gains is not None:
                 record["grams"] = write_tensors(temporary / GRAMS, self.gains.tensors())
+            task = (about or {}).get("task", {}).get("name", "")
             draw(self.plot, temporary / PICTURE, task)
             write_json(temporary / RECORD, _nulls(record))
 
 
 RECORD_KEYS = {"method", "best", "ranking", "scores", "per_layer", "undefined", "dead", "losses"}
 RECORD_KEYS |= {"model", "steps", "above_90_degrees", "biases", "gains", "grams", DIGEST}
+RECORD_KEYS |= {"version", "task"}
 RECORD_KEYS |= {"settled"}  # of older files
 
 

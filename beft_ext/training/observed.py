@@ -62,8 +62,8 @@ class Observed:
 def model_observe(model: nn.Module, batch: Batch) -> Observed:
     """What a transformers model says of each example of a batch with labels.
 
-    Classes, numbers, several targets, and tokens, each for its own place or for the next, are
-    told apart by the model's own loss. Packed texts are examples each.
+    Classes, numbers, several targets, tokens, each for its own place or for the next, and where an
+    answer begins and ends, are told apart by the model's own loss. Packed texts are examples each.
 
     Raises: LossError where the model gives no loss, or one that is none of these, such as a
         weighted one.
@@ -78,6 +78,8 @@ def model_observe(model: nn.Module, batch: Batch) -> Observed:
     readings: list[Observed] = []
     if isinstance(labels, Tensor) and isinstance(logits, Tensor):
         readings = _readings(logits, labels, offsets_of(batch))
+    elif isinstance(logits := getattr(output, "start_logits", None), Tensor):
+        readings = _spans(logits, output, batch)
 
     def off(reading: Observed) -> float:
         divisor = items_given(batch) or float(reading.counts.sum())
@@ -114,6 +116,22 @@ def _readings(logits: Tensor, labels: Tensor, offsets: Tensor | None) -> list[Ob
         Observed(*(_per_example(t, offsets) for t in losses_of(logits, labels, ahead)))
         for ahead in (1, 0)
     ]
+
+
+def _spans(starts: Tensor, output: Any, batch: Batch) -> list[Observed]:
+    """Of answers in a text ``(B, T)``: two labels, where one begins and where it ends. A place
+    outside of the text does not count."""
+    found = []
+    for logits, name in ((starts, "start_positions"), (output.end_logits, "end_positions")):
+        places, outside = batch.get(name), starts.shape[-1]
+        if not isinstance(places, Tensor) or places.numel() != len(starts):
+            return []
+        places = places.flatten().clamp(0, outside)
+        logs = logits.log_softmax(-1, dtype=_wide(logits))
+        losses = nll_loss(logs, places, reduction="none", ignore_index=outside)
+        found.append(Observed(losses, places.ne(outside).to(losses)))
+    first, last = found
+    return [Observed(first.losses + last.losses, first.counts + last.counts)]
 
 
 def _per_example(values: Tensor, offsets: Tensor | None) -> Tensor:

@@ -77,6 +77,9 @@ def test_the_picture_says_model_task_and_score_and_shows_the_dead(made, tmp_path
     assert rows["value"] == [0.5, 0.25] and rows["query@1-2"] == [None, 0.1, 0.2]
     assert len(rows["key"]) == 3 and all(map(math.isnan, rows["key"]))
     assert told == {"score": "beft", "dead": ["key"]}
+    with suppress(FileNotFoundError):
+        found.save(tmp_path, {"version": "1", "task": {"name": "sst2", "text": "{sentence}"}})
+    assert seen[-1][1] == "models/tiny-bert, sst2: beft"
 
 
 def test_the_record_is_plain_json(made, tmp_path):

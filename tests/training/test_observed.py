@@ -62,6 +62,25 @@ def test_examples_are_those_of_one_at_a_time_and_add_up_to_the_loss(kind):
         torch.testing.assert_close(seen.means[i], model(**one).loss, rtol=1e-5, atol=1e-6)
 
 
+def test_an_answer_has_two_labels_and_none_where_it_is_outside_of_the_text():
+    """Oracle: the model's own loss, of each example and of all; half of one example is refused,
+    for the model takes the mean of the beginnings and that of the ends apart."""
+    model = bert("BertForQuestionAnswering").eval()
+    places = {"start_positions": [1, 0, 9, 6], "end_positions": [3, 0, 7, 6]}
+    batch = {"input_ids": numbers(64, 4, 7)} | {k: torch.tensor(v) for k, v in places.items()}
+    seen = model_observe(model, batch)
+    assert seen.counts.tolist() == [2, 2, 0, 2] and seen.losses[2] == 0
+    torch.testing.assert_close(
+        seen.losses.sum() / seen.counts.sum(), model(**batch).loss, rtol=1e-5, atol=0
+    )
+    for i in (0, 1, 3):
+        one = {k: v[i : i + 1] for k, v in batch.items()}
+        torch.testing.assert_close(seen.means[i], model(**one).loss, rtol=1e-5, atol=1e-6)
+    batch["end_positions"][2] = 5
+    with pytest.raises(LossError, match="losses of single examples"):
+        model_observe(model, batch)
+
+
 def test_classes_have_probabilities_and_numbers_have_residuals():
     model = tiny("bert")
     seen = model_observe(model, MIXED)
