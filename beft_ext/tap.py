@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
 from beft_ext.layouts import Place, TapError as TapError, fingerprint, locate, replaced
-from beft_ext.listener import Listener, Site, Step, Use, alias, refuse_copy
+from beft_ext.listener import Listener, Site, Step, Use, refuse_copy
 from beft_ext.models import Bias, BiasMap, outer_modules, output_width, require_fit, state
 from beft_ext.models.modes import quiet
 from beft_ext.models.wrappers import whole
@@ -70,22 +70,18 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         require_untapped(model)
         biases = list(biases)
         require_fit(model, biases, TapError)
-        self._model, self._step = model, Step()
+        self.sites: list[Site] = []
+        self._model, self._step = model, Step(self.sites)
         self._hooks: list[Any] = []
         self._listeners: list[Listener] = []
-        self.sites: list[Site] = []
         by_parameter: dict[int, Site] = {}
         for bias in biases:
             parameter = model.get_parameter(bias.parameter)
             site = by_parameter.get(id(parameter))
             if site is None:
-                site = by_parameter[id(parameter)] = _site(parameter)
+                site = by_parameter[id(parameter)] = _site(len(self.sites), parameter)
                 self.sites.append(site)
-            site.biases.append(bias)
-            leaf = bias.view(parameter.detach()).requires_grad_()
-            with torch.enable_grad():
-                site.aliases.append(alias(leaf))
-            site.leaves.append(leaf)
+            site.add(bias, bias.view(parameter.detach()).requires_grad_())
         self._required = [(s.parameter, s.parameter.requires_grad) for s in self.sites]
         self._listen(
             {
@@ -109,10 +105,16 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             self._hooks.append(hook)
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Keep what the outermost module was called with: examples may have to be located."""
+        """Keep what the outermost module was called with: examples may have to be located. Where
+        it is called again, that is a forward of its own, whose graph the first's may be no part of.
+        """
         step = self._step
-        if step.announced and step.called is None and step.visit is None:
+        if not step.announced or step.visit is not None:
+            return
+        if step.called is None:
             step.called = (module, args, kwargs)
+        elif module is step.called[0]:
+            step.gathered = None
 
     def keep_rows(self, examples: int, columns: int | None = None, seed: int = 0) -> None:
         """Make a slab for the gradients of so many single examples.
@@ -162,7 +164,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         self.finish_step()
         step = self._step
         step.number += 1
-        step.announced, step.begun, step.called = True, False, None
+        step.announced, step.begun, step.called, step.gathered = True, False, None, None
         step.batch, step.scale, step.offsets, step.row = batch, scale, example_offsets, row
         for listener in self._listeners:
             listener.uses = listener.site.uses = 0
@@ -310,7 +312,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     __reduce_ex__ = refuse_copy
 
 
-def _site(parameter: nn.Parameter) -> Site:
+def _site(place: int, parameter: nn.Parameter) -> Site:
     dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
     zeros = torch.zeros(parameter.numel(), dtype=dtype, device=parameter.device)
-    return Site(parameter, [], [], zeros, zeros.clone())
+    return Site(place, parameter, zeros, zeros.clone())

@@ -22,6 +22,10 @@ PARTS: dict[str, dict[str, str]] = {
     "selection_sst2": {"whole": "How long until we know which term to train, on real data?"},
     "fisher": {"step": "What does the per-example Fisher information of all biases cost?"},
     "choices": {"ranking": "How long does it take to rank options by a decoder?"},
+    "host": {
+        "step": "What does the host add to a step, where kernels do little?",
+        "optimizer": "What does the host add to an optimizer's step over small biases?",
+    },
     "growth": {"axes": "How do time and memory of a training step grow?"},
     "rungs": {
         "sums": "What does each rung to `bias_grad_stats` bring?",
@@ -60,6 +64,7 @@ def spread(s: Record) -> str:
 # Columns of the whole tables: those that a part's cases have.
 COLUMNS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "median_s": ("time", spread),
+    "us_a_tap": ("host's time a tap", lambda s: f"{s['us_a_tap']:.0f} µs"),
     "bytes_per_s": ("GB/s", lambda s: f"{s['bytes_per_s'] / 1e9:.1f}"),
     "error": ("error", lambda s: f"{s['error']:.1e}"),
     "of_read": ("of a plain read", lambda s: f"{s['of_read']:.0%}"),

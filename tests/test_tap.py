@@ -498,3 +498,78 @@ def test_a_compiler_is_told_what_the_backward_gives(dtype):
         grad = torch.ops.beft_ext.tap_backward(torch.empty(2, 3, 5, dtype=dtype), 1, 0)
     single = torch.float32 if dtype == torch.bfloat16 else dtype
     assert grad.shape == (5,) and grad.dtype == single
+
+
+@pytest.mark.parametrize("below", [True, False])
+def test_later_outputs_keep_their_own_nodes_and_the_first_has_all_leaves_behind_it(below):
+    """A node in autograd's graph costs the host several times what a hook does."""
+    model, inputs = tiny("bert").requires_grad_(below), batch()
+    taken = []
+    with Tap(model, find_biases(model)) as tap:
+        tap.step(4, scale=4.0)
+        waiting, seen = [model(**inputs).loss.grad_fn], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            waiting += [n for n, _ in node.next_functions]
+            if node.name() == "IdentityBackward":
+                taken.append(len(node.next_functions))
+        leaves = len(tap.leaves())
+    # Where nothing below requires a gradient, layer 0's query, key and value have one each.
+    assert sorted(taken) == ([] if below else [2, 2]) + [1 + leaves]
+
+
+def test_a_forward_that_no_backward_follows_takes_no_gradient_away():
+    model, inputs = tiny("bert").double(), batch()
+    biases = find_biases(model)
+    want = autograd(model, biases, inputs)
+    model.requires_grad_(False)
+    with Tap(model, biases) as tap:
+        for times in (1, 2):
+            tap.step(4, scale=4.0)
+            model(**inputs)
+            model(**inputs).loss.backward()
+            for bias, leaf in tap.leaves():
+                torch.testing.assert_close(
+                    leaf.grad.flatten(), times * want[bias], rtol=1e-9, atol=1e-12
+                )
+
+
+@pytest.mark.parametrize("what", ["in place", "left out", "expanded", "trained below"])
+def test_gradients_arrive_whatever_becomes_of_an_output(what):
+    """A view that is written to, an output without a gradient, one that is no plain memory."""
+    torch.manual_seed(0)
+    lower, first, second = (torch.nn.Linear(8, 8).double() for _ in range(3))
+    model = torch.nn.Module()
+    model.layers = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
+    model.layers[0].wq, model.layers[1].wq = first, second
+    model.lower = lower.requires_grad_(what == "trained below")
+
+    def losses(x):
+        y = second(first(lower(x)).tanh())
+        if what == "in place":
+            y *= 3
+            y[:, 0] = 0
+        elif what == "left out":
+            y = first(lower(x)) + y.detach()
+        elif what == "expanded":
+            return y.sum((1, 2))
+        return y.square().sum((1, 2))
+
+    x, biases = torch.randn(4, 3, 8).double(), find_biases(model, names={"query": "wq"})
+    trained = [first.bias, second.bias]
+    every = [torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+             for loss in losses(x)]  # fmt: skip
+    model.requires_grad_(False)
+    lower.requires_grad_(what == "trained below")
+    with Tap(model, biases) as tap:
+        tap.step(4)
+        tap.locate(lambda given: losses(**given), {"x": x}, 4)
+        losses(x).sum().backward()
+        for i, (bias, leaf) in enumerate(tap.leaves()):
+            grads = torch.stack([torch.zeros(8).double() if g[i] is None else g[i] for g in every])
+            found = torch.zeros(8).double() if leaf.grad is None else leaf.grad.flatten()
+            torch.testing.assert_close(found, grads.sum(0), rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(tap.statistics()[bias][1], grads.square().sum(0))

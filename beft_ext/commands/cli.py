@@ -207,7 +207,12 @@ def _add_run(
         parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--warmup", type=float, default=warmup)
     parser.add_argument("--clip", type=float, default=1.0, dest="max_grad_norm", metavar="NORM")
-    parser.add_argument("--group-by-length", action="store_true", help="batches of like lengths")
+    parser.add_argument(
+        "--group-by-length",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="batches of rows of like length, in random order",
+    )
 
 
 def _rate(text: str) -> float | None:

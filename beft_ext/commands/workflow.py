@@ -66,7 +66,7 @@ class Settings:
     lr: float = 1e-3
     warmup: float = 0.0
     max_grad_norm: float = 1.0
-    group_by_length: bool = False
+    group_by_length: bool = True
     seed: int = 0
     budget: float | None = None
 

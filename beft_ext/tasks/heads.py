@@ -57,7 +57,7 @@ class HeadObjective(Objective):
         self.auto, self.model_options = _head(task, classes)
 
     def training(
-        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = False
+        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = True
     ) -> Batches:
         return Batches(self._encode(examples), self._collate, size, seed, by_length)
 

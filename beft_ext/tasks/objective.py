@@ -39,7 +39,7 @@ class Objective(ABC):
 
     @abstractmethod
     def training(
-        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = False
+        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = True
     ) -> Batches:
         """Batches to train on. Raises DataError for what cannot be trained on."""
 

@@ -88,7 +88,7 @@ class PromptObjective(Objective):
         self.shots = "".join(s.prompt + self._spoken(s) + SEPARATOR for s in shots)
 
     def training(
-        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = False
+        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = True
     ) -> Batches:
         ranked = self.task.kind != "generation" and self.task.learn == "options"
         rows = []

