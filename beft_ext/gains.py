@@ -255,11 +255,11 @@ def learning_curve(
             return None
         return gain(Gram.of(matrix[rows][:, rows]), own).value
 
-    tried = [(number, k) for number in parts for k in range(number)]
+    tried = [(number, k) for number in parts if number <= count for k in range(number)]
     found = dict(zip(tried, each(gain_of, tried), strict=True))
     curve: dict[int, float] = {}
     for number in parts:
-        values = [v for k in range(number) if (v := found[number, k]) is not None]
+        values = [v for k in range(number) if (v := found.get((number, k))) is not None]
         if len(values) == number:
             curve[count // number] = sum(values) / number
     return curve

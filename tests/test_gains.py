@@ -144,6 +144,11 @@ def test_a_learning_curve_ends_where_all_examples_count():
     assert curve[80] == pytest.approx(gain(Gram.of(matrix), regression).value)
 
 
+def test_parts_of_fewer_groups_than_parts_are_left_out_of_the_curve():
+    regression, rows = made(count=12, groups=torch.arange(12) % 3)
+    assert list(learning_curve(rows @ rows.T, regression, (4, 2, 1), seed=0)) == [3]
+
+
 def test_equal_rows_share_a_number():
     assert equal_rows(["a", "b", "a", "c"]).tolist() == [0, 1, 0, 2]
 
