@@ -11,7 +11,7 @@ from beft_ext.models.find import (
     output_width,
     require_fit,
 )
-from beft_ext.models.head import head_parameters, output_layer
+from beft_ext.models.head import class_names_of, head_parameters, output_layer
 from beft_ext.models.terms import Selected, parse_terms, pick, spell
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Projection",
     "Selected",
     "add_bias",
+    "class_names_of",
     "find_biases",
     "find_projections",
     "head_parameters",

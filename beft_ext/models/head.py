@@ -1,4 +1,4 @@
-"""The task head: what trains beside the biases."""
+"""The task head: what trains beside the biases, and what its outputs are called."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from torch import nn
 
 from beft_ext.models.bias_map import BiasError
 from beft_ext.models.find import is_quantised
+
+
+def class_names_of(config: object) -> tuple[str, ...]:
+    """Names of a head's outputs, where they say more than their numbers; else none."""
+    found = getattr(config, "id2label", None) or {}
+    if all(name == f"LABEL_{i}" for i, name in found.items()):
+        return ()
+    return tuple(str(name) for name in found.values())
 
 
 def head_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -89,9 +89,14 @@ class Batches:
         self._passes = epoch
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        for indices in self.plan():
+        plan = self.plan()
+        for done, indices in enumerate(plan, 1):
             mine = self._mine(indices)
             yield self.collate([self.rows[i] for i in mine]) if mine else {}
+            self.taken(done, len(plan))
+
+    def taken(self, done: int, of: int) -> None:
+        """Called when a batch of a pass was dealt with; who shows progress does it here."""
 
     def plan(self) -> list[list[int]]:
         """Numbers of the rows of each batch of the next pass."""

@@ -25,13 +25,17 @@ def load_task(name: str, split: str, folder: Path | None = None) -> list[Example
     Raises:
         DataError: for an unknown task, a missing file or package, or a hub out of reach.
     """
+    return named_task(name).examples(*task_rows(name, split, folder))
+
+
+def task_rows(name: str, split: str, folder: Path | None = None) -> tuple[list[Row], str]:
+    """The rows of one split of a named task, and where they are from; see ``load_task``."""
     task = named_task(name)
     if folder is not None:
         path = find_file(folder / name, split)
-        return task.examples(read_rows(path), str(path))
+        return read_rows(path), str(path)
     assert task.hub is not None
-    rows = hub_rows(*task.hub, task.splits.get(split, split))
-    return task.examples(rows, f"the hub's {name}")
+    return hub_rows(*task.hub, task.splits.get(split, split)), f"the hub's {name}"
 
 
 def named_task(name: str) -> Task:

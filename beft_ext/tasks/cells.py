@@ -23,7 +23,7 @@ from beft_ext.errors import BeftError
 Row = dict[str, object]
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,4})?", re.ASCII | re.IGNORECASE)
-_BOOLEANS = {"false": Decimal(0), "true": Decimal(1)}
+BOOLEANS = {"false": Decimal(0), "true": Decimal(1)}
 _PLAIN = (bool, int, float, Decimal, datetime.date, datetime.time)
 _PYTHONS_LIST = re.compile(r"""\[\s*['"].*['"]\s*,?\s*\]""", re.DOTALL)
 _LARGEST = float(np.finfo(np.float32).max)
@@ -84,12 +84,12 @@ def texts(row: Mapping[str, object], name: str, alone: bool = False) -> tuple[st
     return tuple(_text(v, name) for v in found)
 
 
-def keys(row: Mapping[str, object], name: str) -> list[str | Decimal]:
-    """``key`` of the class in a column, or of each class of its list."""
+def labels(row: Mapping[str, object], name: str) -> list[str]:
+    """The class in a column as it is written, or each class of its list."""
     value = column(row, name)
     found = _list(value)
     wanted = "a class number or name"
-    return [key(_text(v, name, wanted)) for v in ([value] if found is None else found)]
+    return [_text(v, name, wanted) for v in ([value] if found is None else found)]
 
 
 def key(name: str) -> str | Decimal:
@@ -97,7 +97,7 @@ def key(name: str) -> str | Decimal:
     written = name.strip()
     if _NUMBER.fullmatch(written):
         return Decimal(written)
-    return _BOOLEANS.get(written.casefold(), name)
+    return BOOLEANS.get(written.casefold(), name)
 
 
 def parse_json(written: str) -> Any:
@@ -112,12 +112,17 @@ def parse_json(written: str) -> Any:
         raise DataError(reason(error)) from error
 
 
-def decoded(data: bytes) -> str:
-    """The text of a file, without a byte order mark. Raises DataError if it is not UTF-8."""
+def decoded(data: bytes, line: int = 1) -> str:
+    """The text of a file, without a byte order mark, or of a part that begins with ``line``.
+
+    Raises DataError if it is not UTF-8.
+    """
+    if line == 1:
+        data = data.removeprefix(codecs.BOM_UTF8)
     try:
-        return data.removeprefix(codecs.BOM_UTF8).decode()
+        return data.decode()
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
+        line += data.count(b"\n", 0, error.start)
         raise DataError(f"line {line} is not UTF-8: save the file in this encoding") from error
 
 

@@ -5,25 +5,29 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from beft_ext.tasks.cells import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row, in words. label: class, choice or number; right: every choice that is right."""
+    """One row, in words. label: class, choice or number; right: every choice that is right. A
+    row without a label has the last three as they are here."""
 
     text: str
     pair: str | None
     prompt: str
     options: tuple[str, ...]
-    label: float
-    right: tuple[int, ...]
-    answers: tuple[str, ...]
+    label: float = 0.0
+    right: tuple[int, ...] = ()
+    answers: tuple[str, ...] = ()
 
 
-def subset(examples: Sequence[Example], size: int | None, seed: int) -> list[Example]:
-    """``size`` examples drawn without replacement, in a seeded order (the low-data regime)."""
+def subset(examples: Sequence[T], size: int | None, seed: int) -> list[T]:
+    """``size`` of the examples or rows, drawn without replacement, in a seeded order."""
     if size is None:
         return list(examples)
     if not 0 < size <= len(examples):

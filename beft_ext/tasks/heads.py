@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from beft_ext.tasks.batches import Batches, Encoded
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.objective import Objective, Prediction, device_of
+from beft_ext.tasks.objective import Answer, Objective, device_of
 from beft_ext.tasks.reading import reading
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
@@ -61,16 +61,16 @@ class HeadObjective(Objective):
     ) -> Batches:
         return Batches(self._encode(examples), self._collate, size, seed, by_length)
 
-    def held_out(self, examples: Sequence[Example], size: int) -> Batches:
-        self._require_metrics(examples)
+    def questions(self, examples: Sequence[Example], size: int) -> Batches:
         return Batches(self._encode(examples), self._collate, size)
 
-    def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Prediction]:
+    def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Answer]:
         device = device_of(model)
         batch = {k: v.to(device) for k, v in self._collate(rows).items() if k != "labels"}
         logits = model(**batch).logits.float()
-        found = logits.view(-1) if self.task.kind == "regression" else logits.argmax(-1)
-        return list(found.tolist())
+        if self.task.kind == "regression":
+            return [Answer(value) for value in logits.view(-1).tolist()]
+        return [Answer.of(scores) for scores in logits.cpu()]
 
     def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
         outputs = self.model_options.get("num_labels", 1)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +23,20 @@ from beft_ext.training.loss import model_loss
 from beft_ext.training.observed import Observed, model_observe
 
 Prediction = int | float | str  # a class or choice, a number, a text
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model says to one row. probabilities: of the classes or choices, in their order;
+    none for a number or a text."""
+
+    value: Prediction
+    probabilities: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, scores: Tensor) -> Answer:
+        """The most likely of the classes or choices with these logits ``(C,)``."""
+        return cls(int(scores.argmax()), tuple(scores.double().softmax(-1).tolist()))
 
 
 class Objective(ABC):
@@ -44,11 +60,16 @@ class Objective(ABC):
         """Batches to train on. Raises DataError for what cannot be trained on."""
 
     @abstractmethod
+    def questions(self, examples: Sequence[Example], size: int) -> Batches:
+        """Batches to be answered, one row an example; labels are not looked at."""
+
     def held_out(self, examples: Sequence[Example], size: int) -> Batches:
-        """Batches to evaluate on, one row an example."""
+        """``questions`` to evaluate on. Raises DataError where a metric cannot be had of them."""
+        self._require_metrics(examples)
+        return self.questions(examples, size)
 
     @abstractmethod
-    def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Prediction]:
+    def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Answer]:
         """What the model in eval mode says to each row."""
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -67,21 +88,27 @@ class Objective(ABC):
     def _observe(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Observed:
         return model_observe(model, batch)
 
-    @torch.no_grad()
     def predict(self, model: nn.Module, batches: Batches) -> list[Prediction]:
-        """A class, choice, number or text for each row, in the rows' order; ranks that meet share
-        the work."""
-        mode, found = model.training, dict[int, Prediction]()
+        """A class, choice, number or text for each row, in the rows' order."""
+        return [answer.value for answer in self.answered(model, batches)]
 
-        def answered(indices: list[int]) -> Sequence[Prediction]:
+    @torch.no_grad()
+    def answered(self, model: nn.Module, batches: Batches) -> list[Answer]:
+        """The answer to each row, in the rows' order; ranks that meet share the work."""
+        mode, found = model.training, dict[int, Answer]()
+        plan = batches.plan()
+        shares, done = -(-len(plan) // here().size), itertools.count(1)
+
+        def answers(indices: list[int]) -> Sequence[Answer]:
             with _readable(model):
-                return self.answers(model, [batches.rows[i] for i in indices])
+                given = self.answers(model, [batches.rows[i] for i in indices])
+            batches.taken(next(done), shares)
+            return given
 
         model.eval()
         try:
-            plan = batches.plan()
-            for indices, answers in zip(plan, here().map(answered, plan), strict=True):
-                found |= zip(indices, answers, strict=True)
+            for indices, given in zip(plan, here().map(answers, plan), strict=True):
+                found |= zip(indices, given, strict=True)
         finally:
             model.train(mode)
         return [found[i] for i in range(len(batches.rows))]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from beft_ext.tasks.batches import Batches, Encoded, padded
 from beft_ext.tasks.decoding import greedy, shared_prompt_scores
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.objective import Objective, Prediction, device_of
+from beft_ext.tasks.objective import Answer, Objective, device_of
 from beft_ext.tasks.reading import reading
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
@@ -61,7 +61,7 @@ class PromptObjective(Objective):
         shots: examples to stand before each prompt.
         new_tokens: at most, of a generated answer.
 
-    Raises: DataError for a task without a prompt.
+    Raises: DataError for a task without a prompt, or without options to choose from.
     """
 
     auto = "AutoModelForCausalLM"
@@ -78,6 +78,11 @@ class PromptObjective(Objective):
         super().__init__(task)
         if not task.prompt or task.kind == "regression":
             raise DataError("this task has no prompt: use a model with a task head")
+        if task.kind != "generation" and not task.options:
+            raise DataError(
+                "this task has a prompt and no 'options': give what the model may say, one for "
+                "each class"
+            )
         self.reading = reading(model, tokenizer)
         self.longest = min(max_length or LONGEST_PROMPT, self.reading.longest or LONGEST_PROMPT)
         self.tokenizer, self.model_options = tokenizer, {}
@@ -101,8 +106,7 @@ class PromptObjective(Objective):
             raise DataError("no example is left: every answer is longer than the model's input")
         return Batches(rows, self.options if ranked else self._spelled, size, seed, by_length)
 
-    def held_out(self, examples: Sequence[Example], size: int) -> Batches:
-        self._require_metrics(examples)
+    def questions(self, examples: Sequence[Example], size: int) -> Batches:
         options = self.task.kind != "generation"
         try:
             rows = [self._encode(e, options, e.options if options else ()) for e in examples]
@@ -110,17 +114,18 @@ class PromptObjective(Objective):
             raise DataError(f"{error} is longer than the model's input") from error
         return Batches(rows, self.options if options else self._spelled, size)
 
-    def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Prediction]:
+    def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Answer]:
         if self.task.kind == "generation":
             prompts = [row.fields.prompt for row in rows]
-            return greedy(model, self.tokenizer, prompts, self.new_tokens)
+            said = greedy(model, self.tokenizer, prompts, self.new_tokens)
+            return [Answer(text) for text in said]
         if hasattr(model, "peft_config"):  # a learned prefix: its cache is not ours to copy
             batch = {k: v.to(device_of(model)) for k, v in self.options(rows).items()}
             scores = option_scores(model, batch).tolist()
         else:
             pairs = [(row.fields.prompt, row.fields.options) for row in rows]
             scores = shared_prompt_scores(model, pairs, self.pad)
-        return [max(range(len(s)), key=s.__getitem__) for s in scores]
+        return [Answer.of(torch.tensor(s, dtype=torch.float64)) for s in scores]
 
     def _loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         """Cross-entropy over the options' scores; the model's own for teacher forcing."""

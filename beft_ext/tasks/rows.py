@@ -9,12 +9,18 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from io import BufferedReader
+from itertools import chain
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from beft_ext.tasks.cells import DataError, Row, decoded, distinct, parse_json, reason
 from beft_ext.tasks.separated import separated
+
+Open = Callable[[Path], Any]  # gives a binary file, unpacked
+PIECE = 2**20  # bytes that are read at a time
 
 
 def read_rows(path: Path | str) -> list[Row]:
@@ -27,6 +33,12 @@ def read_rows(path: Path | str) -> list[Row]:
     Raises:
         DataError: one line with the file's name, and the row's number where there is one.
     """
+    return list(iterate_rows(path))
+
+
+def iterate_rows(path: Path | str) -> Iterator[Row]:
+    """``read_rows`` one row after another, without the whole file in memory; a ``.json`` list and
+    a compressed parquet file are read whole."""
     path = Path(path)
     kind, unpack = _kind(path)
     reader = _READERS.get(kind)
@@ -37,16 +49,16 @@ def read_rows(path: Path | str) -> list[Row]:
         )
     if not path.is_file():
         raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
+    row = None
     try:
-        data = path.read_bytes()
-        rows = reader(unpack(data) if unpack else data)
+        for row in reader(partial(unpack or _plain, path)):
+            yield row
     except ModuleNotFoundError as error:
         raise DataError(f"{path}: {kind} needs {error.name}: pip install {error.name}") from error
     except Exception as error:  # readers of damaged files raise many unrelated types
         raise DataError(f"{path}: cannot be read as {kind[1:]}: {reason(error)}") from error
-    if not rows:
+    if row is None:
         raise DataError(f"{path}: there are no rows")
-    return rows
 
 
 def find_file(folder: Path, name: str) -> Path:
@@ -87,64 +99,99 @@ def _class_name(number: int | None, names: list[str]) -> str | None:
     return names[number] if number is not None and 0 <= number < len(names) else None
 
 
-def _kind(path: Path) -> tuple[str, Callable[[bytes], bytes] | None]:
+def _kind(path: Path) -> tuple[str, Open | None]:
     """The suffix that tells how a file is read, and what unpacks it."""
     suffixes = ["", "", *(s.lower() for s in path.suffixes)]
     unpack = _UNPACKERS.get(suffixes[-1])
     return suffixes[-2 if unpack else -1], unpack
 
 
-def _json(data: bytes) -> list[Row]:
+def _pieces(opened: Callable[[], BinaryIO]) -> Iterator[str]:
+    """The text of a file, without a byte order mark, in pieces that end where a line does.
+
+    Raises DataError, with the line's number, if it is not UTF-8.
+    """
+    line, blocks = 1, list[bytes]()
+    with opened() as stream:
+        while block := stream.read(PIECE):
+            end = block.rfind(b"\n") + 1
+            if not end:
+                blocks.append(block)
+                continue
+            data = b"".join([*blocks, block[:end]])
+            yield decoded(data, line)
+            line, blocks = line + data.count(b"\n"), [block[end:]]
+    if data := b"".join(blocks):
+        yield decoded(data, line)
+
+
+def _separated(opened: Callable[[], BinaryIO], delimiter: str) -> Iterator[Row]:
+    return separated(lambda: _pieces(opened), delimiter)
+
+
+def _json(opened: Callable[[], BinaryIO]) -> Iterator[Row]:
     """A list of objects, or one object per line."""
-    text = decoded(data)
+    pieces, text = _pieces(opened), ""
+    while not text.strip() and (piece := next(pieces, "")):
+        text += piece
     if text.lstrip().startswith("["):
-        found = list(parse_json(text))
+        values = iter(parse_json("".join([text, *pieces])))
     else:
-        found = []
-        for line in filter(str.strip, text.split("\n")):
-            try:
-                found.append(parse_json(line))
-            except DataError as error:
-                raise DataError(f"row {len(found) + 1}: {error}") from error
-    for number, row in enumerate(found, 1):
+        values = _lines(chain([text], pieces))
+    for number, row in enumerate(values, 1):
         if not isinstance(row, dict):
             raise DataError(f"row {number} is not an object")
-    return found
+        yield row
 
 
-def _parquet(data: bytes) -> list[Row]:
+def _lines(pieces: Iterable[str]) -> Iterator[Any]:
+    lines = (line for piece in pieces for line in piece.split("\n") if line.strip())
+    for number, line in enumerate(lines, 1):
+        try:
+            yield parse_json(line)
+        except DataError as error:
+            raise DataError(f"row {number}: {error}") from error
+
+
+def _parquet(opened: Callable[[], BinaryIO]) -> Iterator[Row]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    table = ParquetFile(pyarrow.BufferReader(data)).read(use_threads=False)
-    distinct(table.column_names)
-    for i, field in enumerate(table.schema):
-        if field.type in (pyarrow.float16(), pyarrow.float32()):
-            # By its shortest text: 0.1 is 0.1, as every other kind of file would have it.
-            exact = table[i].cast(pyarrow.string()).cast(pyarrow.float64())
-            table = table.set_column(i, field.name, exact)
-    rows: list[Row] = table.to_pylist()
-    return rows
+    with opened() as stream:
+        plain = isinstance(stream, BufferedReader)  # what is unpacked cannot be read backwards
+        file = ParquetFile(stream if plain else pyarrow.BufferReader(stream.read()))
+        distinct(file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=1024, use_threads=False):
+            table = pyarrow.Table.from_batches([batch])
+            for i, field in enumerate(table.schema):
+                if field.type in (pyarrow.float16(), pyarrow.float32()):
+                    # By its shortest text: 0.1 is 0.1, as every other kind of file would have it.
+                    exact = table[i].cast(pyarrow.string()).cast(pyarrow.float64())
+                    table = table.set_column(i, field.name, exact)
+            yield from table.to_pylist()
 
 
-def _zstd(data: bytes) -> bytes:
+def _plain(path: Path) -> BinaryIO:
+    return path.open("rb")
+
+
+def _zstd(path: Path) -> BinaryIO:
     import pyarrow
 
-    with pyarrow.CompressedInputStream(pyarrow.BufferReader(data), "zstd") as stream:
-        found: bytes = stream.read()
-    return found
+    stream: BinaryIO = pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")
+    return stream
 
 
-_READERS: dict[str, Callable[[bytes], list[Row]]] = {
-    ".csv": partial(separated, delimiter=","),
-    ".tsv": partial(separated, delimiter="\t"),
+_READERS: dict[str, Callable[[Callable[[], BinaryIO]], Iterator[Row]]] = {
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
     ".json": _json,
     ".jsonl": _json,
     ".parquet": _parquet,
 }
-_UNPACKERS: dict[str, Callable[[bytes], bytes]] = {
-    ".gz": gzip.decompress,
-    ".bz2": bz2.decompress,
-    ".xz": lzma.decompress,
+_UNPACKERS: dict[str, Open] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
     ".zst": _zstd,
 }

@@ -8,9 +8,10 @@ unless its cells show it (GLUE's files have none, and words in them begin with a
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from beft_ext.tasks.cells import DataError, Row, decoded, distinct
+from beft_ext.tasks.cells import DataError, Row, distinct
 
 if TYPE_CHECKING:
     from pyarrow.csv import InvalidRow
@@ -18,40 +19,78 @@ if TYPE_CHECKING:
 _QUOTED = r'"[^"]*+(?:""[^"]*+)*"'
 
 
-def separated(data: bytes, delimiter: str) -> list[Row]:
+def separated(pieces: Callable[[], Iterable[str]], delimiter: str) -> Iterator[Row]:
     """The rows of a file; its first line names the columns.
 
     Args:
-        data: the file's bytes, in UTF-8.
+        pieces: gives the file's text in pieces that end where a line does, anew at each call.
         delimiter: a comma, or a tab.
     Raises:
         DataError: if a row does not fit the header, with its number; if a quote is not closed, a
             column is named twice, or the file is not UTF-8.
     """
-    text = decoded(data)
-    if "\0" in text.partition("\n")[0]:
+    start = next(iter(pieces()), "")
+    if "\0" in start.partition("\n")[0]:
         raise DataError("its header holds NUL characters: save the file as UTF-8")
-    quotes = '"' in text
-    if quotes and delimiter == "\t":
-        quotes = _tabs_are_quoted(text)
-    elif quotes and (row := _unclosed(text, delimiter)) is not None:
+    quotes = delimiter == "," or _tabs_are_quoted(pieces)
+    header: tuple[str, ...] = ()
+    for rows in _tables(pieces(), delimiter, quotes):
+        if rows[0] != header:
+            header = rows[0]
+            distinct(header)
+        for row in rows[1:]:
+            yield dict(zip(header, row, strict=True))
+
+
+def _tables(pieces: Iterable[str], delimiter: str, quotes: bool) -> Iterator[list[tuple[str, ...]]]:
+    """The cells of the records that a piece ends: each time the header's first, then some rows'.
+
+    Raises DataError for a record that does not fit the header, or breaks the rules of quoting.
+    """
+    header, done = "", 0
+    for text, count in _records(pieces, delimiter, quotes):
+        if not header:
+            lines = text.lstrip("\r\n")
+            found = _record(delimiter, quotes).match(lines)
+            end = found.end() if found else len(lines)
+            header, text, count = lines[:end].rstrip("\r\n") + "\n", lines[end:], count - 1
+        yield _cut(header + text, delimiter, quotes and '"' in header + text, done)
+        done += count
+
+
+def _records(pieces: Iterable[str], delimiter: str, quotes: bool) -> Iterator[tuple[str, int]]:
+    """Texts of whole records, with how many are not blank.
+
+    Raises DataError, with its number, for a record that breaks the rules of quoting.
+    """
+    kept, done = "", 0
+    record = _record(delimiter, quotes)
+    for piece in pieces:
+        kept += piece
+        place = count = 0
+        while place < len(kept) and (found := record.match(kept, place)):
+            count += bool(found.group().strip("\r\n"))
+            place = found.end()
+        if count:
+            yield kept[:place], count
+        kept, done = kept[place:], done + count
+    if kept:
+        named = f"row {done}" if done else "the header"
         raise DataError(
-            f"{_named(row)}: a cell begins with a quote, which is not closed before the next "
-            "comma; write a quote within a quoted cell twice"
+            f"{named}: a cell begins with a quote, which is not closed before the next comma; "
+            "write a quote within a quoted cell twice"
         )
-    header, *rows = _cut(text, delimiter, quotes) or [()]
-    distinct(header)
-    return [dict(zip(header, row, strict=True)) for row in rows]
 
 
-def _cut(text: str, delimiter: str, quotes: bool) -> list[tuple[str, ...]]:
-    """The cells of every record, the header's first. Raises DataError for one that does not fit."""
+def _cut(text: str, delimiter: str, quotes: bool, before: int) -> list[tuple[str, ...]]:
+    """The cells of every record, the header's first. before: rows before these.
+
+    Raises DataError for one that does not fit.
+    """
     import pyarrow
     from pyarrow import csv
 
     lines = text.strip("\r\n")
-    if not lines:
-        return []
     misfits: list[InvalidRow] = []
 
     def keep(row: InvalidRow) -> str:
@@ -82,9 +121,10 @@ def _cut(text: str, delimiter: str, quotes: bool) -> list[tuple[str, ...]]:
     if misfits:
         row = misfits[0]
         more = delimiter == "," and row.actual_columns > row.expected_columns
+        quoting = "; put quotes around a text that holds a comma" * more
         raise DataError(
-            f"row {row.number - 1} does not fit the header: it has {row.actual_columns} cells, not "
-            f"{row.expected_columns}" + "; put quotes around a text that holds a comma" * more
+            f"row {before + row.number - 1} does not fit the header: it has {row.actual_columns} "
+            f"cells, not {row.expected_columns}{quoting}"
         )
     return list(zip(*(c.to_pylist() for c in table.columns), strict=True))
 
@@ -97,37 +137,32 @@ def _record(delimiter: str, quotes: bool) -> re.Pattern[str]:
     return re.compile(rf"{cell}(?:{delimiter}{cell})*(?:\r\n|\r|\n|\Z)")
 
 
-def _unclosed(text: str, delimiter: str) -> int | None:
-    """Number of the first record, of those that are not blank, that breaks the rules of quoting."""
-    record, place, count = _record(delimiter, quotes=True), 0, 0
-    while place < len(text):
-        found = record.match(text, place)
-        if found is None:
-            return count
-        count += bool(found.group().strip("\r\n"))
-        place = found.end()
-    return None
-
-
-def _named(record: int) -> str:
-    return f"row {record}" if record else "the header"
-
-
-def _tabs_are_quoted(text: str) -> bool:
+def _tabs_are_quoted(pieces: Callable[[], Iterable[str]]) -> bool:
     """Whether the quotes of a tab-separated file are quoting.
 
     They are if every one of them obeys the rules of quoting, and some cell shows that they do: cut
     without quoting the rows do not fit the header, a quote is written twice within a quoted cell,
     or the whole header, or every cell of a column, stands in quotes.
     """
-    if _unclosed(text, "\t") is not None:
-        return False
+    shown, count = False, 0
     try:
-        header, *rows = _cut(text, "\t", quotes=False)
+        for text, _ in _records(pieces(), "\t", quotes=True):
+            count += '"' in text
+    except DataError:
+        return False
+    if not count:
+        return False
+    whole, count = re.compile(_QUOTED).fullmatch, 0
+    quoted: set[int] | None = None  # columns of which every cell so far stands in quotes
+    try:
+        for header, *rows in _tables(pieces(), "\t", quotes=False):
+            shown |= all(map(whole, header))
+            for row in (header, *rows):
+                shown |= any(whole(cell) and '""' in cell[1:-1] for cell in row)
+            for row in rows:
+                own = {i for i, cell in enumerate(row) if whole(cell)}
+                quoted = own if quoted is None else quoted & own
+            count += len(rows)
     except DataError:
         return True
-    whole = re.compile(_QUOTED).fullmatch
-    columns = [header, *(zip(*rows, strict=True) if len(rows) > 1 else ())]
-    return any(all(map(whole, cells)) for cells in columns) or any(
-        whole(cell) and '""' in cell[1:-1] for row in (header, *rows) for cell in row
-    )
+    return bool(shown or (count > 1 and quoted))

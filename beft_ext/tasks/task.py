@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
-from pathlib import Path
-from typing import Any
 
 from beft_ext.tasks.cells import (
     DataError,
     Row,
-    decoded,
     key,
-    keys,
+    labels,
     number,
-    parse_json,
     shown,
     texts,
 )
+from beft_ext.tasks.classes import REGRESSION, classes_in
 from beft_ext.tasks.examples import Example
 from beft_ext.tasks.metrics import METRICS, SUITABLE
 from beft_ext.tasks.templates import fill, parse
@@ -35,6 +32,8 @@ class Task:
     label: column of the class, of the choice (or the list of right ones), or of the number to be
         predicted. Classes are named as in ``classes``, or counted from 0 where no number is a
         name; ``1``, ``1.0`` and ``"1"`` are one class, and so are ``true`` and ``"True"``.
+    classes: their names, in order. closed: a label is one of the names and never its number;
+        so it is where the names are those of training rows (``with_classes_of``).
     prompt: template of what a language model reads. options: one template per class or choice
         of what it may say next, or the name of a column that holds the list.
     answers: column with the text or texts that a generated answer is held against.
@@ -50,6 +49,7 @@ class Task:
     label: str = "label"
     kind: str = "classification"
     classes: tuple[str, ...] = ()
+    closed: bool = False
     prompt: str = ""
     options: tuple[str, ...] | str = ()
     answers: str = ""
@@ -91,44 +91,67 @@ class Task:
             )
 
     @property
+    def open(self) -> bool:
+        """Whether nothing says what the classes are but the rows."""
+        return self.kind == "classification" and not self.classes and not self.options
+
+    def with_classes_of(self, rows: Iterable[Row], where: str) -> Task:
+        """The task with the classes that training rows have, where it is ``open``.
+
+        Raises DataError: ``where`` and what is wrong with the labels (``classes_in``).
+        """
+        if not self.open:
+            return self
+        if self.reshape is not None:
+            rows = map(self.reshape, rows)
+        return replace(self, classes=classes_in(rows, self.label, where), closed=True)
+
+    @property
     def metric(self) -> str:
         """The metric that decides."""
         return self.metrics[0]
 
     def examples(self, rows: Iterable[Row], where: str) -> list[Example]:
         """Raises DataError, with ``where`` and the row's number, for what is missing or wrong."""
-        made = []
-        for row_number, row in enumerate(rows, 1):
+        return list(self._made(self._example, rows, where, 1))
+
+    def questions(self, rows: Iterable[Row], where: str, first: int = 1) -> list[Example]:
+        """``examples`` of rows whose labels are not read, or not there.
+
+        first: the number of the first row in messages.
+        """
+        return list(self._made(self._question, rows, where, first))
+
+    def _made(
+        self, make: Callable[[Row], Example], rows: Iterable[Row], where: str, first: int
+    ) -> Iterator[Example]:
+        for row_number, row in enumerate(rows, first):
             try:
-                made.append(self._example(self.reshape(row) if self.reshape else row))
+                yield make(self.reshape(row) if self.reshape else row)
             except DataError as error:
                 raise DataError(f"{where}, row {row_number}: {error}") from error
-        return made
 
-    def _example(self, row: Row) -> Example:
+    def _question(self, row: Row) -> Example:
         if isinstance(self.options, str):
             options = texts(row, self.options)
         else:
             options = tuple(fill(o, row) for o in self.options)
-        right: tuple[int, ...] = ()
-        answers: tuple[str, ...] = ()
-        label = 0.0
-        if self.kind == "generation":
-            answers = texts(row, self.answers, alone=True)
-        elif self.kind == "regression":
-            label = number(row, self.label)
-        else:
-            right = self._right(row, len(options) or len(self.classes))
-            label = right[0]
         pair = None if self.pair is None else fill(self.pair, row)
-        return Example(
-            fill(self.text, row), pair, fill(self.prompt, row), options, label, right, answers
-        )
+        return Example(fill(self.text, row), pair, fill(self.prompt, row), options)
+
+    def _example(self, row: Row) -> Example:
+        asked = self._question(row)
+        if self.kind == "generation":
+            return replace(asked, answers=texts(row, self.answers, alone=True))
+        if self.kind == "regression":
+            return replace(asked, label=number(row, self.label))
+        right = self._right(row, len(asked.options) or len(self.classes))
+        return replace(asked, label=right[0], right=right)
 
     def _right(self, row: Row, count: int) -> tuple[int, ...]:
         """The class, or the choices that are right. count: how many there are, 0 if unknown."""
         column = shown(self.label)
-        right = tuple(self._class(k) for k in keys(row, self.label))
+        right = tuple(self._class(key(v)) for v in labels(row, self.label))
         if not right:
             raise DataError(f"column '{column}' lists no class")
         if len(right) > 1 and self.kind == "classification":
@@ -153,11 +176,20 @@ class Task:
         if (place := self._numbers.get(asked)) is not None:
             return place
         named = shown(", ".join(self.classes))
+        if self.closed:
+            number = isinstance(asked, Decimal)
+            raise DataError(
+                f"label '{shown(asked)}' is none of the classes of the training rows, {named}"
+                + f"; {REGRESSION}" * number
+            )
         if any(isinstance(k, Decimal) for k in self._numbers):
             raise DataError(f"label '{shown(asked)}' is none of the classes {named}")
         if isinstance(asked, str) or not 0 <= asked < 2**53 or asked % 1:
-            known = f" nor one of {named}" if self.classes else ""
-            raise DataError(f"label '{shown(asked)}' is not a class number 0, 1, 2, ...{known}")
+            told = f"label '{shown(asked)}' is not a class number 0, 1, 2, ..."
+            if self.classes:
+                raise DataError(f"{told} nor one of {named}")
+            words = "name the task's 'classes', or take the training rows' (Task.with_classes_of)"
+            raise DataError(f"{told}: {words if isinstance(asked, str) else REGRESSION}")
         return int(asked)
 
     @cached_property
@@ -169,35 +201,3 @@ class Task:
         yield from (t for t in (self.text, self.pair, self.prompt) if t is not None)
         if not isinstance(self.options, str):
             yield from self.options
-
-
-def read_task(path: Path) -> Task:
-    """A task of one's own from a JSON object with Task's fields (but reshape). Raises DataError."""
-    known = {f.name for f in fields(Task)} - {"reshape", "hub"}
-    try:
-        found = parse_json(decoded(path.read_bytes()))
-    except (OSError, DataError) as error:
-        raise DataError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(found, dict) or "text" not in found:
-        raise DataError(f'{path}: a task is an object with at least "text"')
-    if wrong := sorted(set(found) - known):
-        raise DataError(f"{path}: unknown key '{shown(wrong[0])}': use {', '.join(sorted(known))}")
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items()}
-    for name, value in values.items():
-        _check_type(path, name, value)
-    try:
-        return Task(**values)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from error
-
-
-def _check_type(path: Path, name: str, value: object) -> None:
-    listed = isinstance(value, tuple) and all(isinstance(v, str) for v in value)
-    if name in ("classes", "metrics", "options"):
-        if not listed and not (name == "options" and isinstance(value, str)):
-            raise DataError(f"{path}: '{name}' must be a list of texts")
-    elif name == "splits":
-        if not isinstance(value, dict):
-            raise DataError(f"{path}: 'splits' must be an object")
-    elif not isinstance(value, str) and not (name == "pair" and value is None):
-        raise DataError(f"{path}: '{name}' must be a text")

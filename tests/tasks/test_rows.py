@@ -14,7 +14,7 @@ import pytest
 from hypothesis import HealthCheck, assume, example, given, settings, strategies as st
 
 from beft_ext.tasks import DataError, Task, load_task, read_rows
-from beft_ext.tasks.rows import hub_rows
+from beft_ext.tasks.rows import hub_rows, iterate_rows
 
 pyarrow = pytest.importorskip("pyarrow", reason="csv, tsv, parquet and zst need pyarrow")
 parquet_files = pytest.importorskip("pyarrow.parquet")
@@ -79,6 +79,22 @@ def test_the_same_rows_give_the_same_examples_in_every_kind(tmp_path, texts, dat
         assert [(e.text, e.label, e.right) for e in found] == [
             (t, c, (c,)) for t, c in zip(texts, classes, strict=True)
         ]
+
+
+@QUICK
+@given(st.lists(st.sampled_from(NAMES), min_size=2, max_size=6), st.data())
+def test_classes_are_the_same_in_every_kind(tmp_path, names, data):
+    """Whatever the labels look like: the same classes, or the same refusal."""
+    found = set()
+    for kind, writer in WRITERS.items():
+        path = tmp_path / f"x.{kind}{data.draw(st.sampled_from(list(PACKERS)))}"
+        path.write_bytes(PACKERS[path.suffix if path.suffix in PACKERS else ""](
+            writer([{"a": "t", "y": n} for n in names])))  # fmt: skip
+        try:
+            found.add(TASK.with_classes_of(read_rows(path), "x").classes)
+        except DataError as error:
+            found.add(str(error))
+    assert len(found) == 1
 
 
 @QUICK
@@ -240,6 +256,54 @@ BROKEN = [
     ("x.gz", b"", "unknown kind of file; use .csv, .tsv, .json, .jsonl, .parquet, alone"),
     ("csv", b"", "unknown kind of file"),
 ]
+
+
+@QUICK
+@given(st.data())
+def test_how_much_is_read_at_a_time_changes_nothing(tmp_path, data):
+    """Rows of odd texts, then some damage: the same rows or the same line, piece by piece."""
+    texts = data.draw(st.lists(TEXTS, min_size=1, max_size=6))
+    rows = [{"a": t, "y": t[::-1]} for t in texts]
+    kind = data.draw(st.sampled_from(["csv", "tsv", "jsonl"]))
+    written = bytearray(WRITERS[kind](rows))
+    for _ in range(data.draw(st.integers(0, 2))):
+        i = data.draw(st.integers(0, len(written)))
+        written[i : i + 1] = data.draw(st.sampled_from([b'"', b"\n", b"\r", b",", b"\t", b""]))
+    path = tmp_path / f"x.{kind}{data.draw(st.sampled_from(list(PACKERS)))}"
+    path.write_bytes(PACKERS.get(path.suffix, bytes)(bytes(written)))
+
+    def found(size):
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr("beft_ext.tasks.rows.PIECE", size)
+            try:
+                return read_rows(path)
+            except DataError as error:
+                return str(error)
+
+    whole = found(2**20)
+    for size in (1, data.draw(st.integers(2, 30))):
+        pieces = found(size)
+        # Of two faults the first in the file may be told, or the first that is looked for.
+        assert pieces == whole or (isinstance(pieces, str) and isinstance(whole, str))
+
+
+def test_a_file_is_not_held_in_memory(tmp_path, monkeypatch):
+    """Eight times the rows: the same peak of what Python holds."""
+    import tracemalloc
+
+    monkeypatch.setattr("beft_ext.tasks.rows.PIECE", 2**13)
+    peaks = {}
+    for kind, writer in WRITERS.items():
+        if kind == "json":
+            continue
+        for count in (2_000, 16_000):
+            path = tmp_path / f"x.{kind}"
+            path.write_bytes(writer([{"a": "some words of a text", "y": 1}] * count))
+            tracemalloc.start()
+            assert sum(1 for _ in iterate_rows(path)) == count
+            peaks[kind, count] = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+        assert peaks[kind, 16_000] < 1.5 * peaks[kind, 2_000], peaks
 
 
 @pytest.mark.parametrize(("name", "data", "message"), BROKEN)
