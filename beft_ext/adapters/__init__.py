@@ -4,12 +4,13 @@ from beft_ext.adapters.applying import delete_adapter, load_adapter, set_adapter
 from beft_ext.adapters.contents import AdapterError
 from beft_ext.adapters.facts import TermFacts, facts_table, term_facts
 from beft_ext.adapters.merging import merge_adapter, unmerge_adapter
-from beft_ext.adapters.reading import class_names, head_classes, model_class
+from beft_ext.adapters.reading import adapter_facts, class_names, head_classes, model_class
 from beft_ext.adapters.saving import save_adapter
 
 __all__ = [
     "AdapterError",
     "TermFacts",
+    "adapter_facts",
     "class_names",
     "delete_adapter",
     "facts_table",

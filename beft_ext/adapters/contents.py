@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
 from beft_ext.files import DIGEST, UNSEALED, JsonObject, whole_files, write_json, write_tensors
-from beft_ext.models import outer_modules
+from beft_ext.models import class_names_of, outer_modules
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
@@ -133,10 +133,8 @@ def task_type(model: nn.Module) -> str | None:
 
 def class_facts(model: nn.Module) -> JsonObject:
     """``classes``: names of the head's outputs, where they say more than their numbers."""
-    found = getattr(getattr(model, "config", None), "id2label", None)
-    if not found or all(name == f"LABEL_{i}" for i, name in found.items()):
-        return {}
-    return {"classes": [str(name) for name in found.values()]}
+    names = class_names_of(getattr(model, "config", None))
+    return {"classes": list(names)} if names else {}
 
 
 def model_facts(model: nn.Module) -> JsonObject:

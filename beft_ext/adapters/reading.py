@@ -95,6 +95,11 @@ def model_class(folder: str | Path) -> str | None:
     return name if known else None
 
 
+def adapter_facts(folder: str | Path) -> JsonObject:
+    """What our own adapters keep in the config beside PEFT's fields; empty for PEFT's."""
+    return _facts(_config(Path(folder)))
+
+
 def class_names(folder: str | Path) -> list[str]:
     """Names of the classes of the adapter's head; empty where it does not say them."""
     return list(_strings(_facts(_config(Path(folder))).get("classes")))

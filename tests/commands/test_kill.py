@@ -41,7 +41,7 @@ def tune(model, rows, out, terms, epochs, resume):
 def server():
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
-        ["beft_ext.commands.cli", "beft_ext.commands.workflow", "beft_ext.adapters"]
+        ["beft_ext.commands.cli", "beft_ext.commands.tuning", "beft_ext.adapters"]
     )
     return context
 

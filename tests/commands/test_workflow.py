@@ -120,8 +120,8 @@ def test_a_rate_is_raced_once_and_kept(tiny_folder, tmp_path, capsys, monkeypatc
         raise AssertionError("raced again")
 
     before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    for work in ("audition", "measure_gains"):
-        monkeypatch.setattr(f"beft_ext.commands.workflow.{work}", again)
+    for work in ("workflow.audition", "tuning.measure_gains"):
+        monkeypatch.setattr(f"beft_ext.commands.{work}", again)
     assert main([*args, "--resume"]) == 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
     monkeypatch.undo()
@@ -228,7 +228,7 @@ def test_an_interrupted_command_says_what_there_is_and_how_to_go_on(
         assert "nothing was written" in told("select", *args)
         assert "nothing was written yet: start again" in told("tune", *args)
     with monkeypatch.context() as patched:
-        patched.setattr("beft_ext.commands.workflow.tune", interrupted)
+        patched.setattr("beft_ext.commands.tuning.tune", interrupted)
         assert "selection is whole: the same command with --resume" in told("tune", *args)
     with monkeypatch.context() as patched:
         patched.setattr("beft_ext.training.tuning._TuningRun.write_history", interrupted)

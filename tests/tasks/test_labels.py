@@ -6,7 +6,7 @@ import json
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from beft_ext.commands.loading import Source
+from beft_ext.commands.sources import Source
 from beft_ext.tasks import DataError, Task
 from beft_ext.tasks.metrics import measure
 
@@ -76,7 +76,70 @@ def test_numbers_with_gaps_are_classes_as_they_are():
     [-1, "-1", 0.5, "0.5", "good", "", "1_0", "\u0661", "0x1", "1,0", 2**53, 1e300, "1e9999"],
 )
 def test_what_counts_no_class_is_refused(value):
-    refused(PLAIN, value, "label '.*' is not a class number 0, 1, 2, ...$")
+    told = "label '.*' is not a class number 0, 1, 2, ...: (name the task's|.* --kind regression$)"
+    refused(PLAIN, value, told)
+
+
+def learnt(*values):
+    return PLAIN.with_classes_of([{"a": "t", "y": v} for v in values], "train")
+
+
+@given(st.permutations(["refund", "praise", "delivery", "refund", "ärger", "Zoll"]))
+@settings(deadline=None, max_examples=20)
+def test_classes_are_the_sorted_words_of_the_training_rows(words):
+    task = learnt(*words)
+    assert task.classes == ("Zoll", "delivery", "praise", "refund", "ärger")
+    assert labels(task, "praise", "ärger") == [2, 4]
+
+
+def test_classes_that_are_numbers_go_by_size():
+    assert learnt("10", 9, "2.0", 10.0, "-1").classes == ("-1", "2", "9", "10")
+    assert labels(learnt(4, 0, "2"), 4, "0.0", 2) == [2, 0, 1]
+    assert learnt("b", 3, "a", "03").classes == ("3", "a", "b")
+
+
+def test_true_and_false_are_called_so_unless_they_are_numbers():
+    for same in itertools.product(*SAME):
+        task = learnt(*same)
+        assert task.classes in (("0", "1"), ("False", "True"), ("0", "True"), ("False", "1"))
+        assert labels(task, *SAME[1], *SAME[0]) == [0] * len(SAME[1]) + [1] * len(SAME[0])
+    assert learnt(True, "false", False, "TRUE").classes == ("False", "True")
+    assert learnt(True, "false", 0, "TRUE").classes == ("0", "True")
+
+
+def test_a_class_that_no_training_row_has_is_named():
+    task = learnt("refund", "praise")
+    told = "label '{}' is none of the classes of the training rows, praise, refund"
+    refused(task, "delivery", told.format("delivery") + "$")
+    refused(task, "", told.format("") + "$")
+    refused(task, 1, told.format(1) + "; for numbers that are to be predicted, give --kind regr")
+    refused(learnt(3, 1), "2", "label '2' is none of the classes of the training rows, 1, 3; for")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ((1, "1e9999"), "row 2: label '1e9999' is a number and no class"),
+        ((1, 0.5), "row 2: label '0.5' is a number and no class: .*, give --kind regression"),
+        (("a", " "), "row 2: column 'y' is blank"),
+        (("a", None), "row 2: column 'y' has no value"),
+        (("a", ["b", "c"]), "row 2: column 'y' lists 2 classes, not one"),
+        (("a", b"b"), "row 2: column 'y' holds bytes"),
+        (("a", "a"), "every row has the label 'a', and a classification needs two classes"),
+        ((1, "1.0", True), "every row has the label '1'"),
+        (("Refund", "a", "refund"), "the classes 'Refund' and 'refund' differ by capitals"),
+        (("a b", "a  b", "c"), "the classes 'a b' and 'a  b' differ by capitals or spaces"),
+        (range(10_001), "more than 10000 classes; .*, give --kind regression"),
+    ],
+)
+def test_labels_that_make_no_classes_are_refused(values, message):
+    with pytest.raises(DataError, match=f"^train(,|:) {message}"):
+        learnt(*values)
+
+
+def test_only_a_task_that_names_no_class_learns_them():
+    for task in (MOOD, CHOICE, Task(text="{a}", label="y", options=("x", "y"))):
+        assert task.with_classes_of([{"a": "t", "y": "other"}], "") is task
 
 
 @pytest.mark.parametrize(
@@ -226,14 +289,15 @@ def test_a_template_with_a_brace_alone_is_refused(template):
 @pytest.mark.parametrize("name", ["a", "a{b}", "{a}", "a}", "}{", "a.b", "0", "a!r:>3", "{{a}}"])
 def test_a_column_of_any_name_is_given_by_name(tmp_path, name):
     path = tmp_path / "x.jsonl"
-    path.write_text(json.dumps({name: "A", "the label": 1, name + "2": "B"}))
+    rows = [{name: "A", "the label": y, name + "2": "B"} for y in (1, 0)]
+    path.write_text("\n".join(map(json.dumps, rows)))
     Task(text="{a} {{a}}", pair="{a}")  # as a template the same letters say something else
     source = Source(train_file=path, text=name, pair=name + "2", label="the label")
-    (found,) = source.read("train")
+    found, _ = source.read("train")
     assert (found.text, found.pair, found.label) == ("A", "B", 1)
 
 
 def test_many_columns_are_not_all_told():
     row = {f"c{i}": "" for i in range(1000)}
-    with pytest.raises(DataError, match=r"no column 'y'; it has c0, .*, c19, \.\.\.$"):
+    with pytest.raises(DataError, match=r"no column 'a'; it has c0, .*, c19, \.\.\.$"):
         PLAIN.examples([row], "here")

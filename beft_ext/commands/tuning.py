@@ -1,0 +1,196 @@
+"""``beft-ext tune``: the term is chosen, the rate raced, the term trained and the adapter saved."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from torch import nn
+
+from beft_ext.commands.loading import ModelSpec, WorkflowError, classes_of
+from beft_ext.commands.processes import own_part
+from beft_ext.commands.progress import Watched
+from beft_ext.commands.reporting import Judged, Report
+from beft_ext.commands.sources import Source
+from beft_ext.commands.workflow import RACE, Settings, chosen_by_gains, family_of, raced, tell
+from beft_ext.errors import BeftWarning
+from beft_ext.files import JsonObject, save_json
+from beft_ext.gains import GainError
+from beft_ext.models import find_biases, find_projections, pick
+from beft_ext.parallel import here, leads
+from beft_ext.selection import (
+    Gains,
+    ProbeError,
+    Selection,
+    automatic,
+    dead_terms,
+    measure_gains,
+    rate_of_step,
+    read_selection,
+    terms_of,
+)
+from beft_ext.tasks import Batches, Objective
+from beft_ext.tasks.objective import device_of
+from beft_ext.training.loss import on_device
+from beft_ext.training.tuning import CHECKPOINT, tune
+
+
+def run_tune(
+    source: Source,
+    spec: ModelSpec,
+    settings: Settings,
+    terms: str,
+    out: Path,
+    *,
+    resume: bool = False,
+    save_every: int = 50,
+    parameters: int | None = None,
+    **options: bool,
+) -> None:
+    """``beft-ext tune``: ``out`` gets adapter/, evaluation.json, log.jsonl, learning_curve.png, for
+    terms 'auto' selection/, and for a rate that is raced audition.json. Prints what trains, where
+    it sets out from and each epoch. parameters: that 'auto' may choose, at most. options: of
+    Recipe."""
+    from beft_ext.adapters import save_adapter
+    from beft_ext.plots import draw, learning_curve
+    from beft_ext.training.preparation import prepare
+
+    train, validation, task = source.read("train"), source.read("validation"), source.task
+    model, objective = spec.load(task, classes_of(train, validation))
+    every = settings.batches(objective, train)
+    loader = own_part(every)
+    chooser = judged = Judged.of(objective, "validation", validation, train)
+    if source.has_test:
+        judged = Judged.of(objective, "test", source.read("test"), train)
+    tell(objective)
+    selected, about = None, source.record()
+    if terms == "auto":
+        path = out / "selection" / "selection.json"
+        terms, selected = _automatic(
+            model, objective, loader, settings, path, resume, parameters, about
+        )
+    chosen = list(find_biases(model).terms) if terms == "all" else [terms]
+    _warn_of_dead(model, objective, loader, chosen)
+    recipe, race, budget = settings.recipe(**options), None, settings.budget
+    if budget is not None:
+        gains = None if selected is None else selected.gains
+        first = partial(_first_rate, model, objective, loader, chosen, gains, recipe.lr)
+        contender = terms_of(model, chosen)
+        race = raced(out / RACE, terms, contender, first, every, objective, recipe, budget, resume)
+        print(f"{race}\n")
+        recipe = replace(recipe, lr=race.rate)
+    print(prepare(model, chosen), "\n")
+    before = judged.measure(model)
+    start = before if judged is chooser else chooser.measure(model)
+    print(judged.start(before))
+    progress = tune(
+        model,
+        loader if sys.stderr.isatty() else Watched(loader, "training steps of this epoch"),
+        lambda m: chooser.measure(m)[task.metric],
+        out,
+        recipe,
+        loss=objective.loss,
+        metric=task.metric,
+        resume=resume,
+        save_every=save_every,
+        progress=sys.stderr.isatty(),
+        report=_print_epoch,
+    )
+    best = max(record[task.metric] for record in progress.history)
+    report = Report(judged, before, judged.measure(model), best)
+    about |= {"data": source.words(len(train), len(validation)), "evaluation": report.record()}
+    if leads():
+        save_adapter(model, out / "adapter", selection=selected, audition=race, about=about)
+        save_json(out / "evaluation.json", about | {"model": spec.model, "adapter": "adapter"})
+        lines = {"start": start[task.metric], "majority": chooser.of_majority()}
+        path = out / "learning_curve.png"
+        draw(learning_curve, progress.history, task.metric, path, **lines)
+    print(f"\n{report}\nthe adapter is in {out / 'adapter'}")
+
+
+def _print_epoch(record: Mapping[str, float]) -> None:
+    print("  ".join(f"{k} {v:.4g}" for k, v in record.items()))
+
+
+def _warn_of_dead(
+    model: nn.Module, objective: Objective, loader: Batches, terms: Sequence[str]
+) -> None:
+    """Say which of the terms cannot learn anything, before hours are spent on them."""
+    batch = on_device(loader.collate(loader.rows[:4]), device_of(model))
+    biases = pick([p.bias for p in find_projections(model)], terms)
+    model.eval()
+    try:
+        dead = dead_terms(model, biases, lambda: objective.loss(model, batch))
+    except ProbeError:  # then nothing is known of it
+        return
+    for term in dead:
+        warnings.warn(
+            f"term '{term}' is dead in this model: softmax ignores it, so that its gradient is "
+            "zero and only what trains beside it learns; 'beft-ext select' tells which term does",
+            BeftWarning,
+            stacklevel=2,
+        )
+
+
+def _automatic(
+    model: nn.Module,
+    objective: Objective,
+    loader: Batches,
+    settings: Settings,
+    path: Path,
+    resume: bool,
+    budget: int | None,
+    about: JsonObject,
+) -> tuple[str, Selection | None]:
+    """The terms that are selected, and the selection, if there is one.
+
+    ``path`` keeps the selection; a resumed run reads it there. budget: number of the terms'
+    parameters, at most.
+    """
+    kept = here().first(read_selection(path) if resume and leads() and path.is_file() else None)
+    if kept is not None:
+        if kept.gains is None:
+            raise WorkflowError(f"{path} has no gains: it is of another version, so start anew")
+        return automatic(kept.gains, family_of(model), budget).term, kept
+    found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget)
+    if found is not None:
+        print(found)
+        if leads():
+            found.save(path.parent, about)
+    print(f"\nauto: '{choice.term}': {choice.reason}\n")
+    return choice.term, found
+
+
+def _first_rate(
+    model: nn.Module,
+    objective: Objective,
+    loader: Batches,
+    terms: Sequence[str],
+    gains: Gains | None,
+    usual: float,
+) -> float:
+    """Where the race for a rate sets out: what suits the term that needs the smallest steps, or
+    the usual rate where the examples tell nothing."""
+    if gains is None:
+        try:
+            gains = measure_gains(model, loader, observe=objective.observe, terms=terms)
+        except GainError:
+            return usual
+    steps = {t.partition("@")[0]: step for t, step in gains.steps.items()}
+    names = {entry.partition("@")[0] for text in terms for entry in text.split("+")}
+    return min(rate_of_step(steps[name]) for name in names if name in steps)
+
+
+def tune_stands(out: Path) -> str:
+    """What an interrupted ``beft-ext tune`` has written, and how to go on."""
+    if (out / CHECKPOINT).is_file():
+        return f"{out / CHECKPOINT} is whole: the same command with --resume goes on from it"
+    if (out / RACE).is_file():
+        return f"{out / RACE} is whole: the same command with --resume trains at its rate"
+    if (out / "selection" / "selection.json").is_file():
+        return f"{out / 'selection'} is whole: the same command with --resume trains what it chose"
+    return "nothing was written yet: start again"
