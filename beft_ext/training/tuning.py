@@ -119,8 +119,8 @@ def tune(
             torch.manual_seed(ranks.seed(recipe.seed))
         run.train(save_every, progress and ranks.rank == 0)
         with torch.no_grad():
-            for name, value in ranks.first(run.state.best).items():
-                run.parameters[name].copy_(value)
+            for name, p in run.parameters.items():
+                p.copy_(run.state.best[name])
         run.write_history()
     return run.state
 
