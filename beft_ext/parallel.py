@@ -122,8 +122,8 @@ class Ranks:
         if self.size == 1:
             yield tensor
             return
-        counts = self._open(ROWS, len(tensor))
-        for rank, count in enumerate(counts):
+        for rank in range(self.size):
+            count = self._open(ROWS, len(tensor))[rank]
             own = rank == self.rank
             block = tensor.cpu().contiguous() if own else torch.empty(
                 count, *tensor.shape[1:], dtype=tensor.dtype, device="cpu"

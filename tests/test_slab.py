@@ -43,6 +43,23 @@ def slab(columns, width=1000, examples=3, seed=0):
     return bias, SiteSlab([bias], torch.zeros(width), examples, columns, seed)
 
 
+@pytest.mark.parametrize("columns", [None, 8])
+def test_more_examples_than_were_asked_for_find_room(columns):
+    """A rank does not know how many of all examples will be its own."""
+    model, given = tiny("bert").double(), batch()
+    biases = find_biases(model)
+    kept = {}
+    for room in (1, 12):
+        with Tap(model, biases) as tap:
+            tap.keep_rows(room, columns)
+            for row in (0, 4, 8):
+                tap.step(batch=4, scale=4.0, row=row)
+                model(**given).loss.backward()
+            kept[room] = [tap.rows(bias, 12).clone() for bias in biases]
+    for grown, ample in zip(kept[1], kept[12], strict=True):
+        assert torch.equal(grown, ample) and grown[8:].any()
+
+
 def test_a_bias_that_fits_is_kept_as_it_is():
     bias, kept = slab(columns=1000)
     grads = torch.randn(2, 1000)

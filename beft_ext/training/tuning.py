@@ -123,8 +123,8 @@ def tune(
             progress, report = False, None
         run.train(save_every, progress, report)
         with torch.no_grad():
-            for name, value in ranks.first(run.state.best).items():
-                run.parameters[name].copy_(value)
+            for name, p in run.parameters.items():
+                p.copy_(run.state.best[name])
         run.write_history()
     return run.state
 

@@ -249,7 +249,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/training/tuning.py": (
         TUNING,
         [
-            ("run.parameters[name].copy_(value)", "pass"),
+            ("p.copy_(run.state.best[name])", "pass"),
             ("        state.loss_sum = 0.0\n", ""),
             ("            weight_decay=recipe.weight_decay,\n", ""),
             ("self.recipe.warmup, self", "0.0, self"),

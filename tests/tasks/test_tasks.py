@@ -189,6 +189,23 @@ def test_a_batch_holds_examples_of_as_many_parts():
     assert all(len({rows[i].parts for i in plan}) == 1 for plan in plans)
 
 
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
+@pytest.mark.parametrize("by_length", [False, True])
+def test_ranks_share_every_batch_in_its_order(ranks, by_length):
+    batches = Batches(rows_of(range(1, 18)), collate, 4, seed=0, by_length=by_length)
+    parts = [batches.shared(rank, ranks) for rank in range(ranks)]
+    for epoch in range(2):
+        for loader in (batches, *parts):
+            loader.set_epoch(epoch)
+        for indices, step in zip(batches.plan(), zip(*parts, strict=True), strict=True):
+            own = [[int(row[0]) for row in part.get("input_ids", ())] for part in step]
+            assert [i for rows in own for i in rows] == indices
+            assert max(map(len, own)) - min(map(len, own)) <= 1 and own[0]
+    rows = [part.own(epoch=0) for part in parts]
+    assert sorted(i for own in rows for i in own) == list(range(17))
+    assert [part.examples for part in parts] == list(map(len, rows))
+
+
 def test_a_part_has_its_rows_alone_and_keeps_size_and_order():
     batches = Batches(rows_of([2, 5, 3, 4, 1]), collate, 2, seed=0)
     part = batches.part([3, 0, 4], seed=7)
