@@ -167,10 +167,17 @@ class Comparison:
         peak = _step_peak(adapted, objective, next(b for b in loader if b), recipe.lr)
         aside = time.perf_counter() - begun
         metric = self.source.task.metric
-        tune(
+        reached: dict[float, dict[str, float]] = {}  # by the metric that decides
+
+        def evaluate(tuned: nn.Module) -> float:
+            metrics = objective.evaluate(tuned, held_out, validation)
+            reached.setdefault(metrics[metric], metrics)
+            return metrics[metric]
+
+        progress = tune(
             adapted,
             loader,
-            lambda m: objective.evaluate(m, held_out, validation)[metric],
+            evaluate,
             folder,
             recipe,
             loss=objective.loss,
@@ -178,7 +185,9 @@ class Comparison:
             resume=True,
         )
         seconds = time.perf_counter() - start - aside
-        metrics = objective.evaluate(adapted, held_out, validation)
+        # The first of the best epochs is kept; one of before a resumption was not heard of.
+        best = max(record[metric] for record in progress.history)
+        metrics = reached.get(best) or objective.evaluate(adapted, held_out, validation)
         if leads():
             (folder / CHECKPOINT).unlink(missing_ok=True)
         kept = kept_bytes(adapted)
