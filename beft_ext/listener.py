@@ -115,7 +115,8 @@ class Gathered:
 
     def take(self) -> Iterator[Tensor | None]:
         """For each leaf of each site what has come; then nothing is left."""
-        grads, self.grads, self.taken = self.grads, {}, True
+        grads, self.grads = self.grads, {}
+        self.taken = bool(grads)  # or a gradient of something else passed through
         for site in self.sites:
             grad = grads.get(site.place)
             if grad is None:
@@ -345,9 +346,8 @@ def _source(output: Tensor) -> Any:
         base = output._base
         if base is None or not base.requires_grad or base.numel() != output.numel():
             return None
-        if base.shape[-1:] != output.shape[-1:] or not (
-            base.is_contiguous() and output.is_contiguous()
-        ):
+        alike = base.shape[-1:] == output.shape[-1:] and base.is_contiguous()
+        if not alike or not output.is_contiguous():
             return None
         output = base
     return output.grad_fn if output.output_nr == 0 else None

@@ -173,10 +173,17 @@ class Comparison:
         peak = _step_peak(adapted, objective, next(b for b in loader if b), recipe.lr)
         aside = time.perf_counter() - begun
         metric = self.source.task.metric
-        tune(
+        reached: dict[float, dict[str, float]] = {}  # by the metric that decides
+
+        def evaluate(tuned: nn.Module) -> float:
+            metrics = objective.evaluate(tuned, held_out, validation)
+            reached.setdefault(metrics[metric], metrics)
+            return metrics[metric]
+
+        progress = tune(
             adapted,
             loader,
-            lambda m: objective.evaluate(m, held_out, validation)[metric],
+            evaluate,
             folder,
             recipe,
             loss=objective.loss,
@@ -184,7 +191,10 @@ class Comparison:
             resume=True,
         )
         seconds = time.perf_counter() - start - aside
-        metrics = objective.evaluate(adapted, judges, judging)
+        # The first of the best epochs is kept; one of before a resumption was not heard of.
+        best = max(record[metric] for record in progress.history)
+        metrics = reached.get(best) if judging is validation else None
+        metrics = metrics or objective.evaluate(adapted, judges, judging)
         if leads():
             (folder / CHECKPOINT).unlink(missing_ok=True)
         kept = kept_bytes(adapted)

@@ -11,6 +11,7 @@ from beft_ext.commands.comparison import Outcome, add
 from beft_ext.commands.demo import DATA
 from beft_ext.commands.methods import METHODS, MethodError, kept_bytes, method, trained
 from beft_ext.models import find_projections, head_parameters
+from beft_ext.tasks import Objective
 
 FILES = ["--train-file", str(DATA / "train.jsonl")]
 FILES += ["--validation-file", str(DATA / "validation.jsonl")]
@@ -185,3 +186,11 @@ def test_the_random_mask_trains_its_places_alone():
     optimizer.step()
     moved = sum(int((p != before[n]).sum()) for n, p in model.named_parameters())
     assert 0 < moved <= trained(model) and kept_bytes(model) == 8 * trained(model)
+
+
+def test_a_method_is_evaluated_once_an_epoch(tiny_folder, tmp_path, monkeypatch):
+    """And not again at its end, where the best epoch's values are put back."""
+    asked, plain = [], Objective.evaluate
+    monkeypatch.setattr(Objective, "evaluate", lambda *a: asked.append(1) or plain(*a))
+    assert compare(tiny_folder, tmp_path, ["value"], "--epochs", "3") == 0
+    assert len(asked) == 2 * 3  # seeds, epochs

@@ -257,6 +257,21 @@ def test_terms_train_in_their_layers_alone(name):
     assert prepare(model, prepared.terms).biases == prepared.biases
 
 
+@pytest.mark.parametrize("name", ["bert", "roberta", "gpt2", "opt", "llama", "qwen2"])
+def test_below_the_lowest_trained_layer_nothing_is_kept_for_the_backward(name):
+    kept = {}
+    for term in ("value@0", "value@1"):
+        model, saved, begun = tiny(name).train(), [], []
+        prepare(model, term)
+        blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList))
+        blocks[1].register_forward_pre_hook(lambda *_, s=saved, b=begun: b.append(len(s)))
+        pack = lambda t, s=saved: s.append(t) or t  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(**inputs(model))
+        kept[term] = begun[0]
+    assert kept["value@0"] > 0 and kept["value@1"] == 0
+
+
 def test_layers_of_prepare_and_of_the_terms_meet():
     prepared = prepare(tiny("bert"), "value@0-1+query", layers=[1])
     assert prepared.terms == ("query@1", "value@1") and prepared.layers == (1,)
