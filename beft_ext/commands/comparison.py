@@ -302,8 +302,23 @@ def write(comparison: Comparison, outcomes: Sequence[Outcome], out: Path) -> str
     save_json(out / "comparison.json", rows)
     with whole_file(out / "comparison.md") as temporary:
         temporary.write_text(found + "\n", encoding="utf-8")
-    draw(methods, outcomes, metrics[0], out / "comparison.png")
+    told = _told(comparison, outcomes, metrics[0])
+    draw(methods, outcomes, metrics[0], out / "comparison.png", **told)
     return found
+
+
+def _told(comparison: Comparison, outcomes: Sequence[Outcome], metric: str) -> JsonObject:
+    """What the picture says beside the outcomes: model and task, a guess, the model as it is."""
+    from beft_ext.plots import title_of
+
+    source = comparison.source
+    asked = [o.metrics[metric] for o in outcomes if o.method == "zero-shot" and o.failure is None]
+    guessed = metric == "accuracy" and source.task.kind == "classification"
+    return {
+        "title": title_of(comparison.spec.model, source.name),
+        "chance": 1 / classes_of(source.read("train")) if guessed else None,
+        "zero_shot": statistics.fmean(asked) if asked else None,
+    }
 
 
 def stands(out: Path) -> str:

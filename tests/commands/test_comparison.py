@@ -1,6 +1,7 @@
 """compare: every method on a tiny encoder and decoder; tables, resuming, failures as results."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +41,16 @@ def test_every_method_of_an_encoder(tiny_folder, tmp_path, capsys):
     assert rows["full"]["kept"] > rows["lora"]["kept"] > rows["auto"]["kept"] > 0
     assert "± " in (tmp_path / "comparison.md").read_text()
     assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_the_picture_says_model_guess_and_the_model_as_it_is(tiny_folder, tmp_path, monkeypatch):
+    from beft_ext import plots
+
+    told = []
+    monkeypatch.setattr(plots, "methods", lambda *_, **options: told.append(options))
+    assert compare(tiny_folder, tmp_path, ["head"]) == 0
+    folder = "/".join(Path(tiny_folder).parts[-2:])
+    assert told == [{"title": folder, "chance": 0.5, "zero_shot": None}]
 
 
 def test_every_method_of_a_decoder(tiny_decoder, tmp_path):
