@@ -120,7 +120,8 @@ def _warn_of_dead(
     model: nn.Module, objective: Objective, loader: Batches, terms: Sequence[str]
 ) -> None:
     """Say which of the terms cannot learn anything, before hours are spent on them."""
-    batch = on_device(loader.collate(loader.rows[:4]), device_of(model))
+    alike = [row for row in loader.rows if row.parts == loader.rows[0].parts]  # fit in a batch
+    batch = on_device(loader.collate(alike[:4]), device_of(model))
     biases = pick([p.bias for p in find_projections(model)], terms)
     model.eval()
     try:
