@@ -165,6 +165,11 @@ class Folder:
             )
         if new_head:
             _reinitialise(found, own)
+        if poolers := {id(p) for n, p in found.named_parameters() if n in missing - head}:
+            # No adapter keeps it: whoever loads the folder must get the same one.
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)
+                _reinitialise(found, poolers)
         if head and options.get("num_labels", 1) > 1:
             self._name_classes(found.config, classes, bool(new))
         return found.cuda() if torch.cuda.is_available() else found

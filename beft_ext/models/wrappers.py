@@ -103,6 +103,8 @@ def _spread(model: nn.Module) -> str | None:
     for name, parameter in model.named_parameters():
         if type(parameter.data).__module__.startswith("torch.distributed"):
             return f"parameter '{name}' is sharded over processes"
+        if hasattr(parameter, "ds_status"):
+            return f"parameter '{name}' is partitioned by DeepSpeed (ZeRO-3)"
         if parameter.is_meta:
             return f"parameter '{name}' is offloaded (on the meta device)"
     return None

@@ -395,6 +395,17 @@ def test_a_merged_folder_batches_and_knows_its_classes(tmp_path, name):
         assert main(["evaluate", *asked, "--model", model, *more]) == 2
 
 
+def test_a_pooler_that_the_folder_lacks_is_the_same_for_whoever_loads_it(tmp_path):
+    """No adapter keeps it, and an answer goes through it."""
+    folder = tmp_path / "masked"
+    save(folder, "bert")
+    hf.BertForMaskedLM.from_pretrained(folder).save_pretrained(folder)
+    found = [ModelSpec(str(folder), seed=seed).load(Task(text=""), 2)[0] for seed in (0, 7)]
+    poolers = [model.bert.pooler.dense.weight for model in found]
+    assert torch.equal(*poolers) and float(poolers[0].detach().std()) > 0
+    assert not torch.equal(*(model.classifier.weight for model in found))
+
+
 def test_code_of_the_tokenizer_is_not_run(tmp_path):
     folder = save(tmp_path, "bert")
     own = {"auto_map": {"AutoTokenizer": ["own.Tokens", None]}, "tokenizer_class": "Tokens"}

@@ -83,6 +83,10 @@ def test_what_is_not_here_as_a_whole_is_refused():
     offloaded = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(Refused, match=r"parameter '1.weight' is offloaded"):
         whole(torch.compile(offloaded), Refused)
+    partitioned = nn.Linear(3, 2)
+    partitioned.bias.ds_status = "NOT_AVAILABLE"  # as DeepSpeed marks what lies elsewhere
+    with pytest.raises(Refused, match=r"parameter 'bias' is partitioned by DeepSpeed"):
+        whole(partitioned, Refused)
     split = nn.Linear(3, 2)
     for size, refused in ((None, False), (1, False), (2, True)):
         split._tp_size = size

@@ -403,7 +403,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/selection/choice.py": (
         ("selection/test_choice.py",),
         [
-            ('PRIORS.get(family, PRIORS["other"])', 'PRIORS["encoder"]'),
+            ('(gains, PRIORS.get(family, PRIORS["other"]))', '(gains, PRIORS["encoder"])'),
             (".cdf(MARGIN)", ".cdf(0.0)"),
             ("max(0.0, 1 - sum(doubts))", "1 - sum(doubts)"),
             (" - fmean(gains.values.values())", ""),
@@ -676,7 +676,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ("    if (!view.tensors[first.tensor].grad) continue;\n", ""),
             ("    if (half) master[i] = b;\n", ""),
-            ("x = raw * unscale;", "x = raw;"),
+            ("x = raw * unscale;\n    change_abs += std", "x = raw;\n    change_abs += std"),
             ("!T::follows(p + i, _mm256_loadu_ps(master + i))", "false"),
             ("view.steps[known] == view.steps[t]", "true"),
             ("    view.steps[t] += 1;\n", "    view.steps[t] = view.steps[0] + 1;\n"),
