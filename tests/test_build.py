@@ -35,6 +35,7 @@ def build(tmp_path):
     assert '"/usr/local/cuda"' in script  # this machine may have a toolkit there
     (tree / "setup.py").write_text(script.replace("/usr/local/cuda", "/nowhere"))
     (tree / "beft_ext").mkdir()
+    shutil.copy(ROOT / "beft_ext" / "__init__.py", tree / "beft_ext")  # the version
     toolkit = tmp_path / "toolkit"
     (toolkit / "bin").mkdir(parents=True)
     (toolkit / "lib64").mkdir()

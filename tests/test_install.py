@@ -99,7 +99,7 @@ OPERATORS = (
     "assert o.__file__.startswith(sys.argv[1]); "
     "s = torch.zeros(3); g = o.bias_grad_stats(torch.ones(2, 4, 3), s, s.clone()); "
     "assert g.tolist() == [8.0] * 3 == s.tolist(); "
-    "from beft_ext.ops.dispatch import choose; print(choose('cpu'))"
+    "from beft_ext.ops.dispatch import choose; print(choose(torch.device('cpu')))"
 )
 
 
