@@ -258,6 +258,13 @@ def leads() -> bool:
     return here().rank == 0
 
 
+def forget() -> None:
+    """Let go of the process group before it is destroyed: its threads end with its last holder, and
+    must not outlive the interpreter."""
+    global _home
+    _home = None
+
+
 def held() -> bool:
     """Whether this is within a meeting, or within ``alone``."""
     return _here is not None

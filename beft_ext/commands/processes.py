@@ -71,6 +71,7 @@ def together(arguments: Namespace) -> Iterator[None]:
                 ranks.agree(WorkflowError, the_arguments=repr(told))
                 yield
         finally:
+            parallel.forget()
             dist.destroy_process_group()
     except Exception:
         # Each process ends with its own exit code, though torchrun ends all once one has ended.
