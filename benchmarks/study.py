@@ -78,8 +78,8 @@ class Plan:
         return max(self.steps, self.epochs * math.ceil(rows / self.size))
 
 
-ENCODER = Plan((3e-3, 1e-2, 3e-2), size=16, steps=80, epochs=3, most=1000)
-DECODER = Plan((3e-4, 3e-3, 1e-2), size=8, steps=32, epochs=2, most=200)
+ENCODER = Plan((1e-2, 3e-2), size=16, steps=80, epochs=3, most=1000)
+DECODER = Plan((1e-3, 1e-2), size=8, steps=32, epochs=2, most=200)
 
 
 @dataclass(frozen=True)
@@ -248,11 +248,12 @@ def keep(record: Record) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
-def results() -> list[Record]:
+def results(path: Path | None = None) -> list[Record]:
     """What has been measured."""
-    if not RESULTS.is_file():
+    path = path or RESULTS
+    if not path.is_file():
         return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def finished() -> list[Record]:

@@ -34,6 +34,7 @@ from beft_ext.commands.loading import ModelSpec, classes_of
 from beft_ext.files import whole_file
 from beft_ext.gains import Gain, Gram, Regression, beyond_chance, gain, lead
 from beft_ext.models.modes import quiet
+from beft_ext.parallel import Ranks
 from beft_ext.selection.candidates import candidates_of, dead_of
 from beft_ext.selection.evidence import Collector, Evidence
 from beft_ext.selection.gain_result import MARGIN, SURE, Gains
@@ -57,7 +58,7 @@ def pool(task: str, data: Path | None) -> Evidence:
         model.requires_grad_(False)
         alive = {b: name for b, name in names.items() if name not in dead}
         with Tap(model, alive) as tap:
-            reading = (model, tap, alive, objective.observe, len(rows), float(2**33), 0)
+            reading = (model, tap, alive, objective.observe, len(rows), float(2**33), 0, Ranks())
             collector = Collector(*reading)
             with collector.listening():
                 collector.read(iter(batches), len(rows))

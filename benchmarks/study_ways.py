@@ -24,7 +24,7 @@ Way = Callable[[Record], Sequence[str]]  # the term that is picked; of several, 
 
 def gains_of(record: Record) -> Gains:
     """A cell's gains; what a choice does not look at is left empty."""
-    found, nothing = record["gain"], {"bands": {}, "elements": {}, "curve": {}}
+    found, nothing = record["gain"], {"bands": {}, "steps": {}, "elements": {}, "curve": {}}
     more = {"ranking": list(found["values"]), "frontier": [], "dead": [], "folded": False}
     return Gains.of(nothing | more | found)
 
@@ -144,3 +144,18 @@ def at_best_rate(record: Record) -> tuple[float, float]:
     study's rates, which the other half of the rows names."""
     raced = statistics.fmean(half["accuracy"] for half in record["raced"]["reached"])
     return raced, reached(record)[record["raced"]["best"]]
+
+
+def lost_at_one_rate(record: Record, terms: Sequence[str]) -> float:
+    """Points of accuracy against the best term, where each trained at one rate and was judged once
+    on all validation rows: a part of it is the best term's luck."""
+    told = record["reached"]
+    return 100 * (max(told.values()) - statistics.fmean(told[t] for t in terms))
+
+
+def ways_at_one_rate(records: Sequence[Record]) -> dict[str, Way]:
+    """Those of ``ways`` that the earlier cells have, by name."""
+    every = ways(records)
+    kept = ("gain", "auto", "always value", "always mlp_up", "chance")
+    beft: dict[str, Way] = {"beft": lambda r: list(r["scores"]["beft"])[:1]}
+    return {name: every[name] for name in kept} | beft
