@@ -28,7 +28,7 @@ class Prior:
     first: str = "value"
 
 
-# From the study: docs/selection.md. Where nothing was studied, the spread is wide.
+# From the study's earlier cells: docs/selection.md. Where nothing was studied, the spread is wide.
 PRIORS = {
     "encoder": Prior(
         {"mlp_up": 0.07, "query": -0.07}, 0.03, "7 cells of an encoder at 300 examples", "mlp_up"
