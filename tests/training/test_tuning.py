@@ -55,6 +55,12 @@ def test_trains_only_what_requires_grad_and_logs_each_epoch(tmp_path):
     assert falling_loss(model) == max(x["minus loss"] for x in lines)
 
 
+def test_each_epoch_is_reported_as_it_ends(tmp_path):
+    heard = []
+    progress = tune(prepared(), loader(), falling_loss, None, RECIPE, report=heard.append)
+    assert heard == progress.history and len(heard) == 3
+
+
 SCHEDULES = {
     "constant": ({"warmup": 0.0, "decay": False}, [1, 1, 1, 1, 1]),
     "rising": ({"warmup": 0.4, "decay": False}, [1 / 2, 1, 1, 1, 1]),
@@ -368,8 +374,10 @@ def test_another_model_or_other_data_of_the_same_shapes_is_refused(tmp_path, epo
 def test_on_another_machine_it_goes_on_and_says_so(tmp_path, monkeypatch):
     tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=1))
     monkeypatch.setattr(torch, "get_num_threads", lambda: 977)
-    with pytest.warns(BeftWarning, match=r"threads \d+ and goes on with 977.*no longer the same"):
+    said = r"threads \d+ and goes on with 977.*no longer the same"
+    with pytest.warns(BeftWarning, match=said) as warned:
         tune(prepared(), loader(), falling_loss, tmp_path, Recipe(epochs=1), resume=True)
+    assert [w.filename for w in warned if w.category is BeftWarning] == [__file__]
 
 
 def test_no_flipped_bit_of_a_checkpoint_passes(tmp_path):
