@@ -9,9 +9,9 @@ benchmarks/results/<device>/host.json.
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import torch
+from bench_optimizer import Optimizer, case
 from harness import Case, measure, settings, show, write
 from torch import nn
 from workloads import batch, classifier
@@ -64,14 +64,8 @@ def tapped(device: str, rows: bool = False) -> Case:
     return step
 
 
-def optimizer(device: str, make: Any) -> Case:
-    leaves = [
-        torch.randn(b.width, device=device).requires_grad_() for b in find_biases(model("cpu"))
-    ]
-    for leaf in leaves:
-        leaf.grad = torch.randn_like(leaf)
-    step: Case = make(leaves).step
-    return step
+def optimizer(device: str, make: Optimizer) -> Case:
+    return case(make, [bias.width for bias in find_biases(model("cpu"))], device)
 
 
 def main() -> None:

@@ -41,12 +41,12 @@ from beft_ext.selection import (
     read_audition,
     select,
 )
+from beft_ext.selection.measuring import EXAMPLES
 from beft_ext.tasks import Batches, Example, Objective, subset
 from beft_ext.tasks.metrics import measure
 from beft_ext.training.tuning import Recipe
 
 RACE = "audition.json"
-GAIN_EXAMPLES = 1000  # that measure_gains reads, at most
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def run_select(
     loader = own_part(settings.batches(objective, train))
     tell(objective)
     if method == GAIN:  # the pass after it, the run, has a bar of its own
-        loader = Watched(loader, "gains", "", most=-(-GAIN_EXAMPLES // loader.size))
+        loader = Watched(loader, "gains", "", most=-(-EXAMPLES // loader.size))
     return select(
         model,
         loader,
@@ -137,7 +137,7 @@ def chosen_by_gains(
     without a selection, where the examples tell nothing. budget: of parameters, at most."""
     family = family_of(model)
     try:
-        watched = Watched(loader, "gains", most=-(-GAIN_EXAMPLES // loader.size))
+        watched = Watched(loader, "gains", most=-(-EXAMPLES // loader.size))
         found = select(model, watched, observe=objective.observe, steps=0, seed=seed)
     except GainError as error:
         terms = [p.bias.term for p in find_projections(model)]

@@ -40,6 +40,7 @@ from beft_ext.training.loss import (
 from beft_ext.training.observed import Observed, model_observe
 
 LOOKS = (0.25, 0.5, 1.0)  # parts of the examples at which the pass may end
+EXAMPLES = 1000  # that are read, at most
 FIRST_LOOK = 250  # examples that a pass needs to end early
 FLIPS = 199
 PARTS = (4, 2, 1)  # of the examples, for the learning curve
@@ -52,7 +53,7 @@ def measure_gains(
     observe: Observe = model_observe,
     terms: str | Iterable[str] | None = None,
     biases: BiasMap | None = None,
-    examples: int = 1000,
+    examples: int = EXAMPLES,
     memory: float = 2**31,
     seed: int = 0,
 ) -> Gains:
