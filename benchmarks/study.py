@@ -39,7 +39,7 @@ from beft_ext.commands.loading import ModelSpec, classes_of, goes_left_to_right
 from beft_ext.files import whole_file
 from beft_ext.scores import SCORES
 from beft_ext.selection import audition, rate_of_step, rates_around, terms_of
-from beft_ext.tasks import Batches, Example, Task, load_task, read_rows, subset
+from beft_ext.tasks import Batches, Example, Task, load_task, named_task, read_rows, subset
 from beft_ext.training.optim import rate_factor
 from beft_ext.training.steps import EagerStep
 
@@ -216,8 +216,6 @@ def examples_of(name: str, data: Path | None) -> tuple[Task, list[Example], list
         train, validation = (task.examples(read_rows(path), str(path)) for path in paths)
     else:
         train, validation = (load_task(name, s, data) for s in ("train", "validation"))
-        from beft_ext.tasks import named_task
-
         task = named_task(name)
     return task, train, validation
 
