@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         a = _parser().parse_args(argv)
     try:
         with _our_words_alone(), processes.together(a):
+            if a.out is not None and leads():
+                require_writable(a.out.parent if a.verb == "predict" else a.out)
             a.run(a)
     except KeyboardInterrupt:
         if processes.speaks():
@@ -89,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"beft-ext {__version__}")
     parser.set_defaults(stands=lambda _: "nothing was written: results come whole, at the end")
-    parser.set_defaults(joint=False)  # whether several processes may run it together
+    parser.set_defaults(joint=False, out=None)  # joint: several processes may run it together
     verbs = parser.add_subparsers(required=True, metavar="VERB", dest="verb")
 
     def verb(
@@ -221,19 +223,16 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(stands=_compare_stands, joint=True)
 
 
-def _biases(arguments: argparse.Namespace) -> None:
+def _biases(a: argparse.Namespace) -> None:
     from beft_ext.adapters import facts_table, term_facts
     from beft_ext.commands.loading import pretrained
 
-    print(facts_table(term_facts(pretrained(arguments.model, "AutoModel"))))
+    print(facts_table(term_facts(pretrained(a.model, "AutoModel"))))
 
 
-def _select(arguments: argparse.Namespace) -> None:
+def _select(a: argparse.Namespace) -> None:
     from beft_ext.commands import workflow
 
-    a = arguments
-    if leads():
-        require_writable(a.out)
     source = source_of(a)
     selection = workflow.run_select(
         source, spec_of(a), workflow.Settings.of(a), a.terms, a.method, a.steps
@@ -244,12 +243,9 @@ def _select(arguments: argparse.Namespace) -> None:
     print(f"\ntrain '{selection.best}'; written to {a.out}")
 
 
-def _tune(arguments: argparse.Namespace) -> None:
+def _tune(a: argparse.Namespace) -> None:
     from beft_ext.commands import tuning, workflow
 
-    a = arguments
-    if leads():
-        require_writable(a.out)
     settings = workflow.Settings.of(a)
     if a.budget is not None and a.terms != "auto":
         raise WorkflowError("--budget is what --terms auto may choose: give one of the two")
@@ -258,18 +254,15 @@ def _tune(arguments: argparse.Namespace) -> None:
     tuning.run_tune(source_of(a), spec_of(a), settings, a.terms, a.out, **options)
 
 
-def _tune_stands(arguments: argparse.Namespace) -> str:
+def _tune_stands(a: argparse.Namespace) -> str:
     from beft_ext.commands import tuning
 
-    return tuning.tune_stands(arguments.out)
+    return tuning.tune_stands(a.out)
 
 
-def _evaluate(arguments: argparse.Namespace) -> None:
+def _evaluate(a: argparse.Namespace) -> None:
     from beft_ext.commands import workflow
 
-    a = arguments
-    if a.out and leads():
-        require_writable(a.out)
     record = workflow.run_evaluate(source_of(a), spec_of(a), a.adapter, a.split)
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in record["metrics"].items())
     print(f"{metrics}  ({record['examples']} examples)")
@@ -277,21 +270,16 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         save_json(a.out / "evaluation.json", record)
 
 
-def _predict(arguments: argparse.Namespace) -> None:
+def _predict(a: argparse.Namespace) -> None:
     from beft_ext.commands import predict
 
-    a = arguments
-    require_writable(a.out.parent)
     count = predict.run_predict(source_of(a), spec_of(a), a.adapter, a.file, a.out, a.batch_size)
     print(f"{count} answers are in {a.out}")
 
 
-def _compare(arguments: argparse.Namespace) -> None:
+def _compare(a: argparse.Namespace) -> None:
     from beft_ext.commands import comparison, workflow
 
-    a = arguments
-    if leads():
-        require_writable(a.out)
     planned = comparison.Comparison(
         source_of(a),
         spec_of(a),
@@ -307,24 +295,22 @@ def _compare(arguments: argparse.Namespace) -> None:
     comparison.require_result(outcomes)
 
 
-def _compare_stands(arguments: argparse.Namespace) -> str:
+def _compare_stands(a: argparse.Namespace) -> str:
     from beft_ext.commands import comparison
 
-    return comparison.stands(arguments.out)
+    return comparison.stands(a.out)
 
 
-def _merge(arguments: argparse.Namespace) -> None:
+def _merge(a: argparse.Namespace) -> None:
     from beft_ext.commands import workflow
 
-    require_writable(arguments.out)
-    workflow.run_merge(arguments.model, arguments.adapter, arguments.out)
-    print(f"a plain model is in {arguments.out}")
+    workflow.run_merge(a.model, a.adapter, a.out)
+    print(f"a plain model is in {a.out}")
 
 
-def _tasks(arguments: argparse.Namespace) -> None:
+def _tasks(a: argparse.Namespace) -> None:
     from beft_ext.commands import showing
 
-    a = arguments
     if a.task is None and a.task_config is None:
         print(showing.listed())
     else:
@@ -337,11 +323,10 @@ def _doctor(_: argparse.Namespace) -> None:
     print(report())
 
 
-def _demo(arguments: argparse.Namespace) -> None:
+def _demo(a: argparse.Namespace) -> None:
     from beft_ext.commands.demo import run
 
-    require_writable(arguments.out)
-    run(arguments.out)
+    run(a.out)
 
 
 if __name__ == "__main__":

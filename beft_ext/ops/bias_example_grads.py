@@ -10,17 +10,15 @@ from torch import Tensor
 from torch._guards import TracingContext
 
 from beft_ext.ops import checks, dispatch, grad_output as inputs, reference
-from beft_ext.ops.checks import DTYPE_CODES, OperatorError
-from beft_ext.ops.grad_output import Numbers
+from beft_ext.ops.checks import OperatorError
+from beft_ext.ops.grad_output import GradOutput
 
 
 def _run(grad_output: Tensor, example_offsets: Tensor | None, scale: float, out: Tensor) -> None:
-    dy, numbers = inputs.readable(
-        "bias_example_grads_arguments", _check, grad_output, example_offsets, out
+    name, read = inputs.readable(
+        "bias_example_grads_arguments", _check, grad_output, example_offsets, scale, out
     )
-    name = dispatch.choose(dy.device)
-    backend = _BACKENDS[name if dy.dtype in DTYPE_CODES else "reference"]
-    backend(dy, example_offsets, scale, out, numbers)
+    _BACKENDS[name](read, out)
 
 
 _op = torch.library.custom_op("beft_ext::bias_example_grads", _run, mutates_args=("out",))
@@ -101,45 +99,34 @@ def _in_rows(out: Tensor) -> bool:
     return (width == 1 or column == 1) and (rows == 1 or row >= width)
 
 
-def _reference(
-    dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor, _: Numbers | None
-) -> None:
-    inputs.check_values(offsets, len(dy))
-    reference.bias_example_grads(dy, offsets, scale, out)
+def _reference(read: GradOutput, out: Tensor) -> None:
+    inputs.check_values(read)
+    reference.bias_example_grads(*read[:3], out)
 
 
-def _cpu(
-    dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor, numbers: Numbers | None
-) -> None:
-    assert dispatch.native is not None and numbers is not None
-    *layout, to, dtype, stride = numbers
+def _cpu(read: GradOutput, _: Tensor) -> None:
+    assert dispatch.native is not None and read.numbers is not None
+    *layout, to, dtype, stride = read.numbers
     threads = torch.get_num_threads()
-    if not dispatch.native.bias_example_grads_cpu(*layout, scale, threads, to, dtype, stride):
-        raise inputs.bad_offsets(len(dy))
+    if not dispatch.native.bias_example_grads_cpu(*layout, read.scale, threads, to, dtype, stride):
+        raise inputs.bad_offsets(len(read.dy))
 
 
-def _cuda(
-    dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor, numbers: Numbers | None
-) -> None:
-    assert dispatch.native is not None and numbers is not None
-    *layout, to, dtype, stride = numbers
-    batch, tokens, width = layout[2:5]
-    chunks = inputs.chunk_count(batch, tokens, width)
-    with torch.cuda.device(dy.device):
-        workspace = inputs.cuda_workspace(dy, batch, chunks, width)
+def _cuda(read: GradOutput, _: Tensor) -> None:
+    assert dispatch.native is not None and read.numbers is not None
+    *layout, to, dtype, stride = read.numbers
+    chunks, workspace = inputs.cuda_workspace(read)
+    out = workspace.data_ptr(), to, dtype, stride
+    with torch.cuda.device(read.dy.device):
         stream = torch.cuda.current_stream().cuda_stream
-        dispatch.native.bias_example_grads_cuda(
-            *layout, chunks, scale, workspace.data_ptr(), to, dtype, stride, stream
-        )
+        dispatch.native.bias_example_grads_cuda(*layout, chunks, read.scale, *out, stream)
 
 
-def _triton(
-    dy: Tensor, offsets: Tensor | None, scale: float, out: Tensor, _: Numbers | None
-) -> None:
+def _triton(read: GradOutput, out: Tensor) -> None:
     from beft_ext.ops.triton_bias_grad_stats import bias_example_grads_triton
 
-    chunks = inputs.chunk_count(*inputs.sizes(dy, offsets))
-    bias_example_grads_triton(dy, offsets, chunks, scale, out)
+    chunks = inputs.chunk_count(*read.sizes())
+    bias_example_grads_triton(read.dy, read.offsets, chunks, read.scale, out)
 
 
 _BACKENDS = {"reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch._guards import TracingContext
 
 from beft_ext.ops import checks, dispatch, grad_output as inputs, reference
-from beft_ext.ops.checks import DTYPE_CODES, OperatorError
-from beft_ext.ops.grad_output import Numbers
+from beft_ext.ops.checks import OperatorError
+from beft_ext.ops.grad_output import GradOutput
 
 
 def _run(
@@ -19,13 +19,11 @@ def _run(
     grad_sum_sq: Tensor,
 ) -> Tensor:
     written = grad_sum, grad_sum_sq
-    dy, numbers = inputs.readable(
-        "bias_grad_stats_arguments", _check, grad_output, example_offsets, *written
+    name, read = inputs.readable(
+        "bias_grad_stats_arguments", _check, grad_output, example_offsets, scale, *written
     )
-    name = dispatch.choose(dy.device)
-    backend = _BACKENDS[name if dy.dtype in DTYPE_CODES else "reference"]
     grad = torch.empty_like(grad_sum)
-    backend(dy, example_offsets, scale, grad, *written, numbers)
+    _BACKENDS[name](read, grad, *written)
     return grad
 
 
@@ -104,70 +102,36 @@ def _check(dy: Tensor, offsets: Tensor | None, grad_sum: Tensor, grad_sum_sq: Te
         raise OperatorError("grad_sum and grad_sum_sq must not share memory")
 
 
-def _reference(
-    dy: Tensor,
-    offsets: Tensor | None,
-    scale: float,
-    grad: Tensor,
-    total: Tensor,
-    total_sq: Tensor,
-    _: Numbers | None,
-) -> None:
-    inputs.check_values(offsets, len(dy))
-    reference.bias_grad_stats(dy, offsets, scale, grad, total, total_sq)
+def _reference(read: GradOutput, grad: Tensor, total: Tensor, total_sq: Tensor) -> None:
+    inputs.check_values(read)
+    reference.bias_grad_stats(*read[:3], grad, total, total_sq)
 
 
-def _cpu(
-    dy: Tensor,
-    offsets: Tensor | None,
-    scale: float,
-    grad: Tensor,
-    total: Tensor,
-    total_sq: Tensor,
-    numbers: Numbers | None,
-) -> None:
-    assert dispatch.native is not None and numbers is not None
-    *layout, to_sum, to_squares = numbers
+def _cpu(read: GradOutput, grad: Tensor, *_: Tensor) -> None:
+    assert dispatch.native is not None and read.numbers is not None
+    *layout, to_sum, to_squares = read.numbers
     threads = torch.get_num_threads()
     if not dispatch.native.bias_grad_stats_cpu(
-        *layout, scale, threads, grad.data_ptr(), to_sum, to_squares
+        *layout, read.scale, threads, grad.data_ptr(), to_sum, to_squares
     ):
-        raise inputs.bad_offsets(len(dy))
+        raise inputs.bad_offsets(len(read.dy))
 
 
-def _cuda(
-    dy: Tensor,
-    offsets: Tensor | None,
-    scale: float,
-    grad: Tensor,
-    total: Tensor,
-    total_sq: Tensor,
-    numbers: Numbers | None,
-) -> None:
-    assert dispatch.native is not None and numbers is not None
-    *layout, to_sum, to_squares = numbers
-    batch, tokens, width = layout[2:5]
-    chunks = inputs.chunk_count(batch, tokens, width)
-    with torch.cuda.device(dy.device):
-        workspace = inputs.cuda_workspace(dy, batch, chunks, width)
-        out = workspace.data_ptr(), grad.data_ptr(), to_sum, to_squares
+def _cuda(read: GradOutput, grad: Tensor, *_: Tensor) -> None:
+    assert dispatch.native is not None and read.numbers is not None
+    *layout, to_sum, to_squares = read.numbers
+    chunks, workspace = inputs.cuda_workspace(read)
+    out = workspace.data_ptr(), grad.data_ptr(), to_sum, to_squares
+    with torch.cuda.device(read.dy.device):
         stream = torch.cuda.current_stream().cuda_stream
-        dispatch.native.bias_grad_stats_cuda(*layout, chunks, scale, *out, stream)
+        dispatch.native.bias_grad_stats_cuda(*layout, chunks, read.scale, *out, stream)
 
 
-def _triton(
-    dy: Tensor,
-    offsets: Tensor | None,
-    scale: float,
-    grad: Tensor,
-    total: Tensor,
-    total_sq: Tensor,
-    _: Numbers | None,
-) -> None:
+def _triton(read: GradOutput, grad: Tensor, total: Tensor, total_sq: Tensor) -> None:
     from beft_ext.ops.triton_bias_grad_stats import bias_grad_stats_triton
 
-    chunks = inputs.chunk_count(*inputs.sizes(dy, offsets))
-    bias_grad_stats_triton(dy, offsets, chunks, scale, grad, total, total_sq)
+    chunks = inputs.chunk_count(*read.sizes())
+    bias_grad_stats_triton(read.dy, read.offsets, chunks, read.scale, grad, total, total_sq)
 
 
 _BACKENDS = {"reference": _reference, "cpu": _cpu, "triton": _triton, "cuda": _cuda}

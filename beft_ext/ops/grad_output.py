@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from beft_ext.ops.checks import DTYPE_CODES, OperatorError
 # Of grad_output: address, dtype, batch, tokens, width, three strides, and the offsets' address (0:
 # none); then what the operator's ``..._arguments`` of the native module says of what is written.
 Numbers = tuple[int, ...]
+
+
+class GradOutput(NamedTuple):
+    """What a backend reads. ``numbers`` is None for fp64, or where there is no native module."""
+
+    dy: Tensor
+    offsets: Tensor | None
+    scale: float
+    numbers: Numbers | None
+
+    def sizes(self) -> tuple[int, int, int]:
+        """Examples, tokens and width."""
+        if self.offsets is None:
+            return self.dy.shape[0], self.dy.shape[1], self.dy.shape[2]
+        return len(self.offsets) - 1, self.dy.shape[0], self.dy.shape[1]
 
 
 def needs_dispatcher(grad_output: Tensor, *written: Tensor) -> bool:
@@ -58,8 +74,9 @@ def bad_offsets(rows: int) -> OperatorError:
     return OperatorError(f"example_offsets must ascend within [0, {rows}], the rows there are")
 
 
-def check_values(offsets: Tensor | None, rows: int) -> None:
+def check_values(read: GradOutput) -> None:
     """Raise OperatorError unless the offsets ascend within ``[0, rows]``; the host reads them."""
+    offsets, rows = read.offsets, len(read.dy)
     if offsets is None:
         return
     inside = offsets[0] >= 0 and offsets[-1] <= rows
@@ -68,40 +85,35 @@ def check_values(offsets: Tensor | None, rows: int) -> None:
 
 
 def readable(
-    look: str, check: Callable[..., None], dy: Tensor, offsets: Tensor | None, *written: Tensor
-) -> tuple[Tensor, Numbers | None]:
-    """``grad_output`` as kernels read it, once everything fits.
+    look: str,
+    check: Callable[..., None],
+    dy: Tensor,
+    offsets: Tensor | None,
+    scale: float,
+    *written: Tensor,
+) -> tuple[str, GradOutput]:
+    """The backend for ``grad_output``, and what it reads, once everything fits.
 
     Args:
         look: of the native module, gives the numbers that kernels are told of all tensors, None
             where something does not fit.
         check: says what does not fit: all that ``look`` looks at, but memory.
-    Returns:
-        grad_output without a negative bit, and the numbers; None for fp64, or where there is no
-        native module.
     Raises:
         OperatorError: what ``check`` says, or a tensor has no memory.
+        BackendError: where a forced backend does not read this device's memory.
     """
     native = dispatch.native
     seen = None if native is None else getattr(native, look)(dy, offsets, *written)
-    if seen is not None:
-        return dy, seen
-    check(dy, offsets, *written)
-    dy = dy.resolve_neg()
-    if native is None or dy.dtype not in DTYPE_CODES:
-        return dy, None
-    checks.require_memory(dy, *written)
-    seen = getattr(native, look)(dy, offsets, *written)
-    if seen is None:  # of storages that are not one to torch
-        raise OperatorError("grad_output and what is written must not share memory")
-    return dy, seen
-
-
-def sizes(dy: Tensor, offsets: Tensor | None) -> tuple[int, int, int]:
-    """Examples, tokens and width."""
-    if offsets is None:
-        return dy.shape[0], dy.shape[1], dy.shape[2]
-    return len(offsets) - 1, dy.shape[0], dy.shape[1]
+    if seen is None:
+        check(dy, offsets, *written)
+        dy = dy.resolve_neg()
+        if native is not None and dy.dtype in DTYPE_CODES:
+            checks.require_memory(dy, *written)
+            seen = getattr(native, look)(dy, offsets, *written)
+            if seen is None:  # of storages that are not one to torch
+                raise OperatorError("grad_output and what is written must not share memory")
+    name = dispatch.choose(dy.device)
+    return name if dy.dtype in DTYPE_CODES else "reference", GradOutput(dy, offsets, scale, seen)
 
 
 def chunk_count(batch: int, tokens: int, width: int) -> int:
@@ -120,6 +132,9 @@ def _ceil(n: int, of: int) -> int:
     return -(-n // of)
 
 
-def cuda_workspace(dy: Tensor, batch: int, chunks: int, width: int) -> Tensor:
-    """Per example, chunk and column a sum and its error."""
-    return torch.empty(2 * batch * chunks * width, dtype=torch.float32, device=dy.device)
+def cuda_workspace(read: GradOutput) -> tuple[int, Tensor]:
+    """Chunks of each example; and room for a sum and its error per example, chunk and column."""
+    batch, tokens, width = read.sizes()
+    chunks = chunk_count(batch, tokens, width)
+    size = 2 * batch * chunks * width
+    return chunks, torch.empty(size, dtype=torch.float32, device=read.dy.device)

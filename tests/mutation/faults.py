@@ -524,8 +524,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("inside = offsets[0] >= 0 and", "inside ="),
             ("not inside or bool((offsets.diff() < 0).any())", "not inside"),
             ("or set(map(type, (grad_output, *written))) != {Tensor}", "or False"),
-            ("    dy = dy.resolve_neg()\n", ""),
-            ("    checks.require_memory(dy, *written)\n", ""),
+            ("        dy = dy.resolve_neg()\n", ""),
+            ("            checks.require_memory(dy, *written)\n", ""),
         ],
     ),
     "beft_ext/ops/bias_example_grads.py": (
