@@ -21,6 +21,15 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
 
+# With the lowest versions that pyproject.toml allows; torch stays that of the environment.
+LOWEST = $(VENV)/lowest
+$(LOWEST)/.installed: $(VENV)/.installed
+	$(BIN)/python tests/lowest.py | xargs $(BIN)/pip install -q --upgrade --target $(LOWEST)
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	PYTHONPATH=$(LOWEST) $(BIN)/python -m pytest $(BROAD)
+
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -56,7 +56,7 @@ def run_tune(
     it sets out from and each epoch. parameters: that 'auto' may choose, at most. options: of
     Recipe."""
     from beft_ext.adapters import save_adapter
-    from beft_ext.plots import draw, learning_curve
+    from beft_ext.plots import draw, learning_curve, title_of
     from beft_ext.training.preparation import prepare
 
     train, validation, task = source.read("train"), source.read("validation"), source.task
@@ -106,9 +106,9 @@ def run_tune(
     if leads():
         save_adapter(model, out / "adapter", selection=selected, audition=race, about=about)
         save_json(out / "evaluation.json", about | {"model": spec.model, "adapter": "adapter"})
-        lines = {"start": start[task.metric], "majority": chooser.of_majority()}
+        told = {"title": title_of(spec.model, source.name, terms), "beside": chooser.beside(start)}
         path = out / "learning_curve.png"
-        draw(learning_curve, progress.history, task.metric, path, **lines)
+        draw(learning_curve, progress.history, task.metric, path, **told)
     print(f"\n{report}\nthe adapter is in {out / 'adapter'}")
 
 
