@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import plots
@@ -12,6 +13,7 @@ import tables
 from harness import ROOT
 from rungs import page
 
+from beft_ext.commands.comparison import Outcome, summarize, table
 from beft_ext.files import whole_file
 
 BEGIN, END = "<!-- benchmarks -->", "<!-- /benchmarks -->"
@@ -28,10 +30,23 @@ def summary(root: Path = ROOT) -> str:
     return tables.key_rows(root)
 
 
+def compared(root: Path = ROOT) -> str:
+    """What ``beft-ext compare`` found: the runs of a comparison are a file of results/compare."""
+    lines = ["## What does each adaptation method reach?"]
+    for path in sorted((root / "benchmarks" / "results" / "compare").glob("*.jsonl")):
+        runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        setup = [run.pop("setup") for run in runs][0]
+        metrics = list(runs[0]["metrics"])
+        said = f"{setup['model']}, {setup['task']}, {setup['train_size']} rows to train on, of which"
+        said += f" a part chose the epoch of {setup['epochs']}; measured on rows that no choice saw."
+        lines += [said, table(summarize([Outcome(**run) for run in runs], metrics), metrics)]
+    return "\n\n".join(lines)
+
+
 def document(root: Path = ROOT) -> str:
     drawn = [path for path, _ in tables.records(root) if path.stem in plots.PLOTS]
     images = [f"![{path.stem}, {path.parent.name}]({plots.name(path)})" for path in drawn]
-    return "\n\n".join([HEAD.rstrip(), *images]) + "\n" + tables.whole(root) + "\n"
+    return "\n\n".join([HEAD.rstrip(), *images]) + "\n" + tables.whole(root) + f"\n{compared(root)}\n"
 
 
 def rendered(readme: str, content: str) -> str:
