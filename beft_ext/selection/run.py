@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -13,11 +13,14 @@ from torch import Tensor, nn
 
 from beft_ext.models import Bias, head_parameters, offload
 from beft_ext.models.offload import Values, device_of
+from beft_ext.models.wrappers import class_of, is_shard, reshard, sharded
 from beft_ext.parallel import Ranks, here
 from beft_ext.selection.result import SelectionError
 from beft_ext.tap import Tap
+from beft_ext.training.counted import try_on, untried
 from beft_ext.training.data import digest_of
 from beft_ext.training.joined import NOTHING, Share, averaged, side_by_side
+from beft_ext.training.lockstep import Lockstep, Want
 from beft_ext.training.loss import (
     Batch,
     Divisor,
@@ -33,6 +36,17 @@ from beft_ext.training.loss import (
 )
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.parts import in_parts, parts_of
+
+
+def require_parts(model: nn.Module, parts: int) -> None:
+    """Raise SelectionError where batches cannot be read in so many parts."""
+    if parts < 1:
+        raise SelectionError(f"a batch is read in 1 part or more, but parts is {parts}")
+    if parts > 1 and sharded(model):
+        raise SelectionError(
+            "the ranks of a sharded model go step by step together, so their batches are not read "
+            "in parts: lower the batch size"
+        )
 
 
 class BufferedLoader:
@@ -67,8 +81,10 @@ class BufferedLoader:
 def require_same(ranks: Ranks, model: nn.Module, **facts: str) -> None:
     """Raise SelectionError where ranks have different models, or different ``facts``."""
     if ranks.size > 1:
-        names = [n for own in (model.named_parameters(), model.named_buffers()) for n, _ in own]
-        digest = digest_of(Values(model, names), type(model).__name__)
+        every = dict(model.named_parameters()) | dict(model.named_buffers())
+        # Shards differ: they are parts of one model.
+        own = Values(model, (n for n, t in every.items() if not is_shard(t)))
+        digest = digest_of(own, class_of(model).__name__)
         ranks.agree(SelectionError, the_model=digest, **facts)
 
 
@@ -97,6 +113,7 @@ class ModelSnapshot:
         self.values = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
 
     def __exit__(self, *_: object) -> None:
+        reshard(self.model)
         with torch.no_grad():
             for tensor, value in self.values:
                 tensor.copy_(value)
@@ -151,9 +168,14 @@ class Run:
         self.initial = {b: leaf.detach().clone().flatten() for b, leaf in self.pairs}
         self.batch_sq = {b: 0.0 for b, _ in self.pairs}
         self.examples = self.done = 0
-        vectors = [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point()]
+        vectors = [
+            p
+            for p in model.parameters()
+            if p.ndim == 1 and p.is_floating_point() and not is_shard(p)
+        ]
         self.divisor = Divisor(loss, list(dict.fromkeys([*head, *vectors])))
         self.located: set[bool] = set()  # whether examples were located in packed batches or not
+        self.lockstep = Lockstep(model, self.ranks)
 
     def train(self, loader: Iterable[Batch], progress: bool) -> list[float]:
         """The loss of each step."""
@@ -177,9 +199,7 @@ class Run:
 
     def _train_on(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        share = self._backward(batch, trained) if batch else NOTHING
-        number = averaged(self.ranks, trained, share)
+        number = averaged(self.ranks, self._trained(), self._backward(batch))
         self._stop_unless(math.isfinite(number), "loss")
         self.optimizer.step()
         norm = float(self.optimizer.grad_norm)
@@ -195,13 +215,22 @@ class Run:
         self.done += 1
         return number
 
-    def _backward(self, batch: Batch, trained: Sequence[Tensor]) -> Share:
-        """Of this rank's batch: its gradients, and what they are a mean of."""
-        inputs = on_device(batch, device_of(self.model))
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _backward(self, batch: Batch) -> Share:
+        """Of this rank's batch, which may be empty: its gradients, and what they are a mean of."""
+        inputs, share = on_device(batch, device_of(self.model)), NOTHING
         self.tap.rest()  # measuring a divisor takes backwards that are no example's
-        measure = self.divisor.measure(self.model, inputs)
-        work = partial(self._backward_of, measure)
-        return in_parts(parts_of(inputs, self.parts), work, trained, measure is items_given)
+        self._settle(inputs, offsets_of(inputs))
+        if inputs:
+            measure = self.divisor.measure(self.model, inputs)
+            work = partial(self._backward_of, measure)
+            parts = parts_of(inputs, self.parts)
+            share = in_parts(parts, work, self._trained(), measure is items_given)
+        if share is NOTHING:
+            self.lockstep.along(self._loss_of, self._trained())
+        return share
 
     def _backward_of(self, measure: Measure | None, inputs: Batch, unit: float | None) -> Share:
         """Of a part of the batch, as ``in_parts`` asks for it."""
@@ -219,8 +248,32 @@ class Run:
         loss = scalar(value)
         number = float(loss.detach())
         self._stop_unless(math.isfinite(number), "loss")
+        self.lockstep.begin_backward()
         (loss if unit is None else loss * (scale / unit)).backward()
         return Share(number, scale, measure is one)
+
+    def _loss_of(self, batch: Batch) -> Tensor:
+        return scalar(self.loss(self.model, on_device(batch, device_of(self.model))))
+
+    def _settle(self, inputs: Batch, offsets: Tensor | None) -> None:
+        """Find out of a sharded model, with the other ranks, what the step must know."""
+        wants: list[Want] = [("output", None)] if untried(self.model) else []
+        if (kind := self.divisor.unknown(inputs)) is not None:
+            wants.append(("divisor", kind))
+        packed = offsets is not None
+        if inputs and packed not in self.located and examples_of(inputs, offsets) > 1:
+            wants.append(("examples", packed))
+        self.lockstep.settle(inputs, wants, self._find_out)
+
+    def _find_out(self, what: str, batch: Batch) -> None:
+        inputs = on_device(batch, device_of(self.model))
+        if what == "output":
+            try_on(self.model, inputs)
+        elif what == "divisor":
+            self.divisor.measured(self.model, inputs)
+        else:
+            offsets = offsets_of(inputs)
+            self._locate(inputs, examples_of(inputs, offsets), offsets)
 
     def counted(self) -> tuple[int, dict[Bias, tuple[Tensor, Tensor]]]:
         """The number of examples of all ranks, and the statistics of their gradients."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from beft_ext.files import JsonObject
 from beft_ext.models.offload import Values
+from beft_ext.models.wrappers import class_of
 from beft_ext.ops import dispatch
 from beft_ext.training.data import digest_of
 from beft_ext.training.preparation import prepared_of
@@ -22,7 +23,7 @@ def model_digest(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
     # A moved folder is the same model; the type of problem is set by the first forward.
     for key in ("_name_or_path", "transformers_version", "problem_type"):
         facts.pop(key, None)
-    text = json.dumps([type(model).__name__, facts], sort_keys=True, default=str)
+    text = json.dumps([class_of(model).__name__, facts], sort_keys=True, default=str)
     frozen = Values(model, (n for n, _ in model.named_parameters() if n not in trained))
     initial: dict[str, Tensor] = {}
     prepared = prepared_of(model)

@@ -18,10 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.errors import BeftError, BeftWarning
+from beft_ext.models.offload import device_of
 from beft_ext.ops import dispatch
 from beft_ext.parallel import Ranks
+from beft_ext.training.counted import try_on, untried
 from beft_ext.training.joined import NOTHING, Share, averaged
+from beft_ext.training.lockstep import Lockstep, Want
 from beft_ext.training.loss import (
+    Batch,
     Divisor,
     Loss,
     LossValue,
@@ -30,6 +34,7 @@ from beft_ext.training.loss import (
     items_given,
     model_loss,
     offsets_of,
+    on_device,
     one,
     scalar,
 )
@@ -70,7 +75,7 @@ class EagerStep:
         parts: int = 1,
     ) -> None:
         self.model, self.optimizer, self.loss, self.bf16 = model, optimizer, loss, bf16
-        self.parts = parts
+        self.parts, self.divisible = parts, True
 
     @cached_property
     def trained(self) -> list[Tensor]:
@@ -103,8 +108,9 @@ class EagerStep:
             try:
                 return work(batch)
             except (RuntimeError, BeftError) as error:
-                finer = len(parts_of(batch, 2 * self.parts)) > self.parts
-                if not finer or not ran_out_of_memory(error):
+                if not self.divisible or not ran_out_of_memory(error):
+                    raise
+                if len(parts_of(batch, 2 * self.parts)) <= self.parts:
                     raise
             self.parts *= 2
             self.optimizer.zero_grad()
@@ -123,10 +129,13 @@ class EagerStep:
             share = self._shares(batch)
             return torch.tensor(share.loss if share.divisor else math.nan, device="cpu")
         loss = scalar(self._forward(batch))
-        loss.backward()
+        self._backward(loss)
         return loss
 
-    def _forward(self, batch: Mapping[str, Tensor]) -> LossValue:
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _forward(self, batch: Batch) -> LossValue:
         device = next(iter(batch.values())).device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
             return self.loss(self.model, batch)
@@ -147,7 +156,7 @@ class EagerStep:
         loss = scalar(value)
         if scale is None:
             scale = self.divisor.of(value, batch, examples_of(batch, offsets_of(batch)))
-        (loss if unit is None else loss * (scale / unit)).backward()
+        self._backward(loss if unit is None else loss * (scale / unit))
         return Share(float(loss.detach()), scale, measure is one)
 
 
@@ -169,13 +178,41 @@ class JoinedStep(EagerStep):
     ) -> None:
         super().__init__(model, optimizer, loss, bf16, parts)
         self.ranks = ranks
+        self.lockstep = Lockstep(model, ranks)
+        self.divisible = not self.lockstep.needed  # the others would be left behind
 
     def work(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """This rank's forward and backward, and every rank's optimizer's step."""
-        share = self.fitted(batch, self._shares) if batch else NOTHING
-        loss = averaged(self.ranks, self.trained, share)
+        loss = averaged(self.ranks, self.trained, self._own(batch))
         self.optimizer.step()
         return torch.tensor(loss, device="cpu"), self.optimizer.grad_norm
+
+    def _own(self, batch: Mapping[str, Tensor]) -> Share:
+        """This rank's gradients; an empty batch has none."""
+        wants: list[Want] = [("output", None)] if untried(self.model) else []
+        if (kind := self.divisor.unknown(batch)) is not None:
+            wants.append(("divisor", kind))
+        self.lockstep.settle(batch, wants, self._find_out)
+        share = self.fitted(batch, self._shares) if batch else NOTHING
+        if share is NOTHING:
+            self.lockstep.along(
+                lambda given: scalar(self._forward(self._here(given))), self.trained
+            )
+        return share
+
+    def _backward(self, loss: Tensor) -> None:
+        self.lockstep.begin_backward()
+        loss.backward()
+
+    def _find_out(self, what: str, batch: Batch) -> None:
+        """Of a sharded model, with the other ranks."""
+        if what == "output":
+            try_on(self.model, self._here(batch))
+        else:
+            self.divisor.measured(self.model, self._here(batch))
+
+    def _here(self, batch: Batch) -> Batch:
+        return on_device(batch, device_of(self.model))
 
 
 class GraphedStep(EagerStep):
@@ -202,6 +239,7 @@ class GraphedStep(EagerStep):
         capture: Capture | None = None,
     ) -> None:
         super().__init__(model, optimizer, loss, bf16)
+        self.divisible = False  # a graph is of a whole batch
         self.device = next(model.parameters()).device
         self.fills = PADDING_VALUES | {"input_ids": pad}
         if capture is None:
@@ -225,10 +263,6 @@ class GraphedStep(EagerStep):
         if shape not in self.graphs:
             self.graphs[shape] = _Replay(self, batch)
         return self.graphs[shape](batch)
-
-    def fitted(self, batch: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], T]) -> T:
-        """A graph is of a whole batch."""
-        return work(batch)
 
     @cached_property
     def side(self) -> torch.cuda.Stream:

@@ -24,6 +24,7 @@ from beft_ext.training.data import Batch, Passes, digest_of, generators
 from beft_ext.training.evaluation import Evaluation, Judge
 from beft_ext.training.identity import machine, model_digest
 from beft_ext.training.joined import require_apart, side_by_side
+from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import Loss, model_loss
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.recipe import Progress, Recipe, TuningError
@@ -64,8 +65,8 @@ def tune(
     (docs/large-models.md).
 
     Args:
-        model: a prepared model, or any other of which something requires grad; plain or in
-            DistributedDataParallel, of which the model inside trains.
+        model: a prepared model, or any other of which something requires grad; plain, under
+            ``fully_shard``, or in DistributedDataParallel, of which the model inside trains.
         loader: batches, keyword arguments of the model; must have a length. Each pass may draw a
             new order: with torch's global generator, with a torch.Generator of the loader or
             its sampler, or with ``set_epoch``. An empty batch is a step without rows on this rank.
@@ -89,9 +90,9 @@ def tune(
         TuningError: nothing to train; a loader without a length, or one that gives more or fewer
             batches than its length; a loss or gradient that is not finite; ``save_every`` below
             1; ``resume`` without a folder; ``compile`` beside ``graphs``, either of them on an
-            offloaded model, ``graphs`` beside ``parts``; a checkpoint that is damaged or of
-            another run.
-        OptimizerError: a setting of the recipe is out of range, or the model is sharded.
+            offloaded model, ``graphs`` beside ``parts``, ``parts`` of a sharded model's batches;
+            a checkpoint that is damaged or of another run.
+        OptimizerError: a setting of the recipe is out of range, or what trains is sharded.
         LossError: the batches have no labels.
         RankError: a rank ended or fell silent.
         StepError: graphs are asked for and cannot be had (``beft_ext.training.steps``).
@@ -111,8 +112,8 @@ def tune(
         raise TuningError(f"save_every must be at least 1 step, but is {save_every}")
     if resume and folder is None:
         raise TuningError("resume=True needs the folder of the run that is to go on")
-    meeting = parallel.meeting("tune", wrappers.replicated(model))
-    with meeting as ranks, repeatable(recipe.deterministic):
+    meeting = parallel.meeting("tune", wrappers.joint(model))
+    with meeting as ranks, in_step(model, ranks), repeatable(recipe.deterministic):
         run = _TuningRun(model, loader, recipe, loss, Judge.of(evaluate, metric, loss), folder)
         if folder is not None and ranks.rank == 0:
             sweep(folder)
@@ -162,6 +163,7 @@ class _TuningRun:
             weight_decay=recipe.weight_decay,
             max_grad_norm=recipe.max_grad_norm,
         )
+        self.kept = set(self.inside.state_dict())  # on all ranks: a sharded model's is of all
         self.state = Progress()
         self.passes = Passes(loader, recipe.seed)
         self.rest: Iterator[Batch] | None = None  # of the epoch that a checkpoint stood in
@@ -177,6 +179,11 @@ class _TuningRun:
             raise TuningError("compile and graphs do not go together: choose one")
         if recipe.parts < 1:
             raise TuningError(f"a batch is read in 1 part or more, but parts is {recipe.parts}")
+        if recipe.parts > 1 and wrappers.sharded(self.inside):
+            raise TuningError(
+                "the ranks of a sharded model go step by step together, so their batches are not "
+                "read in parts: lower the batch size"
+            )
         if recipe.graphs and recipe.parts > 1:
             raise TuningError("a graph is of a whole batch: leave out graphs, or parts")
         if (recipe.graphs or recipe.compile) and is_offloaded(self.inside):
@@ -282,8 +289,8 @@ class _TuningRun:
     def _tensors(self) -> dict[str, Tensor]:
         """All that training changes, by its name in the checkpoint."""
         tensors = {f"param/{n}": p.detach() for n, p in self.parameters.items()}
-        kept = self.inside.state_dict().keys()
-        tensors |= {f"buffer/{n}": b for n, b in self.inside.named_buffers() if n in kept}
+        buffers = self.inside.named_buffers()
+        tensors |= {f"buffer/{n}": b for n, b in buffers if n in self.kept}
         tensors = {n: t for n, t in tensors.items() if not t.is_meta}  # offloaded, as loaded
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state[p].items():
