@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from beft_ext.errors import BeftError
 from beft_ext.layouts import Place, TapError as TapError, fingerprint, locate, replaced
 from beft_ext.listener import Listener, Site, Step, Use, refuse_copy
-from beft_ext.models import Bias, BiasMap, outer_modules, output_width, require_fit, state
+from beft_ext.models import Bias, BiasMap, offload, outer_modules, output_width, require_fit, state
 from beft_ext.models.modes import quiet
 from beft_ext.models.wrappers import whole
 from beft_ext.slab import SiteSlab
@@ -72,7 +72,8 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         require_fit(model, biases, TapError)
         self.sites: list[Site] = []
         self._model, self._step = model, Step(self.sites)
-        self._hooks: list[Any] = []
+        self._taken = offload.take(model, (b.parameter for b in biases))
+        self._hooks: list[Any] = [*offload.rereading(model)]
         self._listeners: list[Listener] = []
         by_parameter: dict[int, Site] = {}
         for bias in biases:
@@ -304,6 +305,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         self._hooks.clear()
         for parameter, required in self._required:
             parameter.requires_grad_(required)
+        offload.put_back(self._model, self._taken)
         state.take(self._model, Tap)
 
     def __exit__(self, *_: object) -> None:

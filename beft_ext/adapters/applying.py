@@ -17,7 +17,16 @@ from torch.utils.hooks import RemovableHandle
 from beft_ext.adapters.contents import AdapterError, Contents, head_modules
 from beft_ext.adapters.hub import located
 from beft_ext.adapters.reading import read
-from beft_ext.models import BiasError, Plain, add_bias, find_projections, spell, state, wrappers
+from beft_ext.models import (
+    BiasError,
+    Plain,
+    add_bias,
+    find_projections,
+    offload,
+    spell,
+    state,
+    wrappers,
+)
 from beft_ext.tap import require_untapped
 from beft_ext.training.preparation import Prepared, PrepareError, prepare, prepared_of, restore
 
@@ -261,6 +270,7 @@ def _deactivate(model: nn.Module, adapters: Adapters) -> None:
             model.get_submodule(key.removesuffix(".bias")).bias = None
         else:
             _tensor(model, key).copy_(base)
+    offload.put_back(model, [key for key, base in adapters.base.items() if base is not None])
     release(adapters)
     adapters.active = None
     adapters.base.clear()
@@ -274,11 +284,14 @@ def _activate(model: nn.Module, adapters: Adapters, name: str, contents: Content
     """
     _check_ties(model, contents)
     modules = [model.get_submodule(path) for path in contents.biases]
+    biased = zip(contents.biases, modules, strict=True)
+    offload.take(model, [f"{p}.bias" for p, m in biased if m.bias is not None])
+    offload.take(model, contents.head)
     try:
         for module, (path, difference) in zip(modules, contents.biases.items(), strict=True):
             key = f"{path}.bias"
             adapters.base[key] = None if module.bias is None else module.bias.detach().clone()
-            into = (add_bias(module) if module.bias is None else module.bias).detach()
+            into = (add_bias(model, path) if module.bias is None else module.bias).detach()
             into.copy_(into.double() + difference.to(into.device, torch.float64))
             if adapters.base[key] is None:
                 module.bias.requires_grad_(False)
@@ -344,7 +357,8 @@ def _check_ties(model: nn.Module, contents: Contents) -> None:
         if len(tied) == 1 or not given:
             continue
         for name, value in given.items():
-            as_is = torch.zeros_like(value) if name in differences else _tensor(model, name)
+            bias = name in differences
+            as_is = torch.zeros_like(value) if bias else offload.value_of(model, name)
             others = [given.get(n) for n in tied]
             same = all(o is not None and torch.equal(o, value) for o in others)
             if not same and not torch.equal(value.to(as_is), as_is):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import nn
 
 from beft_ext.errors import BeftError
+from beft_ext.models.offload import has_place
 
 
 def inside(model: nn.Module) -> nn.Module:
@@ -24,13 +25,13 @@ def whole(
     copies: bool = True,
     replicas: bool = False,
 ) -> nn.Module:
-    """The model inside, where all of it lies in this process and on real devices.
+    """The model inside, where all of it is this process's; Accelerate may offload parts of it.
 
     adapted: whether PEFT's wrapper will do, where names do not matter.
     copies: whether DataParallel will do, which runs copies of the model.
     replicas: whether DDP will do, where each process holds the whole model.
-    Raises ``error`` under DDP, FSDP, tensor parallelism, and where parameters are on the meta
-    device (offloaded).
+    Raises ``error`` under DDP, FSDP, tensor parallelism, and where parameters on the meta device
+    have no value anywhere.
     """
     layers = _layers(model)
     plain = [layer for layer in layers if not (replicas and _replica(layer))]
@@ -105,8 +106,8 @@ def _spread(model: nn.Module) -> str | None:
             return f"parameter '{name}' is sharded over processes"
         if hasattr(parameter, "ds_status"):
             return f"parameter '{name}' is partitioned by DeepSpeed (ZeRO-3)"
-        if parameter.is_meta:
-            return f"parameter '{name}' is offloaded (on the meta device)"
+        if parameter.is_meta and not has_place(model, name):
+            return f"parameter '{name}' is on the meta device, and no offload holds its value"
     return None
 
 

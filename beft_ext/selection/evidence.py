@@ -18,10 +18,12 @@ from torch import Tensor, nn
 
 from beft_ext.gains import GainError, Regression, equal_rows
 from beft_ext.models import Bias, head_parameters
+from beft_ext.models.offload import device_of
 from beft_ext.parallel import Ranks
 from beft_ext.tap import Tap
 from beft_ext.training.loss import Batch, first_rows, offsets_of, on_device, rows_of
 from beft_ext.training.observed import Observed
+from beft_ext.training.parts import parts_of
 
 Observe = Callable[[nn.Module, Batch], Observed]
 
@@ -91,6 +93,7 @@ class Collector:
     memory: float
     seed: int
     ranks: Ranks
+    parts: int = 1
     rows: int = 0
     total: int = 0
     taken: list[list[int]] = field(default_factory=list)
@@ -134,7 +137,7 @@ class Collector:
 
     def _read(self, batch: Batch, size: int, first: int) -> None:
         """Read ``size`` examples of a batch; the first of them is number ``first`` of all."""
-        inputs = on_device(batch, self.tap.leaves()[0][1].device)
+        inputs = on_device(batch, device_of(self.model))
         offsets = offsets_of(inputs)
         if size == 0:
             return
@@ -143,8 +146,15 @@ class Collector:
                 f"a packed batch has {len(offsets) - 1} texts, but {size} of {self.examples} "
                 "examples are left to read: allow more examples, or pack fewer"
             )
-        if offsets is None:
-            inputs = first_rows(inputs, size)
+        if offsets is not None:
+            self._read_part(inputs, size, first, offsets)
+            return
+        for part in parts_of(first_rows(inputs, size), self.parts):
+            count = rows_of(part)
+            self._read_part(part, count, first, None)
+            first += count
+
+    def _read_part(self, inputs: Batch, size: int, first: int, offsets: Tensor | None) -> None:
         self._locate(inputs, size, offsets)
         self.tap.step(size, 1.0, offsets, row=self.rows)
         for head in self.heads:
@@ -233,9 +243,17 @@ class Collector:
             return torch.arange(len(readers)), self.seen, self.keys
         told = self.ranks.gather(([s.on_host() for s in self.seen], self.keys))
         seen, keys = ([iter(part) for part in parts] for parts in zip(*told, strict=True))
-        batches = [r for step in self.taken for r, count in enumerate(step) if count]
         in_order = [next(keys[r]) for r in readers.tolist()]
-        return readers.argsort(stable=True), [next(seen[r]) for r in batches], in_order
+        return readers.argsort(stable=True), list(self._in_order(seen)), in_order
+
+    def _in_order(self, seen: Sequence[Iterator[Observed]]) -> Iterator[Observed]:
+        """What was seen of the batches, each rank's in their order, as the examples lie."""
+        for step in self.taken:
+            for rank, count in enumerate(step):
+                while count > 0:  # a batch was read in parts
+                    part = next(seen[rank])
+                    yield part
+                    count -= len(part.losses)
 
     def _against_all(self, rows: Tensor) -> Tensor:
         """Inner products of this rank's rows with those of all ranks, one rank's after another's,

@@ -55,6 +55,7 @@ def measure_gains(
     biases: BiasMap | None = None,
     examples: int = EXAMPLES,
     memory: float = 2**31,
+    parts: int = 1,
     seed: int = 0,
 ) -> Gains:
     """Tell what each bias term alone would explain of unseen loss, before any training.
@@ -78,6 +79,7 @@ def measure_gains(
         examples: to read, at most.
         memory: bytes that the gradients may take in a process. Where they need more, biases are
             folded.
+        parts: that each batch is read in, one after another, in less memory.
         seed: of the folding, the sign flips and the learning curve.
     Returns:
         The gains of terms, bands of layers and sets, with their errors.
@@ -119,7 +121,9 @@ def measure_gains(
                 raise GainError("every candidate term is dead: no bias could be trained")
             model.requires_grad_(False)
             with Tap(model, alive) as tap:
-                collector = Collector(model, tap, alive, observe, examples, memory, seed, ranks)
+                collector = Collector(
+                    model, tap, alive, observe, examples, memory, seed, ranks, parts
+                )
                 with collector.listening():
                     named = [t for t in dead if terms is None]
                     return _looked(collector, iter(batches), named, seed)

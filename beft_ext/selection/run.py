@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext.models import Bias, head_parameters
+from beft_ext.models import Bias, head_parameters, offload
+from beft_ext.models.offload import Values, device_of
 from beft_ext.parallel import Ranks, here
 from beft_ext.selection.result import SelectionError
 from beft_ext.tap import Tap
@@ -20,13 +22,17 @@ from beft_ext.training.loss import (
     Batch,
     Divisor,
     Loss,
+    Measure,
     examples_of,
+    items_given,
     model_loss,
     offsets_of,
     on_device,
+    one,
     scalar,
 )
 from beft_ext.training.optim import BiasAdamW, rate_factor
+from beft_ext.training.parts import in_parts, parts_of
 
 
 class BufferedLoader:
@@ -61,8 +67,8 @@ class BufferedLoader:
 def require_same(ranks: Ranks, model: nn.Module, **facts: str) -> None:
     """Raise SelectionError where ranks have different models, or different ``facts``."""
     if ranks.size > 1:
-        values = dict(model.named_parameters()) | dict(model.named_buffers())
-        digest = digest_of({n: t.detach() for n, t in values.items()}, type(model).__name__)
+        names = [n for own in (model.named_parameters(), model.named_buffers()) for n, _ in own]
+        digest = digest_of(Values(model, names), type(model).__name__)
         ranks.agree(SelectionError, the_model=digest, **facts)
 
 
@@ -77,8 +83,10 @@ class ModelSnapshot:
         self.model = model
 
     def __enter__(self) -> None:
-        model = self.model
-        self.required = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        model, head = self.model, {id(p) for p in head_parameters(self.model)}
+        vectors = [n for n, p in _named(model) if p.ndim == 1 or id(p) in head]
+        self.taken = offload.take(model, vectors)
+        self.required = {n: (p.requires_grad, p.grad) for n, p in _named(model)}
         self.modes = [(m, m.training) for m in model.modules()]
         trained = [p for p in model.parameters() if p.ndim == 1]
         trained += head_parameters(model)
@@ -92,13 +100,19 @@ class ModelSnapshot:
         with torch.no_grad():
             for tensor, value in self.values:
                 tensor.copy_(value)
-        for parameter, required, grad in self.required:
+        for name, parameter in _named(self.model):
+            required, parameter.grad = self.required[name]
             parameter.requires_grad_(required)
-            parameter.grad = grad
+        offload.put_back(self.model, self.taken)
         for module, mode in self.modes:
             module.training = mode
         if self.cached:
             self.config.use_cache = True
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """By every name: an offloaded parameter is another object after each forward."""
+    return model.named_parameters(remove_duplicate=False)
 
 
 class Run:
@@ -115,7 +129,9 @@ class Run:
         warmup: float = 0.0,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
+        parts: int = 1,
     ) -> None:
+        self.parts = parts
         self.model, self.tap, self.steps, self.ranks = model, tap, steps, here()
         self.loss, self.max_grad_norm = loss, max_grad_norm
         self.pairs = tap.leaves()
@@ -161,8 +177,8 @@ class Run:
 
     def _train_on(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
-        share = self._backward(batch) if batch else NOTHING
         trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        share = self._backward(batch, trained) if batch else NOTHING
         number = averaged(self.ranks, trained, share)
         self._stop_unless(math.isfinite(number), "loss")
         self.optimizer.step()
@@ -179,26 +195,32 @@ class Run:
         self.done += 1
         return number
 
-    def _backward(self, batch: Batch) -> Share:
+    def _backward(self, batch: Batch, trained: Sequence[Tensor]) -> Share:
         """Of this rank's batch: its gradients, and what they are a mean of."""
-        inputs = on_device(batch, self.pairs[0][1].device)
+        inputs = on_device(batch, device_of(self.model))
         self.tap.rest()  # measuring a divisor takes backwards that are no example's
-        offsets, scale = offsets_of(inputs), self.divisor.measured(self.model, inputs)
+        measure = self.divisor.measure(self.model, inputs)
+        work = partial(self._backward_of, measure)
+        return in_parts(parts_of(inputs, self.parts), work, trained, measure is items_given)
+
+    def _backward_of(self, measure: Measure | None, inputs: Batch, unit: float | None) -> Share:
+        """Of a part of the batch, as ``in_parts`` asks for it."""
+        offsets, scale = offsets_of(inputs), None if measure is None else measure(inputs)
         size = examples_of(inputs, offsets)
         self.examples += size
-        if scale == 0 and self.ranks.size > 1:  # no label: the mean over none is not a number
+        if scale == 0 and (self.ranks.size > 1 or self.parts > 1):  # no label: a mean over none
             return NOTHING
         self._locate(inputs, size, offsets)
-        self.tap.step(size, scale or 1.0, offsets)
+        self.tap.step(size, example_offsets=offsets)
         value = self.loss(self.model, inputs)
         if scale is None:
             scale = self.divisor.of(value, inputs, size)
-            self.tap.divided_by(scale)
+        self.tap.divided_by(unit or scale or 1.0)
         loss = scalar(value)
         number = float(loss.detach())
         self._stop_unless(math.isfinite(number), "loss")
-        loss.backward()
-        return Share(number, scale, self.divisor.constant(inputs))
+        (loss if unit is None else loss * (scale / unit)).backward()
+        return Share(number, scale, measure is one)
 
     def counted(self) -> tuple[int, dict[Bias, tuple[Tensor, Tensor]]]:
         """The number of examples of all ranks, and the statistics of their gradients."""

@@ -46,6 +46,7 @@ def select(
     warmup: float = 0.0,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    parts: int = 1,
     seed: int = 0,
     deterministic: bool = False,
     progress: bool = False,
@@ -91,6 +92,8 @@ def select(
         warmup: fraction of the steps over which the rate rises linearly, in [0, 1].
         weight_decay: as in AdamW.
         max_grad_norm: the gradient's global norm is clipped to this; 0 for no clipping.
+        parts: that each batch is read in, one after another: the same gains and steps in less
+            memory, but for dropout's draws and rounding.
         seed: of the run's random numbers; the global random state is put back.
         deterministic: on a GPU, take torch's deterministic algorithms alone; it costs time.
         progress: show a bar.
@@ -125,13 +128,21 @@ def select(
     meeting = parallel.meeting("select", promised)
     with meeting as ranks, _loss_told(), repeatable(deterministic):
         step_count = 0 if gains_alone else max(ranks.gather(_step_count(loader, epochs, steps)))
+        if parts < 1:
+            raise SelectionError(f"a batch is read in 1 part or more, but parts is {parts}")
         plan = repr((method, terms, steps, lr, warmup, weight_decay, max_grad_norm, seed))
         ranks.agree(SelectionError, arguments=plan)
         if method == GAIN:
             observe = observe or observed_by(loss)
             with read_again(loader, gains_alone):
                 gains = measure_gains(
-                    model, loader, observe=observe, terms=terms, biases=biases, seed=seed
+                    model,
+                    loader,
+                    observe=observe,
+                    terms=terms,
+                    biases=biases,
+                    parts=parts,
+                    seed=seed,
                 )
             if gains_alone:
                 return replace(_of_gains(gains), model=name_of(model))
@@ -157,6 +168,7 @@ def select(
                     warmup=warmup,
                     weight_decay=weight_decay,
                     max_grad_norm=max_grad_norm,
+                    parts=parts,
                 )
                 losses = run.train(batches, progress)
                 found = ranks.first(_judge(run, names, method, dead, losses))

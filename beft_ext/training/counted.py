@@ -48,7 +48,7 @@ def logits_at(
             return None
         gathered.append(True)
         # What stands before the texts (a learnt prompt) is none of the batch's positions.
-        return hidden[:, -tokens:].flatten(0, 1)[at][None], *args[1:]
+        return hidden[:, -tokens:].flatten(0, 1)[at.to(hidden.device)][None], *args[1:]
 
     handle = head.register_forward_pre_hook(gather)
     try:

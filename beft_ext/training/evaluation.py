@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models.modes import quiet
+from beft_ext.models.offload import device_of
 from beft_ext.training.loss import Loss, on_device, rows_of
 
 LOADER_METRIC = "validation_loss"
@@ -55,7 +56,7 @@ class Judge:
 def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: Loss) -> float:
     """Mean over all batches, in evaluation mode; a batch counts by the divisor that its loss
     tells, one that tells none by its rows."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     total = count = 0.0
     with quiet(model), torch.no_grad():
         for batch in batches:

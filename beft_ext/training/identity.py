@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.files import JsonObject
+from beft_ext.models.offload import Values
 from beft_ext.ops import dispatch
 from beft_ext.training.data import digest_of
 from beft_ext.training.preparation import prepared_of
@@ -22,12 +23,13 @@ def model_digest(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
     for key in ("_name_or_path", "transformers_version", "problem_type"):
         facts.pop(key, None)
     text = json.dumps([type(model).__name__, facts], sort_keys=True, default=str)
-    values = {n: p.detach() for n, p in model.named_parameters() if n not in trained}
+    frozen = Values(model, (n for n, _ in model.named_parameters() if n not in trained))
+    initial: dict[str, Tensor] = {}
     prepared = prepared_of(model)
     if prepared is not None:
-        values |= {f"initial/{n}": t for n, t in prepared.initial.items()}
-        values |= {f"initial/{n}": t for n, t in prepared.head_initial.items()}
-    return digest_of(values, text)
+        initial |= {f"initial/{n}": t for n, t in prepared.initial.items()}
+        initial |= {f"initial/{n}": t for n, t in prepared.head_initial.items()}
+    return digest_of(initial, digest_of(frozen, text))
 
 
 def machine(device: torch.device, ranks: int) -> JsonObject:

@@ -80,9 +80,14 @@ def rows_of(batch: Batch) -> int:
 
 def first_rows(batch: Batch, count: int) -> dict[str, Any]:
     """The batch's first rows; what has no row for each example stays."""
+    return rows_between(batch, 0, count)
+
+
+def rows_between(batch: Batch, first: int, last: int) -> dict[str, Any]:
+    """The batch's rows from ``first`` to ``last``, which is left out; the rest stays."""
     rows = rows_of(batch)
     return {
-        k: v[:count] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
+        k: v[first:last] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
         for k, v in batch.items()
     }
 
@@ -127,6 +132,11 @@ def items_given(batch: Batch) -> float | None:
     return None if items is None else float(items)
 
 
+def one(_batch: Batch) -> float:
+    """The divisor of a sum, however many rows a batch has."""
+    return 1.0
+
+
 def _next_labels(batch: Batch) -> float | None:
     """Labels that count where a model predicts the next one: all but the first of each row."""
     labels = batch.get("labels")
@@ -150,7 +160,7 @@ DIVISORS: tuple[Measure, ...] = (
     _next_labels,
     _labels,
     lambda batch: float(rows_of(batch)),
-    lambda batch: 1.0,
+    one,
 )
 
 
@@ -187,17 +197,15 @@ class Divisor:
 
         Raises LossError where no known divisor fits, or more than one.
         """
+        measure = self.measure(model, batch)
+        return None if measure is None else measure(batch)  # 0 where there is no label at all
+
+    def measure(self, model: nn.Module, batch: Batch) -> Measure | None:
+        """What measures a batch of this kind, and each part of one, as ``measured`` does."""
         kind = (has_ignored(batch), "num_items_in_batch" in batch)
         if not self.told and kind not in self.fitting:
             self.fitting[kind] = self._measure(model, batch)
-        if self.told:
-            return None
-        return self.fitting[kind](batch)  # 0 where there is no label at all
-
-    def constant(self, batch: Batch) -> bool:
-        """Whether the divisor that was measured is 1, however many rows a batch has."""
-        kind = (has_ignored(batch), "num_items_in_batch" in batch)
-        return self.fitting.get(kind) is DIVISORS[-1] and not self.told
+        return None if self.told else self.fitting[kind]
 
     def _measure(self, model: nn.Module, batch: Batch) -> Measure:
         pairs = _pairs(batch)

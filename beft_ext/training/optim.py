@@ -107,6 +107,11 @@ class BiasAdamW(torch.optim.Optimizer):
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise OptimizerError("no parameter of the model requires grad: call prepare first")
+        if away := next((n for n, p in named.items() if p.is_meta), None):
+            raise OptimizerError(
+                f"parameter '{away}' is offloaded and cannot train: prepare freezes it, and keeps "
+                "what trains on its device"
+            )
         every = dict(model.named_parameters(remove_duplicate=False))
         for bias in prepared.biases if prepared is not None else ():
             self._slices.setdefault(every[bias.parameter], []).append(bias)

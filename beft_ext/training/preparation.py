@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.models import (
@@ -22,6 +23,7 @@ from beft_ext.models import (
     add_bias,
     find_projections,
     head_parameters,
+    offload,
     parse_terms,
     pick,
     require_fit,
@@ -55,6 +57,7 @@ class Prepared(state.Record):
         required: ``requires_grad`` of each parameter before, by name.
         outside: what keeps the rest of fused parameters from training; a deep copy of the model
             takes it along.
+        again: handles of the hooks by which a backward reads offloaded weights.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model, terms="value")
@@ -74,6 +77,7 @@ class Prepared(state.Record):
     adapter_bytes: int
     required: dict[str, bool] = field(repr=False)
     outside: list[_Outside] = field(default_factory=list, repr=False)
+    again: list[RemovableHandle] = field(default_factory=list, repr=False)
 
     def claim(self) -> str:
         return "this model is prepared already: call restore(model) first"
@@ -160,9 +164,11 @@ def prepare(
     head = _head(model)
     added = list(dict.fromkeys(p.bias.module for p in chosen if not p.has_bias))
     for module in added:
-        add_bias(model.get_submodule(module))
+        add_bias(model, module)
     # Tied projections hold one parameter under several modules: it is one bias here.
     own = list({(p.bias.parameter, p.bias.term): p.bias for p in chosen}.values())
+    offload.take(model, [*head, *(b.parameter for b in own)])
+    head = {n: model.get_parameter(n) for n in head}
     prepared = Prepared(
         model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
         terms=spell((p.bias for p in chosen), (p.bias for p in found)),
@@ -210,6 +216,8 @@ def restore(model: nn.Module) -> None:
     prepared = unmark(model)
     for name in prepared.added:
         model.get_submodule(name.removesuffix(".bias")).bias = None
+    own = dict.fromkeys(b.parameter for b in prepared.biases if b.parameter not in prepared.added)
+    offload.put_back(model, [*prepared.head, *own])
 
 
 def trained_slices(model: nn.Module) -> list[tuple[str, nn.Parameter, Bias | None]]:
@@ -246,6 +254,7 @@ def mark(model: nn.Module, prepared: Prepared) -> None:
         parameter = model.get_parameter(name)
         if sum(b.width for b in own) < parameter.numel():
             prepared.outside.append(_Outside(parameter, own))
+    prepared.again = offload.rereading(model)
     state.put(model, prepared)
 
 
@@ -257,6 +266,9 @@ def unmark(model: nn.Module) -> Prepared:
     for outside in prepared.outside:
         outside.handle.remove()
     prepared.outside.clear()
+    for handle in prepared.again:
+        handle.remove()
+    prepared.again.clear()
     as_before = any(prepared.required.values())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(prepared.required.get(name, as_before))

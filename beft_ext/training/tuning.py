@@ -18,7 +18,8 @@ from beft_ext import parallel
 from beft_ext.errors import BeftWarning
 from beft_ext.files import JsonObject, digest, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
-from beft_ext.models.modes import repeatable
+from beft_ext.models.modes import cuda_devices, repeatable
+from beft_ext.models.offload import device_of, is_offloaded
 from beft_ext.training.data import Batch, Passes, digest_of, generators
 from beft_ext.training.evaluation import Evaluation, Judge
 from beft_ext.training.identity import machine, model_digest
@@ -87,8 +88,9 @@ def tune(
     Raises:
         TuningError: nothing to train; a loader without a length, or one that gives more or fewer
             batches than its length; a loss or gradient that is not finite; ``save_every`` below
-            1; ``resume`` without a folder; ``compile`` beside ``graphs``; a checkpoint that is
-            damaged or of another run.
+            1; ``resume`` without a folder; ``compile`` beside ``graphs``, either of them on an
+            offloaded model, ``graphs`` beside ``parts``; a checkpoint that is damaged or of
+            another run.
         OptimizerError: a setting of the recipe is out of range, or the model is sharded.
         LossError: the batches have no labels.
         RankError: a rank ended or fell silent.
@@ -153,7 +155,7 @@ class _TuningRun:
         self.steps = recipe.epochs * self.per_epoch
         if self.steps < 1:
             raise TuningError("nothing to train on: the loader is empty or epochs is 0")
-        self.device = next(iter(self.parameters.values())).device
+        self.device = device_of(self.inside)
         self.optimizer = BiasAdamW(
             model,
             lr=recipe.lr,
@@ -173,6 +175,15 @@ class _TuningRun:
         recipe, model = self.recipe, self.model
         if recipe.graphs and recipe.compile:
             raise TuningError("compile and graphs do not go together: choose one")
+        if recipe.parts < 1:
+            raise TuningError(f"a batch is read in 1 part or more, but parts is {recipe.parts}")
+        if recipe.graphs and recipe.parts > 1:
+            raise TuningError("a graph is of a whole batch: leave out graphs, or parts")
+        if (recipe.graphs or recipe.compile) and is_offloaded(self.inside):
+            raise TuningError(
+                "parts of this model are offloaded, which neither compile nor graphs can see "
+                "through: leave them out"
+            )
         if recipe.graphs and self.ranks.size > 1:
             raise TuningError("graphs are of one process: leave them out, or start one process")
         if recipe.graphs:
@@ -182,8 +193,8 @@ class _TuningRun:
             options = {"fallback_random": True}
             model = torch.compile(model, dynamic=True, options=options)
         if self.ranks.size > 1:
-            return JoinedStep(model, self.optimizer, loss, recipe.bf16, self.ranks)
-        return EagerStep(model, self.optimizer, loss, recipe.bf16)
+            return JoinedStep(model, self.optimizer, loss, recipe.bf16, self.ranks, recipe.parts)
+        return EagerStep(model, self.optimizer, loss, recipe.bf16, recipe.parts)
 
     def train(
         self,
@@ -264,6 +275,7 @@ class _TuningRun:
         """What must be the same for a run to be resumed, beside the data."""
         shapes = {n: list(p.shape) for n, p in self.parameters.items()}
         recipe = dataclasses.asdict(self.recipe)
+        del recipe["parts"]  # the steps are the same
         own = {"steps an epoch": self.per_epoch, "metric": self.judge.metric, "shapes": shapes}
         return {**recipe, **own, "model": model_digest(self.inside, self.parameters)}
 
@@ -272,6 +284,7 @@ class _TuningRun:
         tensors = {f"param/{n}": p.detach() for n, p in self.parameters.items()}
         kept = self.inside.state_dict().keys()
         tensors |= {f"buffer/{n}": b for n, b in self.inside.named_buffers() if n in kept}
+        tensors = {n: t for n, t in tensors.items() if not t.is_meta}  # offloaded, as loaded
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state[p].items():
                 tensors[f"optimizer/{key}/{name}"] = value
@@ -284,8 +297,8 @@ class _TuningRun:
         state = self.state
         own = {f"loader/{i}": g for i, g in enumerate(self.passes.generators)}
         own["random/cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            own["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        for device in cuda_devices(self.inside):
+            own[f"random/{device}"] = torch.cuda.get_rng_state(device)
         every = self.ranks.gather((own, self.passes.digest))
         if self.ranks.rank > 0:
             return
@@ -293,6 +306,7 @@ class _TuningRun:
         for rank, (theirs, _) in enumerate(every):
             tensors |= {f"{_of_rank(rank)}{name}": t for name, t in theirs.items()}
         record = {"step": state.step, "loss_sum": state.loss_sum, "history": state.history}
+        record["parts"] = self.training_step.parts
         parts = {"run": self.identity, "machine": machine(self.device, self.ranks.size)}
         parts["progress"] = record | {"batches": "+".join(digest for _, digest in every)}
         metadata = {k: json.dumps(v) for k, v in parts.items()}
@@ -324,18 +338,20 @@ class _TuningRun:
             for name, into in self._tensors().items():
                 into.copy_(tensors[name])
         best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+        self.training_step.parts = max(self.recipe.parts, record.get("parts", 1))
         self.state = Progress(
             record["step"],
             record["loss_sum"],
             record["history"],
-            {n: v.to(self.device) for n, v in best.items()},
+            {n: v.to(self.parameters[n].device) for n, v in best.items()},
         )
         if "random/cpu" not in own:  # there were fewer ranks
             torch.manual_seed(self.ranks.seed(self.recipe.seed + record["step"]))
             return
         torch.set_rng_state(own["random/cpu"])
-        if "random/cuda" in own and self.device.type == "cuda":
-            torch.cuda.set_rng_state(own["random/cuda"], self.device)
+        for device in cuda_devices(self.inside):
+            if (kept := own.get(f"random/{device}")) is not None:
+                torch.cuda.set_rng_state(kept, device)
 
     def _enter_again(self, path: Path, record: JsonObject, states: list[Tensor]) -> None:
         """Read again the batches that the checkpoint's epoch had given."""
