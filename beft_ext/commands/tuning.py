@@ -157,7 +157,8 @@ def _automatic(
         if kept.gains is None:
             raise WorkflowError(f"{path} has no gains: it is of another version, so start anew")
         return automatic(kept.gains, family_of(model), budget).term, kept
-    found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget)
+    parts = settings.gradient_accumulation
+    found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget, parts)
     if found is not None:
         print(found)
         if leads():
