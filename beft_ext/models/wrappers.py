@@ -1,7 +1,7 @@
 """The model inside of what others wrap around it, and what cannot be worked on at all.
 
 Names, classes, heads and records are those of the model inside. A wrapper that spreads the
-parameters over processes or devices is refused: its parts are not the values that they seem.
+parameters over processes is refused: its parts are not the values that they seem.
 """
 
 from __future__ import annotations

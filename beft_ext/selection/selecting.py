@@ -103,8 +103,7 @@ def select(
         SelectionError: an unknown method or term; a bias of another model; an empty loader, or
             one without a length where ``steps`` is not given; batches without labels or tensors; a
             loss of which the divisor or the examples' parts cannot be told; a loss or gradient
-            that is not finite (the message names the step); a model that is spread over processes
-            or devices.
+            that is not finite (the message names the step); a model that is spread over processes.
         GainError: the examples tell nothing, or ``loss`` gives none of single examples.
         BiasError: the model has no such biases, or its head is quantised.
         ProbeError: an attention cannot be probed for dead terms.

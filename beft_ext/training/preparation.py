@@ -141,7 +141,7 @@ def prepare(
     Raises:
         PrepareError: an unknown term; a layer out of range; a norm that has no bias (RMSNorm); a
             quantised head; a bias of another model; a model that is prepared, merged or tapped,
-            has an active adapter, is wrapped by PEFT, or is spread over processes or devices.
+            has an active adapter, is wrapped by PEFT, or is spread over processes.
             Nothing was changed.
     Example:
         >>> import beft_ext
