@@ -4,9 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 
-.PHONY: help demo test lint guard fuzz sanitize races crash mutants bench gpu gpu-build gpu-check gpu-test gpu-bench docs clean
+.PHONY: help demo test test-lowest lint guard fuzz sanitize races crash mutants bench gpu gpu-build gpu-check gpu-test gpu-bench docs clean
 help:
-	@echo "make demo | test | lint | guard | fuzz | sanitize | races | crash |"
+	@echo "make demo | test | test-lowest | lint | guard | fuzz | sanitize | races | crash |"
 	@echo "     mutants | bench | gpu | docs | clean"
 
 $(VENV)/.installed: pyproject.toml setup.py csrc/bindings.cpp $(wildcard csrc/*.h csrc/*/*)
@@ -20,6 +20,19 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	$(BIN)/python -m pytest tests
+
+# With the lowest versions that pyproject.toml allows, where they matter; torch stays that of the
+# environment. datasets asks for a newer pyarrow than we do.
+LOWEST = $(VENV)/lowest
+BROAD = tests/tasks/test_rows.py tests/adapters/test_adapters.py \
+	tests/adapters/test_merging.py tests/selection/test_measuring.py tests/test_tap.py \
+	tests/training/test_preparation.py tests/commands/test_words.py tests/commands/test_predict.py
+$(LOWEST)/.installed: $(VENV)/.installed
+	$(BIN)/python tests/lowest.py | xargs $(BIN)/pip install -q --upgrade --target $(LOWEST)
+	touch $@
+
+test-lowest: $(LOWEST)/.installed
+	PYTHONPATH=$(abspath $(LOWEST)) $(BIN)/python -m pytest $(BROAD) -k "not datasets_itself"
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import warnings
@@ -100,16 +101,14 @@ def learning_curve(
     path: Path,
     *,
     title: str = "",
-    start: float | None = None,
-    majority: float | None = None,
+    beside: Mapping[str, float] | None = None,
     smaller: bool = False,
 ) -> None:
     """Training loss and validation metric over epochs, from ``tune``'s history. A whole file.
 
     Args:
         metric: its name in the history; None for the loss alone.
-        start: the metric before training; a line.
-        majority: the metric of always saying the most frequent class; a line.
+        beside: the metric of other answers by their names, as "before training"; a line each.
         smaller: the best epoch is that of the smallest metric.
     """
     figure = _figure(max(7, _title_width(title)), 4)
@@ -130,10 +129,9 @@ def learning_curve(
         label = f"best: {reached[best]:.4g} in epoch {epochs[best]:g}"
         at = ([epochs[best]], [reached[best]])
         lines += other.plot(*at, "o", color="C3", ms=13, mfc="none", mew=2, label=label)
-        for value, name, dashes in ((start, "before training", "--"), (majority, "majority", ":")):
-            if value is not None:
-                label = f"{name}: {value:.4g}"
-                lines.append(other.axhline(value, color="C1", ls=dashes, alpha=0.7, label=label))
+        for dashes, (name, value) in zip(itertools.cycle(["--", ":"]), (beside or {}).items()):
+            label = f"{name}: {value:.4g}"
+            lines.append(other.axhline(value, color="C1", ls=dashes, alpha=0.7, label=label))
         other.set_ylabel(metric, color="C1")
     _legend_below(figure, lines)
     with whole_file(path) as temporary:

@@ -50,7 +50,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     Attributes:
         sites: one for each biased projection, with its biases, trainable leaves and sums.
     Raises:
-        TapError: the model is tapped already, or spread over processes or devices; a bias is of
+        TapError: the model is tapped already, or spread over processes; a bias is of
             another model. A forward raises it where a tapped module does not give out a tensor. A
             backward raises it where no ``step`` announced it, or where the examples cannot be
             told apart.

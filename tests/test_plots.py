@@ -83,7 +83,8 @@ def test_names_titles_and_many_layers_fit(drawn, tmp_path):
 
 def test_a_learning_curve_is_the_loss_and_the_metric_over_epochs(drawn, tmp_path):
     history = [{"epoch": i, "loss": 1 / i, "f1": f} for i, f in ((1, 0.25), (2, 0.75), (3, 0.5))]
-    told = {"title": "tiny, own.csv: value", "start": 0.125, "majority": 0.375}
+    told = {"title": "tiny, own.csv: value"}
+    told["beside"] = {"before training": 0.125, "always 'praise'": 0.375}
     plots.learning_curve(history, "f1", tmp_path / "curve.png", **told)
     left, right = drawn[0].axes
     assert left.get_title() == told["title"] and left.get_legend() is right.get_legend() is None
@@ -95,7 +96,7 @@ def test_a_learning_curve_is_the_loss_and_the_metric_over_epochs(drawn, tmp_path
     assert best.get_xydata().tolist() == [[2, 0.75]]
     assert [line.get_ydata()[0] for line in lines] == [0.125, 0.375]
     assert (left.get_ylabel(), right.get_ylabel()) == ("training loss", "f1")
-    ends = ["best: 0.75 in epoch 2", "before training: 0.125", "majority: 0.375"]
+    ends = ["best: 0.75 in epoch 2", "before training: 0.125", "always 'praise': 0.375"]
     assert legend(drawn[0]) == ["training loss", "f1", *ends]
     assert [t.get_text() for t in left.get_xticklabels()] == ["1", "2", "3"]
     assert [p.name for p in tmp_path.iterdir()] == ["curve.png"]

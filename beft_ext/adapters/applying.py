@@ -100,8 +100,8 @@ def load_adapter(
             is damaged or unsafe (a wrong digest, a pickle, NaN, a link out of the folder); a
             value that the model's dtype cannot hold, or that a tied tensor cannot take; a
             prepared model without ``trainable``; an adapter that changes more than what was
-            prepared; a model that is merged, tapped, wrapped by PEFT, or spread over processes
-            or devices; a name that the hub does not give. The model is as it was.
+            prepared; a model that is merged, tapped, wrapped by PEFT, or spread over processes; a
+            name that the hub does not give. The model is as it was.
     Example:
         >>> import copy, beft_ext
         >>> base = copy.deepcopy(model)
@@ -148,7 +148,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         name: a loaded adapter's; None for the base values, which come back to the bit.
     Raises:
         AdapterError: no adapter of that name is loaded; an adapter is merged; the model is tapped,
-            wrapped by PEFT, or spread over processes or devices. Or the model's dtype was changed
+            wrapped by PEFT, or spread over processes. Or the model's dtype was changed
             and cannot hold a value: the model is at its base values then.
     Example:
         >>> import beft_ext
@@ -174,7 +174,7 @@ def delete_adapter(model: nn.Module, name: str = "default") -> None:
         name: a loaded adapter's.
     Raises:
         AdapterError: no adapter of that name is loaded; an adapter is merged; the model is tapped,
-            wrapped by PEFT, or spread over processes or devices.
+            wrapped by PEFT, or spread over processes.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model)

@@ -65,8 +65,8 @@ def save_adapter(
         The address of the commit; None without ``push_to_hub``.
     Raises:
         AdapterError: nothing is trained or loaded; a value is not finite; ``selection`` is no
-            selection's file; a model that is wrapped by PEFT, or spread over processes or
-            devices; settings of the hub without ``push_to_hub``; no token, in which case nothing
+            selection's file; a model that is wrapped by PEFT, or spread over processes; settings
+            of the hub without ``push_to_hub``; no token, in which case nothing
             is written; an upload that failed, in which case the folder is whole.
         OSError: the disk is full, or the folder cannot be written to.
     Example:

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from beft_ext import __version__, scores
 from beft_ext.commands import methods, processes
@@ -152,11 +152,16 @@ def _tasks_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-file", type=Path, metavar="F", help=f"its rows: {FILES}")
 
 
-def _select_options(parser: argparse.ArgumentParser) -> None:
+def _add_training_on_rows(parser: argparse.ArgumentParser, **training: Any) -> None:
     add_model(parser)
     add_task(parser)
     add_rows(parser)
-    add_training(parser, epochs=1, warmup=0.0, race=False)
+    add_training(parser, **training)
+    parser.set_defaults(joint=True)
+
+
+def _select_options(parser: argparse.ArgumentParser) -> None:
+    _add_training_on_rows(parser, epochs=1, warmup=0.0, race=False)
     group = parser.add_argument_group("selection")
     group.add_argument(
         "--terms", type=joined, metavar="T+T", help=f"candidates (default: all): {TERMS}"
@@ -175,14 +180,10 @@ def _select_options(parser: argparse.ArgumentParser) -> None:
         help="length of the run, in place of --epochs; 0 for the gains alone",
     )
     add_out(parser, "for selection.json, its tensors and heatmap.png")
-    parser.set_defaults(joint=True)
 
 
 def _tune_options(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    add_task(parser)
-    add_rows(parser)
-    add_training(parser, epochs=10, warmup=0.06, race=True)
+    _add_training_on_rows(parser, epochs=10, warmup=0.06, race=True)
     group = parser.add_argument_group("what trains, and how")
     group.add_argument(
         "--terms",
@@ -205,14 +206,11 @@ def _tune_options(parser: argparse.ArgumentParser) -> None:
         "--deterministic", action="store_true", help="the same bits on a GPU too, which costs time"
     )
     add_out(parser, "for adapter/, evaluation.json, log.jsonl and the learning curve")
-    parser.set_defaults(stands=_tune_stands, joint=True)
+    parser.set_defaults(stands=_tune_stands)
 
 
 def _compare_options(parser: argparse.ArgumentParser) -> None:
-    add_model(parser)
-    add_task(parser)
-    add_rows(parser)
-    add_training(parser, epochs=10, warmup=0.06, race=True)
+    _add_training_on_rows(parser, epochs=10, warmup=0.06, race=True)
     group = parser.add_argument_group("what is compared")
     group.add_argument(
         "--methods",
@@ -224,7 +222,7 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
     group.add_argument("--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones")
     add_out(parser, "for the table, the picture and a line for each run")
-    parser.set_defaults(stands=_compare_stands, joint=True)
+    parser.set_defaults(stands=_compare_stands)
 
 
 def _biases(a: argparse.Namespace) -> None:

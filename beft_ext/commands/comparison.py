@@ -151,7 +151,8 @@ class Comparison:
         loader = own_part(every)
         chosen, start = None, time.perf_counter()
         if name == "auto":
-            chosen = chosen_by_gains(model, objective, loader, seed)[1].term
+            parts = settings.gradient_accumulation
+            chosen = chosen_by_gains(model, objective, loader, seed, parts=parts)[1].term
             prepare(model, chosen)
         adapted = way.setup(model, seed)
         recipe, budget = settings.recipe(decay=self.decay), settings.budget

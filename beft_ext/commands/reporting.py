@@ -45,17 +45,20 @@ class Judged:
         watched = Watched(self.batches, "evaluation")
         return self.objective.evaluate(model, watched, self.examples)
 
-    def of_majority(self) -> float | None:
-        """The deciding metric of always saying the class that most training rows have."""
-        return None if self.majority is None else self.majority[1][self.objective.task.metric]
+    def beside(self, before: Mapping[str, float]) -> dict[str, float]:
+        """The deciding metric of what a training must beat, by words for it: the model as it was,
+        and always saying the class that most training rows have."""
+        metric = self.objective.task.metric
+        found = {"before training": before[metric]}
+        if self.majority is not None:
+            found[f"always '{self.majority[0]}'"] = self.majority[1][metric]
+        return found
 
     def start(self, before: Mapping[str, float]) -> str:
         """Where a training sets out from, in a line."""
-        metric = self.objective.task.metric
-        line = f"before training  {metric} {before[metric]:.4f}"
-        if self.majority is not None:
-            name, reached = self.majority
-            line += f"  (always '{name}': {reached[metric]:.4f})"
+        (name, reached), *guess = self.beside(before).items()
+        line = f"{name}  {self.objective.task.metric} {reached:.4f}"
+        line += "".join(f"  ({said}: {value:.4f})" for said, value in guess)
         return f"{line}  on {len(self.examples)} {self.split} rows"
 
 

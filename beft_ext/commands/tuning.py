@@ -56,7 +56,7 @@ def run_tune(
     it sets out from and each epoch. parameters: that 'auto' may choose, at most. options: of
     Recipe."""
     from beft_ext.adapters import save_adapter
-    from beft_ext.plots import draw, learning_curve
+    from beft_ext.plots import draw, learning_curve, title_of
     from beft_ext.training.preparation import prepare
 
     train, validation, task = source.read("train"), source.read("validation"), source.task
@@ -106,9 +106,9 @@ def run_tune(
     if leads():
         save_adapter(model, out / "adapter", selection=selected, audition=race, about=about)
         save_json(out / "evaluation.json", about | {"model": spec.model, "adapter": "adapter"})
-        lines = {"start": start[task.metric], "majority": chooser.of_majority()}
+        told = {"title": title_of(spec.model, source.name, terms), "beside": chooser.beside(start)}
         path = out / "learning_curve.png"
-        draw(learning_curve, progress.history, task.metric, path, **lines)
+        draw(learning_curve, progress.history, task.metric, path, **told)
     print(f"\n{report}\nthe adapter is in {out / 'adapter'}")
 
 
@@ -157,7 +157,8 @@ def _automatic(
         if kept.gains is None:
             raise WorkflowError(f"{path} has no gains: it is of another version, so start anew")
         return automatic(kept.gains, family_of(model), budget).term, kept
-    found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget)
+    parts = settings.gradient_accumulation
+    found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget, parts)
     if found is not None:
         print(found)
         if leads():

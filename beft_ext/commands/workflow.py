@@ -135,14 +135,20 @@ def run_select(
 
 
 def chosen_by_gains(
-    model: nn.Module, objective: Objective, loader: Batches, seed: int, budget: int | None = None
+    model: nn.Module,
+    objective: Objective,
+    loader: Batches,
+    seed: int,
+    budget: int | None = None,
+    parts: int = 1,
 ) -> tuple[Selection | None, Choice]:
     """What 'auto' trains, by the gains of all terms, before any training; by the prior, and
-    without a selection, where the examples tell nothing. budget: of parameters, at most."""
+    without a selection, where the examples tell nothing. budget: of parameters, at most. parts:
+    that batches are read in."""
     family = family_of(model)
     try:
         watched = Watched(loader, "gains", most=-(-EXAMPLES // loader.size))
-        found = select(model, watched, observe=objective.observe, steps=0, seed=seed)
+        found = select(model, watched, observe=objective.observe, steps=0, parts=parts, seed=seed)
     except GainError as error:
         terms = [p.bias.term for p in find_projections(model)]
         return None, by_prior(terms, family, str(error))

@@ -2,7 +2,7 @@
 
 Names, classes, heads and records are those of the model inside. ``fully_shard`` wraps nothing: it
 changes the class of a model and what its parameters are. What else spreads the parameters over
-processes or devices is refused: its parts are not the values that they seem.
+processes is refused: its parts are not the values that they seem.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def measure_gains(
         LossError: the batches have no labels or no tensor; or the losses of single examples
             cannot be told from the model's loss.
         SelectionError: an empty loader; batches that are no mappings; an unknown term; a bias of
-            another model; a model that is spread over processes or devices.
+            another model; a model that is spread over processes.
         ProbeError: an attention cannot be probed for dead terms.
         TapError: the model is tapped already, or the examples cannot be told apart in an output.
         RankError: a rank ended or fell silent.

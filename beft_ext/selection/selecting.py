@@ -105,8 +105,7 @@ def select(
         SelectionError: an unknown method or term; a bias of another model; an empty loader, or
             one without a length where ``steps`` is not given; batches without labels or tensors; a
             loss of which the divisor or the examples' parts cannot be told; a loss or gradient
-            that is not finite (the message names the step); a model that is spread over processes
-            or devices.
+            that is not finite (the message names the step); a model that is spread over processes.
         GainError: the examples tell nothing, or ``loss`` gives none of single examples.
         BiasError: the model has no such biases, or its head is quantised.
         ProbeError: an attention cannot be probed for dead terms.
@@ -131,6 +130,8 @@ def select(
     meeting = parallel.meeting("select", promised)
     with meeting as ranks, _loss_told(), repeatable(deterministic):
         step_count = 0 if gains_alone else max(ranks.gather(_step_count(loader, epochs, steps)))
+        if parts < 1:
+            raise SelectionError(f"a batch is read in 1 part or more, but parts is {parts}")
         plan = repr((method, terms, steps, lr, warmup, weight_decay, max_grad_norm, seed))
         ranks.agree(SelectionError, arguments=plan)
         if method == GAIN:

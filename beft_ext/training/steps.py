@@ -264,6 +264,10 @@ class GraphedStep(EagerStep):
             self.graphs[shape] = _Replay(self, batch)
         return self.graphs[shape](batch)
 
+    def fitted(self, batch: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], T]) -> T:
+        """A graph is of a whole batch."""
+        return work(batch)
+
     @cached_property
     def side(self) -> torch.cuda.Stream:
         """One for all warm-ups: what is freed on a stream is given again on that stream alone."""

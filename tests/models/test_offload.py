@@ -92,19 +92,18 @@ def spread(model, folder, parts, **options):
     return found.eval()
 
 
-WAYS = {w.__name__: w for w in (from_host, from_files, with_buffers, half, dispatched)}
+# Every family by files, and every way with one that has a head and biases.
+CASES = [(from_files, name) for name in FAMILIES]
+CASES += [(way, "bert") for way in (from_host, with_buffers, half, dispatched)]
+CASES += [(half, "llama")]
+PAIRS = pytest.mark.parametrize("way, name", CASES, ids=[f"{w.__name__}-{n}" for w, n in CASES])
 
 
-@pytest.fixture(params=WAYS)
-def way(request, tmp_path):
-    (tmp_path / "offload").mkdir()
-
-    def offloaded(name):
-        model = WAYS[request.param](tiny(name), tmp_path / "offload")
-        assert is_offloaded(model) and device_of(model) == CPU
-        return model
-
-    return offloaded
+def offloaded(way, name, folder):
+    (folder / "offload").mkdir()
+    model = way(tiny(name), folder / "offload")
+    assert is_offloaded(model) and device_of(model) == CPU
+    return model
 
 
 def loader(rows=6, count=4):
@@ -131,9 +130,9 @@ def trained(model, terms="value", folder=None, evaluate=None):
     return prepared
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_gains_and_selection_are_those_of_the_plain_model(name, way):
-    model, plain = way(name), tiny(name)
+@PAIRS
+def test_gains_and_selection_are_those_of_the_plain_model(way, name, tmp_path):
+    model, plain = offloaded(way, name, tmp_path), tiny(name)
     before, want = away(model), logits(plain)
     assert torch.equal(logits(model), want)
     assert find_projections(model) == find_projections(plain)
@@ -148,9 +147,9 @@ def test_gains_and_selection_are_those_of_the_plain_model(name, way):
     assert all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_what_trains_ends_in_the_same_bits(name, way, tmp_path):
-    model, plain = way(name), tiny(name)
+@PAIRS
+def test_what_trains_ends_in_the_same_bits(way, name, tmp_path):
+    model, plain = offloaded(way, name, tmp_path), tiny(name)
     before = away(model)
     for m, folder in ((model, "one"), (plain, "other")):
         trained(m, "value", tmp_path / folder, loader(count=1))
@@ -167,11 +166,11 @@ def test_what_trains_ends_in_the_same_bits(name, way, tmp_path):
         assert torch.equal(value_of(model, n), plain.get_parameter(n))
 
 
-@pytest.mark.parametrize("name", FAMILIES)
-def test_an_adapter_is_loaded_merged_and_taken_off_again(name, way, tmp_path):
+@PAIRS
+def test_an_adapter_is_loaded_merged_and_taken_off_again(way, name, tmp_path):
     trained(first := tiny(name), "value+mlp_up")
     save_adapter(first, tmp_path / "adapter")
-    model, plain = way(name), tiny(name)
+    model, plain = offloaded(way, name, tmp_path), tiny(name)
     before, base = away(model), logits(plain)
     for m in (model, plain):
         load_adapter(m, tmp_path / "adapter")
@@ -191,8 +190,8 @@ def test_an_adapter_is_loaded_merged_and_taken_off_again(name, way, tmp_path):
     assert torch.equal(logits(model), base)
 
 
-def test_a_value_bias_folds_into_an_offloaded_output(way):
-    model, plain = way("gpt-neo"), tiny("gpt-neo")
+def test_a_value_bias_folds_into_an_offloaded_output(tmp_path):
+    model, plain = offloaded(from_files, "gpt-neo", tmp_path), tiny("gpt-neo")
     for m in (model, plain):
         trained(m)
         merge_adapter(m)
@@ -201,8 +200,9 @@ def test_a_value_bias_folds_into_an_offloaded_output(way):
     assert torch.isfinite(logits(model)).all()
 
 
-def test_untrained_biases_go_back_and_trained_ones_stay(way):
-    model, plain = way("bert"), tiny("bert")
+@pytest.mark.parametrize("way", [from_host, from_files, half])
+def test_untrained_biases_go_back_and_trained_ones_stay(way, tmp_path):
+    model, plain = offloaded(way, "bert", tmp_path), tiny("bert")
     before = away(model)
     prepare(model, "value")
     restore(model)
