@@ -21,7 +21,7 @@ from beft_ext.layouts import Place, TapError as TapError, fingerprint, locate, r
 from beft_ext.listener import Listener, Site, Step, Use, refuse_copy
 from beft_ext.models import Bias, BiasMap, outer_modules, output_width, require_fit, state
 from beft_ext.models.modes import quiet
-from beft_ext.models.wrappers import whole
+from beft_ext.models.wrappers import require_unsharded, sharded, whole
 from beft_ext.slab import SiteSlab
 
 
@@ -44,7 +44,8 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     or compiled afterwards.
 
     Args:
-        model: a transformers model, in one process.
+        model: a transformers model, in one process or under ``fully_shard``; there ``locate`` goes
+            before the first backward over several examples, on every rank with the same inputs.
         biases: those to listen at, such as ``find_biases(model)``.
     Attributes:
         sites: one for each biased projection, with its biases, trainable leaves and sums.
@@ -70,6 +71,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         require_untapped(model)
         biases = list(biases)
         require_fit(model, biases, TapError)
+        require_unsharded({b.parameter: model.get_parameter(b.parameter) for b in biases}, TapError)
         self.sites: list[Site] = []
         self._model, self._step = model, Step(self.sites)
         self._hooks: list[Any] = []
@@ -272,6 +274,8 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         step = self._step
         if step.called is None:
             raise TapError("where the examples lie cannot be told: no module above was called")
+        if sharded(self._model):  # within its backward no other forward can run
+            raise TapError("a sharded model's examples are to be located before: call Tap.locate")
         module, args, kwargs = step.called
 
         def forward(given: Mapping[Any, Any]) -> None:

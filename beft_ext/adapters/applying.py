@@ -7,6 +7,7 @@ one is active, the base values of what it changes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def load_adapter(
     projection without a bias has one as long as the adapter is active.
 
     Args:
-        model: a transformers model, in one process.
+        model: a transformers model, in one process or under ``fully_shard``.
         folder: what ``save_adapter`` or PEFT's ``save_pretrained`` wrote; or "user/name" on the
             hub, where there is no such folder.
         name: what ``set_adapter`` will call it. An adapter of the same name is replaced. Without
@@ -256,6 +257,7 @@ def _continue_from(model: nn.Module, prepared: Prepared, contents: Contents) -> 
 
 def _deactivate(model: nn.Module, adapters: Adapters) -> None:
     """Back to the base values, to the bit."""
+    _require_unsharded(model, adapters.base)
     for key, base in adapters.base.items():
         if base is None:
             model.get_submodule(key.removesuffix(".bias")).bias = None
@@ -273,6 +275,7 @@ def _activate(model: nn.Module, adapters: Adapters, name: str, contents: Content
         AdapterError: a value does not fit. The model is at its base, the kept adapters as before.
     """
     _check_ties(model, contents)
+    _require_unsharded(model, [*(f"{m}.bias" for m in contents.biases), *contents.head])
     modules = [model.get_submodule(path) for path in contents.biases]
     try:
         for module, (path, difference) in zip(modules, contents.biases.items(), strict=True):
@@ -314,6 +317,11 @@ def _refuse(*_: object) -> None:
         "load_state_dict would write over the base values of an active adapter: call "
         "set_adapter(model, None) first"
     )
+
+
+def _require_unsharded(model: nn.Module, names: Iterable[str]) -> None:
+    own = dict(model.named_parameters(remove_duplicate=False))
+    wrappers.require_unsharded({n: own[n] for n in names if n in own}, AdapterError)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:

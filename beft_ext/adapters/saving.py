@@ -128,6 +128,8 @@ def _to_save(model: nn.Module) -> tuple[Contents, JsonObject, str]:
 
 def _trained(model: nn.Module, prepared: Prepared) -> Contents:
     """Differences of the prepared biases over the whole width of every module they belong to."""
+    names = [*(b.parameter for b in prepared.biases), *prepared.head]
+    wrappers.require_unsharded({n: model.get_parameter(n) for n in names}, AdapterError)
     whole: dict[str, Tensor] = {}
     for bias in prepared.biases:
         parameter = model.get_parameter(bias.parameter).detach()
@@ -136,12 +138,12 @@ def _trained(model: nn.Module, prepared: Prepared) -> Contents:
         )
         into = whole.setdefault(bias.parameter, torch.zeros_like(parameter, dtype=torch.float64))
         bias.view(into).copy_(difference.view(bias.groups, -1))
-    names = {id(model.get_parameter(name)): name for name in whole}
+    owner = {id(model.get_parameter(name)): name for name in whole}
     biases = {}
     for path, module in model.named_modules():  # tied projections hold one bias under several
         parameter = getattr(module, "bias", None)
-        if isinstance(parameter, Tensor) and id(parameter) in names:
+        if isinstance(parameter, Tensor) and id(parameter) in owner:
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            biases[path] = whole[names[id(parameter)]].to(dtype)
+            biases[path] = whole[owner[id(parameter)]].to(dtype)
     head = head_modules(model, prepared.head)
     return Contents(biases, head_state(model, head), prepared.terms)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from beft_ext.models.bias_map import BiasError
 from beft_ext.models.find import is_quantised, output_width
 from beft_ext.models.registry import VALUE_FOLDS
+from beft_ext.models.wrappers import class_of, is_shard, require_unsharded
 
 
 def add_bias(module: nn.Module) -> nn.Parameter:
@@ -45,6 +46,8 @@ def make_plain(model: nn.Module, added: Sequence[str]) -> Plain:
     if not added or not hasattr(model, "config"):
         return plain
     flags, names = _flags(model, added)
+    outputs = (_output(model, path) for path in added if f"{path}.bias" not in names)
+    require_unsharded({f"{o}.bias": model.get_parameter(f"{o}.bias") for o in outputs}, BiasError)
     for flag in flags:
         plain.flags[flag] = getattr(model.config, flag)
         setattr(model.config, flag, True)
@@ -108,7 +111,7 @@ def _names(model: nn.Module, flags: Iterable[str]) -> set[str]:
     for flag in flags:
         setattr(config, flag, True)
     with torch.device("meta"):
-        fresh = type(model)(config)
+        fresh = class_of(model)(config)
     return {n for n, _ in fresh.named_parameters(remove_duplicate=False)}
 
 
@@ -139,6 +142,7 @@ def _fold(model: nn.Module, value: str, plain: Plain) -> None:
         if is_quantised(output.weight):  # only the layer itself knows the product
             constant = output(source.bias[None])[0].double() - output.bias.double()
         else:
-            constant = output.weight.double() @ source.bias.double()
+            weight = output.weight.full_tensor() if is_shard(output.weight) else output.weight
+            constant = weight.double() @ source.bias.double()
         output.bias.copy_(output.bias.double() + constant)
     source.bias = None

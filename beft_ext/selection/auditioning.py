@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from beft_ext import parallel
 from beft_ext.errors import BeftWarning
+from beft_ext.models.wrappers import sharded
 from beft_ext.selection.contenders import Contender, rates_around
 from beft_ext.selection.racers import Audition, AuditionError, Racer, Rung, paired
 from beft_ext.training.loss import (
@@ -348,6 +349,11 @@ class _Start:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise AuditionError(f"contender '{name}' trains nothing")
+        if sharded(model):
+            raise AuditionError(
+                f"contender '{name}' is sharded, and racers are divided among the processes, each "
+                "with a whole model: give the rate, or race a smaller model"
+            )
         self.device = trained[0].device
         self.values = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
 from beft_ext.models import Bias
+from beft_ext.models.wrappers import sharded
 
 # As a share of the attention's largest gradient. Of all model types of transformers, small and
 # random, the least that lives is 3e-5; what is dead stays below 5e-8, the rounding of the fp32
@@ -154,6 +155,8 @@ class _Adding:
 
 def _twin(module: nn.Module, dtype: torch.dtype, native: torch.dtype) -> nn.Module:
     """A copy in ``dtype``; modules with quantised weights stay, and are fed in ``native``."""
+    if sharded(module):
+        raise NotImplementedError("a part of it is sharded by itself: shard whole layers")
     twin = copy.deepcopy(module).eval().requires_grad_(False)
     for part in twin.modules():
         own = list(part.parameters(recurse=False))

@@ -20,6 +20,8 @@ from beft_ext.gains import GainError, Regression, equal_rows
 from beft_ext.models import Bias, head_parameters
 from beft_ext.parallel import Ranks
 from beft_ext.tap import Tap
+from beft_ext.training.counted import try_on, untried
+from beft_ext.training.lockstep import Lockstep, Want
 from beft_ext.training.loss import Batch, first_rows, offsets_of, on_device, rows_of
 from beft_ext.training.observed import Observed
 
@@ -104,6 +106,7 @@ class Collector:
         self.columns = fitting(self.biases, share, self.memory)
         self.tap.keep_rows(share, self.columns, self.seed)
         self.heads = _HeadRows.all_of(self.model)
+        self.lockstep = Lockstep(self.model, self.ranks)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -126,44 +129,71 @@ class Collector:
             for size in sizes:
                 taken.append(min(size or 0, left - sum(taken)))
             first = self.total + sum(taken[: self.ranks.rank])
-            if batch:
-                self._read(batch, taken[self.ranks.rank], first)
+            self._read(batch or {}, taken[self.ranks.rank], first)
             self.total += sum(taken)
             self.taken.append(taken)
         return True
 
     def _read(self, batch: Batch, size: int, first: int) -> None:
         """Read ``size`` examples of a batch; the first of them is number ``first`` of all."""
-        inputs = on_device(batch, self.tap.leaves()[0][1].device)
+        inputs = on_device(batch if size else {}, self.tap.leaves()[0][1].device)
         offsets = offsets_of(inputs)
-        if size == 0:
-            return
         if offsets is not None and size < len(offsets) - 1:
             raise GainError(
                 f"a packed batch has {len(offsets) - 1} texts, but {size} of {self.examples} "
                 "examples are left to read: allow more examples, or pack fewer"
             )
-        if offsets is None:
+        if offsets is None and size:
             inputs = first_rows(inputs, size)
+        self._settle(inputs, size, offsets)
+        if size == 0:
+            return self._along()
         self._locate(inputs, size, offsets)
         self.tap.step(size, 1.0, offsets, row=self.rows)
         for head in self.heads:
             head.batch = size if offsets is None else 0
-        with torch.enable_grad():
-            seen = self.observe(self.model, inputs)
-            function = seen.losses if seen.outputs is None else seen.outputs
+        seen, function = self._observed(inputs)
         if len(function) != size:
             raise GainError(f"a batch of {size} examples has {len(function)} losses")
         for name, value in (("loss", seen.losses), ("output", function)):
             if not bool(value.isfinite().all()):
                 at = first + int((~value.isfinite()).nonzero()[0])
                 raise GainError(f"the {name} of example {at} is not finite: check the data")
+        self.lockstep.begin_backward()
         function.sum().backward()
         for _, leaf in self.tap.leaves():
             leaf.grad = None
         self.rows += size
         self.seen.append(seen.detached())
         self.keys += _keys(inputs, size, offsets)
+
+    def _observed(self, inputs: Batch) -> tuple[Observed, Tensor]:
+        """What is seen of a batch, and the function of each example that gradients are taken of."""
+        with torch.enable_grad():
+            seen = self.observe(self.model, inputs)
+        return seen, seen.losses if seen.outputs is None else seen.outputs
+
+    def _settle(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
+        """Find out of a sharded model, with the other ranks, what this rank's batch calls for."""
+        wants: list[Want] = [("output", None)] if untried(self.model) else []
+        if size > 1 and (offsets is not None) not in self.located:
+            wants.append(("examples", offsets is not None))
+        self.lockstep.settle(inputs, wants, self._find_out)
+
+    def _find_out(self, what: str, batch: Batch) -> None:
+        inputs = on_device(batch, self.tap.leaves()[0][1].device)
+        if what == "output":
+            try_on(self.model, inputs)
+        else:
+            self._locate(inputs, _examples(inputs), offsets_of(inputs))
+
+    def _along(self) -> None:
+        """A step in which others have rows."""
+        self.tap.rest()
+        for head in self.heads:
+            head.batch = 0
+        device, leaves = self.tap.leaves()[0][1].device, [leaf for _, leaf in self.tap.leaves()]
+        self.lockstep.along(lambda given: self._observed(on_device(given, device))[1].sum(), leaves)
 
     def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
         self.tap.rest()

@@ -15,7 +15,7 @@ from beft_ext import parallel
 from beft_ext.gains import Gain, GainError, Gram, beyond_chance, gain, lead, learning_curve
 from beft_ext.models import BiasMap
 from beft_ext.models.modes import quiet
-from beft_ext.models.wrappers import replicated, whole
+from beft_ext.models.wrappers import joint, whole
 from beft_ext.parallel import Ranks
 from beft_ext.selection.candidates import added, candidates_of, dead_of
 from beft_ext.selection.evidence import Collector, Evidence, Observe
@@ -30,6 +30,7 @@ from beft_ext.selection.sets import frontier
 from beft_ext.tap import Tap, require_untapped
 from beft_ext.training.data import generators
 from beft_ext.training.joined import require_apart
+from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import (
     Batch,
     Loss,
@@ -67,7 +68,8 @@ def measure_gains(
     of one process over all rows (docs/large-models.md).
 
     Args:
-        model: a transformers model; compiled, in DistributedDataParallel, or neither.
+        model: a transformers model, plain, compiled, in DistributedDataParallel or under
+            ``fully_shard``.
         loader: batches as keyword arguments of the model, first axis examples. An empty one is a
             step without rows on this rank.
         observe: the losses of a batch's examples; by default told by the model's own loss.
@@ -100,7 +102,7 @@ def measure_gains(
     Source: docs/definitions.md, section 7; the kernel of gradients is that of Malladi et al. 2023
     (arXiv 2210.05643).
     """
-    promised = replicated(model)
+    promised = joint(model)
     model = whole(model, SelectionError, copies=False, replicas=True)
     require_untapped(model)
     if examples < 3:
@@ -108,7 +110,7 @@ def measure_gains(
     with parallel.meeting("measure_gains", promised) as ranks:
         names, lacking = candidates_of(model, terms, biases, every=True)
         require_same(ranks, model, candidates=repr((names, examples, memory, seed)))
-        with ModelSnapshot(model), added(model, lacking), quiet(model):
+        with ModelSnapshot(model), in_step(model, ranks), added(model, lacking), quiet(model):
             torch.manual_seed(seed)
             batches = BufferedLoader(loader)
             require_apart(ranks, batches.first, SelectionError)

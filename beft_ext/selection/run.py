@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models import Bias, head_parameters
+from beft_ext.models.wrappers import class_of, is_shard, reshard
 from beft_ext.parallel import Ranks, here
 from beft_ext.selection.result import SelectionError
 from beft_ext.tap import Tap
+from beft_ext.training.counted import try_on, untried
 from beft_ext.training.data import digest_of
 from beft_ext.training.joined import NOTHING, Share, averaged, side_by_side
+from beft_ext.training.lockstep import Lockstep, Want
 from beft_ext.training.loss import (
     Batch,
     Divisor,
@@ -62,7 +65,9 @@ def require_same(ranks: Ranks, model: nn.Module, **facts: str) -> None:
     """Raise SelectionError where ranks have different models, or different ``facts``."""
     if ranks.size > 1:
         values = dict(model.named_parameters()) | dict(model.named_buffers())
-        digest = digest_of({n: t.detach() for n, t in values.items()}, type(model).__name__)
+        # Shards differ: they are parts of one model.
+        own = {n: t.detach() for n, t in values.items() if not is_shard(t)}
+        digest = digest_of(own, class_of(model).__name__)
         ranks.agree(SelectionError, the_model=digest, **facts)
 
 
@@ -89,6 +94,7 @@ class ModelSnapshot:
         self.values = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
 
     def __exit__(self, *_: object) -> None:
+        reshard(self.model)
         with torch.no_grad():
             for tensor, value in self.values:
                 tensor.copy_(value)
@@ -135,9 +141,14 @@ class Run:
         self.initial = {b: leaf.detach().clone().flatten() for b, leaf in self.pairs}
         self.batch_sq = {b: 0.0 for b, _ in self.pairs}
         self.examples = self.done = 0
-        vectors = [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point()]
+        vectors = [
+            p
+            for p in model.parameters()
+            if p.ndim == 1 and p.is_floating_point() and not is_shard(p)
+        ]
         self.divisor = Divisor(loss, list(dict.fromkeys([*head, *vectors])))
         self.located: set[bool] = set()  # whether examples were located in packed batches or not
+        self.lockstep = Lockstep(model, self.ranks)
 
     def train(self, loader: Iterable[Batch], progress: bool) -> list[float]:
         """The loss of each step."""
@@ -161,9 +172,7 @@ class Run:
 
     def _train_on(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
-        share = self._backward(batch) if batch else NOTHING
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        number = averaged(self.ranks, trained, share)
+        number = averaged(self.ranks, self._trained(), self._backward(batch))
         self._stop_unless(math.isfinite(number), "loss")
         self.optimizer.step()
         norm = float(self.optimizer.grad_norm)
@@ -179,14 +188,23 @@ class Run:
         self.done += 1
         return number
 
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def _backward(self, batch: Batch) -> Share:
-        """Of this rank's batch: its gradients, and what they are a mean of."""
+        """Of this rank's batch, which may be empty: its gradients, and what they are a mean of."""
         inputs = on_device(batch, self.pairs[0][1].device)
         self.tap.rest()  # measuring a divisor takes backwards that are no example's
-        offsets, scale = offsets_of(inputs), self.divisor.measured(self.model, inputs)
-        size = examples_of(inputs, offsets)
+        offsets, size = offsets_of(inputs), 0
+        scale: float | None = 0.0
+        self._settle(inputs, offsets)
+        if inputs:
+            scale = self.divisor.measured(self.model, inputs)
+            size = examples_of(inputs, offsets)
         self.examples += size
-        if scale == 0 and self.ranks.size > 1:  # no label: the mean over none is not a number
+        # No label: the mean over none is not a number.
+        if scale == 0 and (self.ranks.size > 1 or not inputs):
+            self.lockstep.along(self._loss_of, self._trained())
             return NOTHING
         self._locate(inputs, size, offsets)
         self.tap.step(size, scale or 1.0, offsets)
@@ -197,8 +215,32 @@ class Run:
         loss = scalar(value)
         number = float(loss.detach())
         self._stop_unless(math.isfinite(number), "loss")
+        self.lockstep.begin_backward()
         loss.backward()
         return Share(number, scale, self.divisor.constant(inputs))
+
+    def _loss_of(self, batch: Batch) -> Tensor:
+        return scalar(self.loss(self.model, on_device(batch, self.pairs[0][1].device)))
+
+    def _settle(self, inputs: Batch, offsets: Tensor | None) -> None:
+        """Find out of a sharded model, with the other ranks, what the step must know."""
+        wants: list[Want] = [("output", None)] if untried(self.model) else []
+        if (kind := self.divisor.unknown(inputs)) is not None:
+            wants.append(("divisor", kind))
+        packed = offsets is not None
+        if inputs and packed not in self.located and examples_of(inputs, offsets) > 1:
+            wants.append(("examples", packed))
+        self.lockstep.settle(inputs, wants, self._find_out)
+
+    def _find_out(self, what: str, batch: Batch) -> None:
+        inputs = on_device(batch, self.pairs[0][1].device)
+        if what == "output":
+            try_on(self.model, inputs)
+        elif what == "divisor":
+            self.divisor.measured(self.model, inputs)
+        else:
+            offsets = offsets_of(inputs)
+            self._locate(inputs, examples_of(inputs, offsets), offsets)
 
     def counted(self) -> tuple[int, dict[Bias, tuple[Tensor, Tensor]]]:
         """The number of examples of all ranks, and the statistics of their gradients."""

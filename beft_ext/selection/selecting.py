@@ -14,7 +14,7 @@ from torch import nn
 from beft_ext import parallel, scores
 from beft_ext.models import Bias, BiasMap
 from beft_ext.models.modes import cuda_devices, repeatable
-from beft_ext.models.wrappers import name_of, replicated, whole
+from beft_ext.models.wrappers import joint, name_of, whole
 from beft_ext.selection.candidates import added, candidates_of, dead_of
 from beft_ext.selection.evidence import Observe
 from beft_ext.selection.gain_result import GAIN, Gains
@@ -28,6 +28,7 @@ from beft_ext.selection.run import (
 )
 from beft_ext.tap import Tap, require_untapped
 from beft_ext.training.joined import require_apart
+from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import Batch, Loss, LossError, model_loss
 
 
@@ -64,8 +65,8 @@ def select(
     the bit, that of one process over all rows (docs/large-models.md).
 
     Args:
-        model: a transformers model whose output has ``loss``; compiled, in
-            DistributedDataParallel, or neither.
+        model: a transformers model whose output has ``loss``, plain, compiled, in
+            DistributedDataParallel or under ``fully_shard``.
         loader: batches, keyword arguments of the model whose first axis holds the examples. Each
             text of a packed batch (``position_ids`` that start anew, or ``cu_seq_lens_q``) is an
             example. An empty batch is a step without rows on this rank.
@@ -118,7 +119,7 @@ def select(
     if method != GAIN and method not in scores.SCORES:
         known = ", ".join([GAIN, *scores.SCORES])
         raise SelectionError(f"unknown method '{method}': choose one of {known}")
-    promised = replicated(model)
+    promised = joint(model)
     model = whole(model, SelectionError, copies=False, replicas=True)
     require_untapped(model)
     gains_alone = method == GAIN and steps == 0
@@ -139,6 +140,7 @@ def select(
         require_same(ranks, model, candidates=repr(names))
         with (
             ModelSnapshot(model),
+            in_step(model, ranks),
             added(model, lacking),
             torch.random.fork_rng(devices=cuda_devices(model)),
         ):

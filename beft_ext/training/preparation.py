@@ -124,9 +124,10 @@ def prepare(
     prepared too. Loaded adapters that are not active are forgotten.
 
     Args:
-        model: a transformers model, plain or in DistributedDataParallel. Prepare first and wrap
-            then: an added bias is refused in a wrapped model, and what is frozen after the
-            wrapping needs ``find_unused_parameters=True``.
+        model: a transformers model, plain, in DistributedDataParallel or under ``fully_shard``
+            (docs/large-models.md). Prepare first and wrap in DDP then: an added bias is refused in
+            a wrapped model, and what is frozen after the wrapping needs
+            ``find_unused_parameters=True``. Prepare before or after ``fully_shard``.
         terms: a set of terms, as text ("value", "value@6-11+query") or as the texts of its parts.
             ``value@6-11`` is the value in layers 6 to 11, ``value@3`` in layer 3 alone.
         layers: numbers of the layers, from 0; by default all.
@@ -136,9 +137,9 @@ def prepare(
         What trains.
     Raises:
         PrepareError: an unknown term; a layer out of range; a norm that has no bias (RMSNorm); a
-            quantised head; a bias of another model; a model that is prepared, merged or tapped,
-            has an active adapter, is wrapped by PEFT, or is spread over processes or devices.
-            Nothing was changed.
+            quantised head; a bias of another model, or one that is sharded; a model that is
+            prepared, merged or tapped, has an active adapter, is wrapped by PEFT, or is spread over
+            processes or devices in another way than ``fully_shard``'s. Nothing was changed.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model, terms=["query", "value"], layers=[1])
@@ -158,6 +159,8 @@ def prepare(
         )
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     head = _head(model)
+    there = {p.bias.parameter: model.get_parameter(p.bias.parameter) for p in chosen if p.has_bias}
+    wrappers.require_unsharded(there | head, PrepareError)
     added = list(dict.fromkeys(p.bias.module for p in chosen if not p.has_bias))
     for module in added:
         add_bias(model.get_submodule(module))

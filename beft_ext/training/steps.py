@@ -17,8 +17,20 @@ from torch import Tensor, nn
 from beft_ext.errors import BeftError
 from beft_ext.ops import dispatch
 from beft_ext.parallel import Ranks
+from beft_ext.training.counted import try_on, untried
 from beft_ext.training.joined import NOTHING, Share, averaged
-from beft_ext.training.loss import Divisor, Loss, examples_of, model_loss, offsets_of, scalar
+from beft_ext.training.lockstep import Lockstep, Want
+from beft_ext.training.loss import (
+    Batch,
+    Divisor,
+    Loss,
+    LossValue,
+    examples_of,
+    model_loss,
+    offsets_of,
+    on_device,
+    scalar,
+)
 from beft_ext.training.optim import BiasAdamW
 
 LENGTH_MULTIPLE = 32  # of tokens
@@ -81,25 +93,43 @@ class JoinedStep(EagerStep):
         self.ranks = ranks
         self.trained = [p for group in optimizer.param_groups for p in group["params"]]
         self.divisor = Divisor(loss, self.trained)
+        self.lockstep = Lockstep(model, ranks)
 
     def work(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """This rank's forward and backward, and every rank's optimizer's step."""
-        loss = averaged(self.ranks, self.trained, self._backward(batch) if batch else NOTHING)
+        loss = averaged(self.ranks, self.trained, self._backward(batch))
         self.optimizer.step()
         return torch.tensor(loss, device="cpu"), self.optimizer.grad_norm
 
     def _backward(self, batch: Mapping[str, Tensor]) -> Share:
-        scale = self.divisor.measured(self.model, batch)
+        wants: list[Want] = [("output", None)] if untried(self.model) else []
+        if (kind := self.divisor.unknown(batch)) is not None:
+            wants.append(("divisor", kind))
+        self.lockstep.settle(batch, wants, self._find_out)
+        scale = self.divisor.measured(self.model, batch) if batch else 0.0
         if scale == 0:  # no label: the mean over none is not a number
+            self.lockstep.along(lambda given: scalar(self._value(given)), self.trained)
             return NOTHING
-        device = next(iter(batch.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            value = self.loss(self.model, batch)
-            loss = scalar(value)
+        value = self._value(batch)
+        loss = scalar(value)
         if scale is None:
             scale = self.divisor.of(value, batch, examples_of(batch, offsets_of(batch)))
+        self.lockstep.begin_backward()
         loss.backward()
         return Share(float(loss.detach()), scale, self.divisor.constant(batch))
+
+    def _value(self, batch: Batch) -> LossValue:
+        inputs, kind = on_device(batch, self.trained[0].device), self.trained[0].device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            return self.loss(self.model, inputs)
+
+    def _find_out(self, what: str, batch: Batch) -> None:
+        """Of a sharded model, with the other ranks."""
+        inputs = on_device(batch, self.trained[0].device)
+        if what == "output":
+            try_on(self.model, inputs)
+        else:
+            self.divisor.measured(self.model, inputs)
 
 
 class GraphedStep(EagerStep):

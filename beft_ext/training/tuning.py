@@ -23,6 +23,7 @@ from beft_ext.training.data import Batch, Passes, digest_of, generators
 from beft_ext.training.evaluation import Evaluation, Judge
 from beft_ext.training.identity import machine, model_digest
 from beft_ext.training.joined import require_apart, side_by_side
+from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import Loss, model_loss
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.recipe import Progress, Recipe, TuningError
@@ -63,8 +64,8 @@ def tune(
     (docs/large-models.md).
 
     Args:
-        model: a prepared model, or any other of which something requires grad; plain or in
-            DistributedDataParallel, of which the model inside trains.
+        model: a prepared model, or any other of which something requires grad; plain, under
+            ``fully_shard``, or in DistributedDataParallel, of which the model inside trains.
         loader: batches, keyword arguments of the model; must have a length. Each pass may draw a
             new order: with torch's global generator, with a torch.Generator of the loader or
             its sampler, or with ``set_epoch``. An empty batch is a step without rows on this rank.
@@ -89,7 +90,7 @@ def tune(
             batches than its length; a loss or gradient that is not finite; ``save_every`` below
             1; ``resume`` without a folder; ``compile`` beside ``graphs``; a checkpoint that is
             damaged or of another run.
-        OptimizerError: a setting of the recipe is out of range, or the model is sharded.
+        OptimizerError: a setting of the recipe is out of range, or what trains is sharded.
         LossError: the batches have no labels.
         RankError: a rank ended or fell silent.
         StepError: graphs are asked for and cannot be had (``beft_ext.training.steps``).
@@ -109,8 +110,8 @@ def tune(
         raise TuningError(f"save_every must be at least 1 step, but is {save_every}")
     if resume and folder is None:
         raise TuningError("resume=True needs the folder of the run that is to go on")
-    meeting = parallel.meeting("tune", wrappers.replicated(model))
-    with meeting as ranks, repeatable(recipe.deterministic):
+    meeting = parallel.meeting("tune", wrappers.joint(model))
+    with meeting as ranks, in_step(model, ranks), repeatable(recipe.deterministic):
         run = _TuningRun(model, loader, recipe, loss, Judge.of(evaluate, metric, loss), folder)
         if folder is not None and ranks.rank == 0:
             sweep(folder)
