@@ -28,6 +28,7 @@ from beft_ext.commands.arguments import (
     spec_of,
 )
 from beft_ext.commands.loading import WorkflowError
+from beft_ext.commands.shortage import enough_memory
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.files import require_writable, save_json
 from beft_ext.parallel import leads
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     with processes.one_voice():
         a = _parser().parse_args(argv)
     try:
-        with _our_words_alone(), processes.together(a):
+        with _our_words_alone(), processes.together(a), enough_memory(a):
             if a.out is not None and leads():
                 require_writable(a.out.parent if a.verb == "predict" else a.out)
             a.run(a)

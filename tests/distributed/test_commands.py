@@ -1,14 +1,21 @@
 """The command line under several processes: the result of one, one voice, one exit code."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from beft_ext.commands.cli import main
+from beft_ext.training.tuning import CHECKPOINT
 
 pytestmark = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()),
@@ -81,6 +88,83 @@ def test_compare_compares_in_two_processes(launch, given, tmp_path):
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
     assert [run["method"] for run in runs] == ["auto", "lora"]
     assert all(run["failure"] is None for run in runs)
+
+
+def files(folder):
+    """What a run leaves, but for its pictures and its checkpoint."""
+    paths = [*sorted((folder / "adapter").iterdir()), folder / "evaluation.json"]
+    return {p.name: p.read_bytes() for p in [*paths, folder / "log.jsonl"]}
+
+
+def step_of(folder):
+    """The step that the checkpoint stands at; -1 without one."""
+    if not (folder / CHECKPOINT).is_file():
+        return -1
+    with safe_open(folder / CHECKPOINT, "np") as file:
+        return json.loads(file.metadata()["progress"])["step"]
+
+
+def rank_of(process):
+    """The rank of a process by its environment; None for one that is none, or is gone."""
+    try:
+        facts = (Path("/proc") / str(process) / "environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    return next((int(f[5:]) for f in facts if f.startswith(b"RANK=")), None)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the ranks in /proc")
+def test_a_rank_that_is_killed_is_started_again_and_ends_in_the_same_bytes(launch, given, tmp_path):
+    more = ["--terms", "value", "--epochs", "8", "--lr", "1e-2", "--save-every", "1", "--resume"]
+    tune = ["-m", "beft_ext", "tune", *given, *more, "--out"]
+    codes, said = launch(2, *tune, tmp_path / "whole")
+    assert codes == [0, 0], said[0][1]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [sys.executable, *torchrun, "--max-restarts", "1", *tune, str(tmp_path / "killed")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "said").open("w+") as said, subprocess.Popen(
+        torchrun, env=environment, stdout=said, stderr=said
+    ) as job:  # fmt: skip
+        try:
+            while step_of(tmp_path / "killed") < 12 and job.poll() is None:
+                time.sleep(0.005)
+            children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+            os.kill(next(int(c) for c in children if rank_of(c) == 1), signal.SIGKILL)
+            struck = step_of(tmp_path / "killed")
+            code = job.wait(timeout=120)
+        finally:
+            job.kill()
+        said.seek(0)
+        assert code == 0, said.read()[-3000:]
+    assert 12 <= struck < 40  # of 8 epochs of 5 steps
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_ranks_that_read_other_rows_are_told_apart(launch, given, tmp_path):
+    own = "import os, sys; from beft_ext.commands.cli import main; os.chdir(sys.argv[1] + os.environ"
+    own += "['RANK']); sys.exit(main(sys.argv[2:]))"
+    rows = Path(given[3]).read_text()
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "rows.csv").write_text(rows.replace("dull", f"dull {rank}"))
+    files = ["--train-file", "rows.csv", "--validation-file", "rows.csv", "--out", "out"]
+    codes, said = launch(2, "-c", own, f"{tmp_path}/", "select", *given[:2], *files)
+    assert codes == [2, 2], said
+    assert "rank 1 and rank 0 differ in the rows or the tokenizer" in said[0][1]
+    assert "beft-ext: " not in said[1][1]
+
+
+def test_several_processes_without_gloo(given, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
+    for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
+        monkeypatch.setenv(name, value)
+    ignored = signal.getsignal(signal.SIGTERM)
+    assert main(["select", *given, "--out", str(tmp_path)]) == 2
+    signal.signal(signal.SIGTERM, ignored)
+    said = capsys.readouterr().err
+    assert said == (
+        "beft-ext: several processes need torch's gloo backend, which is missing here\n"
+    )
 
 
 BAD = {
