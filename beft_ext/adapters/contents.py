@@ -70,8 +70,10 @@ def head_modules(model: nn.Module, parameters: Iterable[str]) -> list[str]:
 
 def head_state(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of the head's modules, buffers included, sharing the model's memory."""
-    inside = tuple(f"{m}." for m in modules)
-    return {n: t for n, t in model.state_dict().items() if inside and n.startswith(inside)}
+    found: dict[str, Tensor] = {}
+    for name in modules:  # not of the whole model: where that is sharded it is a call of all ranks
+        found |= model.get_submodule(name).state_dict(prefix=f"{name}.")
+    return found
 
 
 def unsupported(model: nn.Module, modules: Iterable[str]) -> str | None:

@@ -76,7 +76,7 @@ def save_adapter(
         >>> sorted(os.listdir("adapter"))
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    model = wrappers.whole(model, AdapterError)
+    model = wrappers.whole(model, AdapterError, lone=True)
     folder, upload = Path(folder), None
     if push_to_hub:
         upload = Upload(**{"repo_id": folder.resolve().name} | hub)

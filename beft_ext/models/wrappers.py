@@ -33,13 +33,16 @@ def whole(
     adapted: bool = False,
     copies: bool = True,
     replicas: bool = False,
+    lone: bool = False,
 ) -> nn.Module:
     """The model inside, where all of it lies in this process and on real devices.
 
     adapted: whether PEFT's wrapper will do, where names do not matter.
     copies: whether DataParallel will do, which runs copies of the model.
     replicas: whether DDP will do, where each process holds the whole model.
-    A model under ``fully_shard`` will do; its parameters are shards afterwards, as between steps.
+    lone: whether one process may ask without the others.
+    A model under ``fully_shard`` will do. Its parameters are shards afterwards, as between steps;
+    not where a process is alone, for the next forward must find the same on all.
     Raises ``error`` under DDP, FSDP1, tensor parallelism, ZeRO-3, and where parameters are on the
     meta device (offloaded).
     """
@@ -54,7 +57,8 @@ def whole(
         found = found or "this model is wrapped in DataParallel, which runs copies of it"
     if found is not None:
         raise error(f"{found}: pass the plain model, in one process and on its devices")
-    reshard(layers[-1])
+    if not lone:
+        reshard(layers[-1])
     return layers[-1]
 
 
@@ -90,7 +94,7 @@ def require_unsharded(tensors: Mapping[str, Tensor], error: type[BeftError]) -> 
 
 def reshard(model: nn.Module) -> None:
     """The parameters of a sharded model are shards again; its outermost module keeps whole ones
-    after a forward. No process waits for another."""
+    after a forward. All processes do it, or none; none waits for another."""
     for shard in _shards(inside(model)):
         shard.reshard()
 

@@ -161,6 +161,7 @@ class _TuningRun:
             weight_decay=recipe.weight_decay,
             max_grad_norm=recipe.max_grad_norm,
         )
+        self.kept = set(self.inside.state_dict())  # on all ranks: a sharded model's is of all
         self.state = Progress()
         self.passes = Passes(loader, recipe.seed)
         self.rest: Iterator[Batch] | None = None  # of the epoch that a checkpoint stood in
@@ -271,8 +272,8 @@ class _TuningRun:
     def _tensors(self) -> dict[str, Tensor]:
         """All that training changes, by its name in the checkpoint."""
         tensors = {f"param/{n}": p.detach() for n, p in self.parameters.items()}
-        kept = self.inside.state_dict().keys()
-        tensors |= {f"buffer/{n}": b for n, b in self.inside.named_buffers() if n in kept}
+        buffers = self.inside.named_buffers()
+        tensors |= {f"buffer/{n}": b for n, b in buffers if n in self.kept}
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state[p].items():
                 tensors[f"optimizer/{key}/{name}"] = value

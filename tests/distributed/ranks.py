@@ -148,13 +148,14 @@ def kept(name, wrap, folder, rank):
         for parameter in trained.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
-    if rank == 0:
-        beft_ext.save_adapter(trained, folder)
-    dist.barrier()
     data = {k: v for k, v in batch(name, 4, seed=7).items() if k != "labels"}
     found = {}
     with torch.no_grad():
-        found["trained"] = trained.eval()(**data).logits
+        trained.eval()(**data)
+        if rank == 0:  # alone, in the midst of forwards
+            beft_ext.save_adapter(trained, folder)
+        dist.barrier()
+        found["trained"] = trained(**data).logits
         model = beft_ext.load_adapter(wrap(model_of(name)).eval(), folder)
         found["loaded"] = model(**data).logits
         beft_ext.merge_adapter(model)
