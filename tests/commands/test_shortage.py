@@ -46,8 +46,9 @@ def test_a_step_that_runs_out_says_what_to_lower(
     assert main(command) == 2
     said = [n for n in capsys.readouterr().err.splitlines() if n.startswith("beft-ext: ")]
     assert len(said) == 1
-    assert f"the {place} is out of memory ({amount} were asked for): lower --batch-size (4) or " in (
-        said[0]
+    assert (
+        f"the {place} is out of memory ({amount} were asked for): lower --batch-size (4) or "
+        in (said[0])
     )
     assert said[0].endswith("--bf16") and "Error" not in said[0]
     monkeypatch.undo()

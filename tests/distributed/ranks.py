@@ -299,7 +299,9 @@ def refusals(rank, size):
     spread = shard(model_of("encoder"), ignored=set())
     split = model_of("encoder")
     mesh = dist.init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
-    parallelize_module(split.bert.encoder.layer[0].attention.self, mesh, {"query": ColwiseParallel()})
+    parallelize_module(
+        split.bert.encoder.layer[0].attention.self, mesh, {"query": ColwiseParallel()}
+    )
     broken_off = shard(model_of("encoder"))
 
     def not_finite_in_shards():

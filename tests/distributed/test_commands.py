@@ -141,7 +141,9 @@ def test_a_rank_that_is_killed_is_started_again_and_ends_in_the_same_bytes(launc
 
 
 def test_ranks_that_read_other_rows_are_told_apart(launch, given, tmp_path):
-    own = "import os, sys; from beft_ext.commands.cli import main; os.chdir(sys.argv[1] + os.environ"
+    own = (
+        "import os, sys; from beft_ext.commands.cli import main; os.chdir(sys.argv[1] + os.environ"
+    )
     own += "['RANK']); sys.exit(main(sys.argv[2:]))"
     rows = Path(given[3]).read_text()
     for rank in (0, 1):
