@@ -133,7 +133,7 @@ def test_a_rank_that_is_killed_is_started_again_and_ends_in_the_same_bytes(launc
             struck = step_of(tmp_path / "killed")
             code = job.wait(timeout=120)
         finally:
-            job.kill()
+            job.terminate()  # which ends its ranks
         said.seek(0)
         assert code == 0, said.read()[-3000:]
     assert 12 <= struck < 40  # of 8 epochs of 5 steps
