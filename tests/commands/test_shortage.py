@@ -56,11 +56,11 @@ def test_a_step_that_runs_out_says_what_to_lower(
 
 
 def test_pythons_own_shortage_and_a_verb_without_batches():
-    with pytest.raises(WorkflowError, match="the host is out of memory: take a smaller model"):
-        with enough_memory(Namespace(verb="merge")):
-            raise MemoryError
+    told = pytest.raises(WorkflowError, match="the host is out of memory: take a smaller model")
+    with told, enough_memory(Namespace(verb="merge")):
+        raise MemoryError
 
 
 def test_what_is_no_shortage_stays_as_it_is():
-    with pytest.raises(RuntimeError, match="^another$"), enough_memory(Namespace()):
+    with pytest.raises(RuntimeError, match=r"^another$"), enough_memory(Namespace()):
         raise RuntimeError("another")
