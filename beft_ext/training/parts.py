@@ -16,7 +16,7 @@ from beft_ext.training.joined import NOTHING, Share
 from beft_ext.training.loss import Batch, offsets_of, rows_between, rows_of
 
 # As torch's allocators say it.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory")
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 # Of a part, its loss times its divisor over the second argument where that is given.
 PartBackward = Callable[[Batch, float | None], Share]
 
