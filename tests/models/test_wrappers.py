@@ -9,8 +9,8 @@ from conftest import tiny
 from torch import nn
 
 from beft_ext.errors import BeftError
-from beft_ext.models import state
-from beft_ext.models.wrappers import called, inside, whole
+from beft_ext.models import state, unsharded
+from beft_ext.models.wrappers import called, class_of, inside, whole
 
 
 class Refused(BeftError):
@@ -97,6 +97,23 @@ def test_what_is_not_here_as_a_whole_is_refused():
                 whole(split, Refused)
         else:
             assert whole(split, Refused) is split
+
+
+def test_fsdp1_is_refused_by_its_name_wherever_it_wraps():
+    kind = type("FullyShardedDataParallel", (nn.Sequential,), {})
+    for model in (kind(nn.Linear(3, 2)), nn.Sequential(kind(nn.Linear(3, 2)))):
+        with pytest.raises(Refused, match=r"FullyShardedDataParallel \(FSDP1; fully_shard will do"):
+            whole(model, Refused)
+
+
+def test_what_stays_whole_are_the_vectors_and_the_head():
+    model = tiny("bert")
+    kept = unsharded(model)
+    assert {n for n, p in model.named_parameters() if p in kept and p.ndim > 1} == {
+        "classifier.weight"
+    }
+    assert all(p.ndim > 1 for p in model.parameters() if p not in kept)
+    assert class_of(model) is type(model)
 
 
 @dataclass
