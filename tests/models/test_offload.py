@@ -268,7 +268,7 @@ def test_a_step_holds_a_part_of_the_weights(tmp_path, checkpointing):
     assert peak(lambda: save_adapter(model, tmp_path / "adapter")) < allowed
     merge_adapter(model)
     folder = tmp_path / "merged"
-    assert peak(lambda: model.save_pretrained(folder, max_shard_size=size // 8)) < size * 3 // 4
+    assert peak(lambda: model.save_pretrained(folder, max_shard_size=size // 8)) < allowed
     again = type(plain).from_pretrained(folder).eval()
     assert torch.equal(logits(again), logits(plain))
     if not checkpointing:  # without what reads weights again, a step keeps all of them
