@@ -1,15 +1,18 @@
 """Several processes are one: ranks find together what one process finds in all of their rows."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from beft_ext import prepare
 from beft_ext.training.optim import BiasAdamW
 from beft_ext.training.steps import EagerStep
+from beft_ext.training.tuning import CHECKPOINT
 
 HERE = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("what_ranks_do", HERE / "ranks.py")
@@ -184,6 +187,14 @@ def test_ddp_and_a_run_that_was_broken_off_end_in_the_same_bits(jobs):
         same(found["tuned, sharded"], found["tuned"])
         assert "Stopped" in found["resumed"].pop("said")
         same(found["resumed"], found["tuned"])
+    # A run goes on sharded or whole: its checkpoint names the same model.
+    whole, spread = (run_of(jobs(2)[0]["folder"] / name) for name in ("tuned-2", "sharded"))
+    assert whole == spread
+
+
+def run_of(folder):
+    with safe_open(folder / CHECKPOINT, "np") as file:
+        return json.loads(file.metadata()["run"])
 
 
 REFUSED = {
