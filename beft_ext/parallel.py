@@ -37,7 +37,7 @@ LONGEST = 1800.0  # without it
 ALONE = 30.0  # seconds after which a plain model's call goes on by itself, where nobody else came
 CALLING = 5.0  # seconds in which a rank that still runs answers once another one was lost
 BLOCK = 2**24  # elements that are added up at a time
-OBJECTS, SUMS, ROWS = range(3)  # kinds of exchange
+OBJECTS, SUMS, ROWS, FORWARD, BACKWARD = range(5)  # what ranks are about to do together
 
 
 class RankError(BeftError, RuntimeError):
@@ -130,6 +130,11 @@ class Ranks:
             )  # fmt: skip
             self._run(dist.broadcast, block, rank)
             yield tensor if own else block.to(tensor.device)
+
+    def begin(self, kind: int) -> None:
+        """All begin a ``FORWARD`` or a ``BACKWARD`` of a model that is spread over them."""
+        if self.size > 1:
+            self._open(kind, 0)
 
     def seed(self, seed: int) -> int:
         """A seed of this rank's own: rank 0 has the one that is given."""

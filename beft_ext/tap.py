@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from beft_ext.errors import BeftError
 from beft_ext.layouts import Place, TapError as TapError, fingerprint, locate, replaced
 from beft_ext.listener import Listener, Site, Step, Use, refuse_copy
-from beft_ext.models import Bias, BiasMap, outer_modules, output_width, require_fit, state
+from beft_ext.models import Bias, BiasMap, offload, outer_modules, output_width, require_fit, state
 from beft_ext.models.modes import quiet
-from beft_ext.models.wrappers import whole
+from beft_ext.models.wrappers import require_unsharded, sharded, whole
 from beft_ext.slab import SiteSlab
 
 
@@ -44,12 +44,13 @@ class Tap(AbstractContextManager["Tap"], state.Record):
     or compiled afterwards.
 
     Args:
-        model: a transformers model, in one process.
+        model: a transformers model, in one process or under ``fully_shard``; there ``locate`` goes
+            before the first backward over several examples, on every rank with the same inputs.
         biases: those to listen at, such as ``find_biases(model)``.
     Attributes:
         sites: one for each biased projection, with its biases, trainable leaves and sums.
     Raises:
-        TapError: the model is tapped already, or spread over processes or devices; a bias is of
+        TapError: the model is tapped already, or spread over processes; a bias is of
             another model. A forward raises it where a tapped module does not give out a tensor. A
             backward raises it where no ``step`` announced it, or where the examples cannot be
             told apart.
@@ -70,9 +71,11 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         require_untapped(model)
         biases = list(biases)
         require_fit(model, biases, TapError)
+        require_unsharded({b.parameter: model.get_parameter(b.parameter) for b in biases}, TapError)
         self.sites: list[Site] = []
         self._model, self._step = model, Step(self.sites)
-        self._hooks: list[Any] = []
+        self._taken = offload.take(model, (b.parameter for b in biases))
+        self._hooks: list[Any] = [*offload.rereading(model)]
         self._listeners: list[Listener] = []
         by_parameter: dict[int, Site] = {}
         for bias in biases:
@@ -272,6 +275,8 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         step = self._step
         if step.called is None:
             raise TapError("where the examples lie cannot be told: no module above was called")
+        if sharded(self._model):  # within its backward no other forward can run
+            raise TapError("a sharded model's examples are to be located before: call Tap.locate")
         module, args, kwargs = step.called
 
         def forward(given: Mapping[Any, Any]) -> None:
@@ -304,6 +309,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         self._hooks.clear()
         for parameter, required in self._required:
             parameter.requires_grad_(required)
+        offload.put_back(self._model, self._taken)
         state.take(self._model, Tap)
 
     def __exit__(self, *_: object) -> None:

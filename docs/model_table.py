@@ -88,7 +88,7 @@ def verify(name: str, own: dict[str, Any] | None = None, title: str = "") -> Ver
         return Verdict(title, kind, why="no query, key and value projections are found")
     verdict = Verdict(title, kind, *_terms(projections), _layout(projections))
     for path in dict.fromkeys(p.bias.module for p in projections if p.linear and not p.has_bias):
-        parameter = add_bias(model.get_submodule(path))
+        parameter = add_bias(model, path)
         with torch.no_grad():
             parameter.normal_(0, 0.1)
     biases = find_biases(model)

@@ -7,6 +7,7 @@ one is active, the base values of what it changes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +18,16 @@ from torch.utils.hooks import RemovableHandle
 from beft_ext.adapters.contents import AdapterError, Contents, head_modules
 from beft_ext.adapters.hub import located
 from beft_ext.adapters.reading import read
-from beft_ext.models import BiasError, Plain, add_bias, find_projections, spell, state, wrappers
+from beft_ext.models import (
+    BiasError,
+    Plain,
+    add_bias,
+    find_projections,
+    offload,
+    spell,
+    state,
+    wrappers,
+)
 from beft_ext.tap import require_untapped
 from beft_ext.training.preparation import Prepared, PrepareError, prepare, prepared_of, restore
 
@@ -74,7 +84,7 @@ def load_adapter(
     projection without a bias has one as long as the adapter is active.
 
     Args:
-        model: a transformers model, in one process.
+        model: a transformers model, in one process or under ``fully_shard``.
         folder: what ``save_adapter`` or PEFT's ``save_pretrained`` wrote; or "user/name" on the
             hub, where there is no such folder.
         name: what ``set_adapter`` will call it. An adapter of the same name is replaced. Without
@@ -90,8 +100,8 @@ def load_adapter(
             is damaged or unsafe (a wrong digest, a pickle, NaN, a link out of the folder); a
             value that the model's dtype cannot hold, or that a tied tensor cannot take; a
             prepared model without ``trainable``; an adapter that changes more than what was
-            prepared; a model that is merged, tapped, wrapped by PEFT, or spread over processes
-            or devices; a name that the hub does not give. The model is as it was.
+            prepared; a model that is merged, tapped, wrapped by PEFT, or spread over processes; a
+            name that the hub does not give. The model is as it was.
     Example:
         >>> import copy, beft_ext
         >>> base = copy.deepcopy(model)
@@ -138,7 +148,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
         name: a loaded adapter's; None for the base values, which come back to the bit.
     Raises:
         AdapterError: no adapter of that name is loaded; an adapter is merged; the model is tapped,
-            wrapped by PEFT, or spread over processes or devices. Or the model's dtype was changed
+            wrapped by PEFT, or spread over processes. Or the model's dtype was changed
             and cannot hold a value: the model is at its base values then.
     Example:
         >>> import beft_ext
@@ -164,7 +174,7 @@ def delete_adapter(model: nn.Module, name: str = "default") -> None:
         name: a loaded adapter's.
     Raises:
         AdapterError: no adapter of that name is loaded; an adapter is merged; the model is tapped,
-            wrapped by PEFT, or spread over processes or devices.
+            wrapped by PEFT, or spread over processes.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model)
@@ -256,11 +266,13 @@ def _continue_from(model: nn.Module, prepared: Prepared, contents: Contents) -> 
 
 def _deactivate(model: nn.Module, adapters: Adapters) -> None:
     """Back to the base values, to the bit."""
+    _require_unsharded(model, adapters.base)
     for key, base in adapters.base.items():
         if base is None:
             model.get_submodule(key.removesuffix(".bias")).bias = None
         else:
             _tensor(model, key).copy_(base)
+    offload.put_back(model, [key for key, base in adapters.base.items() if base is not None])
     release(adapters)
     adapters.active = None
     adapters.base.clear()
@@ -273,12 +285,16 @@ def _activate(model: nn.Module, adapters: Adapters, name: str, contents: Content
         AdapterError: a value does not fit. The model is at its base, the kept adapters as before.
     """
     _check_ties(model, contents)
+    _require_unsharded(model, [*(f"{m}.bias" for m in contents.biases), *contents.head])
     modules = [model.get_submodule(path) for path in contents.biases]
+    biased = zip(contents.biases, modules, strict=True)
+    offload.take(model, [f"{p}.bias" for p, m in biased if m.bias is not None])
+    offload.take(model, contents.head)
     try:
         for module, (path, difference) in zip(modules, contents.biases.items(), strict=True):
             key = f"{path}.bias"
             adapters.base[key] = None if module.bias is None else module.bias.detach().clone()
-            into = (add_bias(module) if module.bias is None else module.bias).detach()
+            into = (add_bias(model, path) if module.bias is None else module.bias).detach()
             into.copy_(into.double() + difference.to(into.device, torch.float64))
             if adapters.base[key] is None:
                 module.bias.requires_grad_(False)
@@ -316,6 +332,11 @@ def _refuse(*_: object) -> None:
     )
 
 
+def _require_unsharded(model: nn.Module, names: Iterable[str]) -> None:
+    own = dict(model.named_parameters(remove_duplicate=False))
+    wrappers.require_unsharded({n: own[n] for n in names if n in own}, AdapterError)
+
+
 def _tensor(model: nn.Module, name: str) -> Tensor:
     """A parameter or buffer, sharing its memory."""
     module, _, leaf = name.rpartition(".")
@@ -344,7 +365,8 @@ def _check_ties(model: nn.Module, contents: Contents) -> None:
         if len(tied) == 1 or not given:
             continue
         for name, value in given.items():
-            as_is = torch.zeros_like(value) if name in differences else _tensor(model, name)
+            bias = name in differences
+            as_is = torch.zeros_like(value) if bias else offload.value_of(model, name)
             others = [given.get(n) for n in tied]
             same = all(o is not None and torch.equal(o, value) for o in others)
             if not same and not torch.equal(value.to(as_is), as_is):

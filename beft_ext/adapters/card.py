@@ -12,6 +12,7 @@ from torch import nn
 
 from beft_ext.adapters.contents import Contents, class_facts, task_type
 from beft_ext.adapters.hub import names_repository
+from beft_ext.models.wrappers import class_of
 from beft_ext.selection import Audition, Selection, read_selection
 
 PIPELINES = {
@@ -49,7 +50,8 @@ def model_card(
         SelectionError: that file is not one that ``Selection.save`` wrote.
     """
     names = class_facts(model).get("classes")
-    lines = [*_metadata(model, reason), "", f"# Bias adapter for {type(model).__name__}", ""]
+    kind = class_of(model).__name__
+    lines = [*_metadata(model, reason), "", f"# Bias adapter for {kind}", ""]
     lines += ["Biases trained with beft_ext (BEFT, arXiv 2509.15974):", "", _code(what), ""]
     lines += [f"Classes: {', '.join(names)}.", ""] if names else []
     lines += _use(model, contents, reason, place)
@@ -93,7 +95,7 @@ def _use(model: nn.Module, contents: Contents, reason: str | None, place: str | 
 
 def _loading(model: nn.Module, contents: Contents) -> str:
     """Code that loads the base model, with a head of the adapter's classes."""
-    kind, base = type(model), _base(model) or "path/to/base"
+    kind, base = class_of(model), _base(model) or "path/to/base"
     home = "transformers" if hasattr(transformers, kind.__name__) else kind.__module__
     options, note = [json.dumps(base)], ""
     config = getattr(model, "config", None)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from beft_ext.errors import BeftError
 from beft_ext.files import DIGEST, UNSEALED, JsonObject, whole_files, write_json, write_tensors
 from beft_ext.models import class_names_of, outer_modules
+from beft_ext.models.wrappers import class_of
 
 WEIGHTS, CONFIG, CARD = "adapter_model.safetensors", "adapter_config.json", "README.md"
 FILES = (WEIGHTS, CONFIG, CARD)
@@ -69,8 +70,10 @@ def head_modules(model: nn.Module, parameters: Iterable[str]) -> list[str]:
 
 def head_state(model: nn.Module, modules: Iterable[str]) -> dict[str, Tensor]:
     """Tensors of the head's modules, buffers included, sharing the model's memory."""
-    inside = tuple(f"{m}." for m in modules)
-    return {n: t for n, t in model.state_dict().items() if inside and n.startswith(inside)}
+    found: dict[str, Tensor] = {}
+    for name in modules:  # not of the whole model: where that is sharded it is a call of all ranks
+        found |= model.get_submodule(name).state_dict(prefix=f"{name}.")
+    return found
 
 
 def unsupported(model: nn.Module, modules: Iterable[str]) -> str | None:
@@ -106,7 +109,7 @@ def write(folder: Path, model: nn.Module, contents: Contents, facts: JsonObject,
 def peft_config(model: nn.Module, contents: Contents, facts: JsonObject) -> JsonObject:
     """``adapter_config.json``. PEFT complains of a key that it does not know, but not of what
     stands under ``auto_mapping``: our own facts do."""
-    kind = type(model)
+    kind = class_of(model)
     return {
         "auto_mapping": {
             "base_model_class": kind.__name__,
@@ -127,7 +130,7 @@ def peft_config(model: nn.Module, contents: Contents, facts: JsonObject) -> Json
 
 def task_type(model: nn.Module) -> str | None:
     """PEFT's name of what the model's class is for; None for a class of no known ending."""
-    name = type(model).__name__
+    name = class_of(model).__name__
     return next((task for ending, task in TASK_TYPES.items() if name.endswith(ending)), None)
 
 

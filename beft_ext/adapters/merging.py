@@ -6,7 +6,7 @@ from torch import nn
 
 from beft_ext.adapters.applying import Adapters, Merged, guard, release
 from beft_ext.adapters.contents import AdapterError
-from beft_ext.models import BiasError, make_plain, state, undo_plain, wrappers
+from beft_ext.models import BiasError, make_plain, offload, state, undo_plain, wrappers
 from beft_ext.tap import require_untapped
 from beft_ext.training.preparation import mark, prepared_of, unmark
 
@@ -54,6 +54,7 @@ def merge_adapter(model: nn.Module) -> nn.Module:
         unmark(model)
     if adapters is not None:
         release(adapters)
+    offload.describe(model)
     state.take(model, Adapters)
     state.put(model, Merged(plain, prepared, adapters))
     return given

@@ -65,8 +65,8 @@ def save_adapter(
         The address of the commit; None without ``push_to_hub``.
     Raises:
         AdapterError: nothing is trained or loaded; a value is not finite; ``selection`` is no
-            selection's file; a model that is wrapped by PEFT, or spread over processes or
-            devices; settings of the hub without ``push_to_hub``; no token, in which case nothing
+            selection's file; a model that is wrapped by PEFT, or spread over processes; settings
+            of the hub without ``push_to_hub``; no token, in which case nothing
             is written; an upload that failed, in which case the folder is whole.
         OSError: the disk is full, or the folder cannot be written to.
     Example:
@@ -76,7 +76,7 @@ def save_adapter(
         >>> sorted(os.listdir("adapter"))
         ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
-    model = wrappers.whole(model, AdapterError)
+    model = wrappers.whole(model, AdapterError, lone=True)
     folder, upload = Path(folder), None
     if push_to_hub:
         upload = Upload(**{"repo_id": folder.resolve().name} | hub)
@@ -128,6 +128,8 @@ def _to_save(model: nn.Module) -> tuple[Contents, JsonObject, str]:
 
 def _trained(model: nn.Module, prepared: Prepared) -> Contents:
     """Differences of the prepared biases over the whole width of every module they belong to."""
+    names = [*(b.parameter for b in prepared.biases), *prepared.head]
+    wrappers.require_unsharded({n: model.get_parameter(n) for n in names}, AdapterError)
     whole: dict[str, Tensor] = {}
     for bias in prepared.biases:
         parameter = model.get_parameter(bias.parameter).detach()
@@ -136,12 +138,12 @@ def _trained(model: nn.Module, prepared: Prepared) -> Contents:
         )
         into = whole.setdefault(bias.parameter, torch.zeros_like(parameter, dtype=torch.float64))
         bias.view(into).copy_(difference.view(bias.groups, -1))
-    names = {id(model.get_parameter(name)): name for name in whole}
+    owner = {id(model.get_parameter(name)): name for name in whole}
     biases = {}
     for path, module in model.named_modules():  # tied projections hold one bias under several
         parameter = getattr(module, "bias", None)
-        if isinstance(parameter, Tensor) and id(parameter) in names:
+        if isinstance(parameter, Tensor) and id(parameter) in owner:
             dtype = torch.float64 if parameter.dtype == torch.float64 else torch.float32
-            biases[path] = whole[names[id(parameter)]].to(dtype)
+            biases[path] = whole[owner[id(parameter)]].to(dtype)
     head = head_modules(model, prepared.head)
     return Contents(biases, head_state(model, head), prepared.terms)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from beft_ext.commands.loading import OBJECTIVES, ModelSpec, WorkflowError
+from beft_ext.commands.placement import DTYPES, Placement
 from beft_ext.commands.sources import Parts, Source
 from beft_ext.tasks import TASKS
 from beft_ext.tasks.metrics import METRICS
@@ -56,6 +57,25 @@ def add_model(parser: argparse.ArgumentParser, head: bool = True) -> None:
         help="longer texts are cut (default: 128 for a head, 2048 for prompts)",
     )
     group.add_argument("--seed", type=int, default=0, help="of every choice made at random")
+    add_placement(group)
+
+
+def add_placement(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """How the model's weights are held."""
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="of the weights; auto: as the folder has it"
+    )
+    group.add_argument(
+        "--device-map",
+        metavar="auto|sequential|DEVICE",
+        help="auto: layers over all GPUs, then the host, then the disk, by Accelerate "
+        "(default: the first GPU, else the host)",
+    )
+    group.add_argument(
+        "--max-memory",
+        metavar="D=SIZE,D=SIZE",
+        help="of a device map, such as 0=20GiB,cpu=64GiB (default: what is free)",
+    )
 
 
 def add_task(parser: argparse.ArgumentParser) -> None:
@@ -120,6 +140,18 @@ def add_training(parser: argparse.ArgumentParser, epochs: int, warmup: float, ra
     """race: whether the rate may be found by an audition."""
     group = parser.add_argument_group("training")
     group.add_argument("--batch-size", type=int, default=16, metavar="N", help="rows of a step")
+    group.add_argument(
+        "--gradient-accumulation",
+        type=int,
+        default=1,
+        metavar="N",
+        help="parts that a step's rows are read in: the same step in less memory",
+    )
+    group.add_argument(
+        "--gradient-checkpointing",
+        action="store_true",
+        help="compute activations anew in the backward: less memory, more time",
+    )
     group.add_argument("--epochs", type=int, default=epochs, metavar="N", help="passes")
     if race:
         group.add_argument(
@@ -199,4 +231,11 @@ def spec_of(arguments: argparse.Namespace) -> ModelSpec:
     if not 0 <= a.seed < 2**32:
         raise WorkflowError(f"--seed must be 0 to {2**32 - 1}, but is {a.seed}")
     new_head = vars(a).get("new_head", False)
-    return ModelSpec(a.model, a.objective, a.max_length, a.seed, new_head)
+    return ModelSpec(a.model, a.objective, a.max_length, a.seed, new_head, placement_of(a))
+
+
+def placement_of(arguments: argparse.Namespace) -> Placement:
+    """Raises PlacementError for what does not go together."""
+    a = arguments
+    checkpointing = vars(a).get("gradient_checkpointing", False)
+    return Placement(a.dtype, a.device_map, a.max_memory, checkpointing)

@@ -20,14 +20,17 @@ from beft_ext.commands.arguments import (
     Formatter,
     add_model,
     add_out,
+    add_placement,
     add_rows,
     add_task,
     add_training,
     joined,
+    placement_of,
     source_of,
     spec_of,
 )
 from beft_ext.commands.loading import WorkflowError
+from beft_ext.commands.shortage import enough_memory
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.files import require_writable, save_json
 from beft_ext.parallel import leads
@@ -38,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     with processes.one_voice():
         a = _parser().parse_args(argv)
     try:
-        with _our_words_alone(), processes.together(a):
+        with _our_words_alone(), processes.together(a), enough_memory(a):
             if a.out is not None and leads():
                 require_writable(a.out.parent if a.verb == "predict" else a.out)
             a.run(a)
@@ -129,6 +132,7 @@ def _parser() -> argparse.ArgumentParser:
     _compare_options(verb("compare", _compare, "methods side by side on one task"))
     merge = verb("merge", _merge, "a plain model folder with the adapter inside")
     merge.add_argument("--model", required=True, metavar="MODEL", help="hub id or folder")
+    add_placement(merge)
     merge.add_argument("--adapter", required=True, type=Path, metavar="DIR", help="what tune saved")
     merge.add_argument("--out", required=True, type=Path, metavar="DIR", help="the new folder")
     tasks = verb("tasks", _tasks, "the named tasks; one's fields, and rows as a model reads them")
@@ -302,7 +306,7 @@ def _compare_stands(a: argparse.Namespace) -> str:
 def _merge(a: argparse.Namespace) -> None:
     from beft_ext.commands import workflow
 
-    workflow.run_merge(a.model, a.adapter, a.out)
+    workflow.run_merge(a.model, a.adapter, a.out, placement_of(a))
     print(f"a plain model is in {a.out}")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from beft_ext.commands.loading import ModelSpec, WorkflowError, classes_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
+from beft_ext.commands.placement import USUAL
 from beft_ext.commands.processes import own_part
 from beft_ext.commands.reporting import BATCH, BEST
 from beft_ext.commands.sources import Source
@@ -26,6 +27,7 @@ from beft_ext.commands.workflow import (
     raced,
 )
 from beft_ext.files import JsonObject, locked, save_json, whole_file
+from beft_ext.models.offload import device_of
 from beft_ext.parallel import RankError, here, leads, meeting
 from beft_ext.selection import made_by
 from beft_ext.tasks import Example, Objective, PromptObjective, subset
@@ -115,8 +117,9 @@ class Comparison:
         found["files"] = " ".join(str(f) for f in files if f) or None
         settings = asdict(replace(self.settings, seed=0)) | asdict(replace(self.spec, seed=0))
         settings["clip"] = settings.pop("max_grad_norm")  # as on the command line, and in old files
-        for key in ("new_head", "budget"):  # old files do not know them
-            if not settings[key]:
+        usual = {"new_head": False, "budget": None, "gradient_accumulation": 1}
+        for key, value in (usual | {"placement": asdict(USUAL)}).items():
+            if settings[key] == value:  # old files do not know them
                 del settings[key]
         parts = {k: v for k, v in asdict(self.source.parts).items() if v is not None}
         found |= {f"part {k}": str(v) for k, v in parts.items()} if len(parts) > 1 else {}
@@ -148,7 +151,8 @@ class Comparison:
         loader = own_part(every)
         chosen, start = None, time.perf_counter()
         if name == "auto":
-            chosen = chosen_by_gains(model, objective, loader, seed)[1].term
+            parts = settings.gradient_accumulation
+            chosen = chosen_by_gains(model, objective, loader, seed, parts=parts)[1].term
             prepare(model, chosen)
         adapted = way.setup(model, seed)
         recipe, budget = settings.recipe(decay=self.decay), settings.budget
@@ -224,7 +228,7 @@ def _step_peak(
     if not parameters:
         raise MethodError("nothing is trained")
     before = [p.detach().clone() for p in parameters]
-    device = parameters[0].device
+    device = device_of(model)
     inputs = {k: v.to(device) for k, v in batch.items()}
 
     def step() -> None:

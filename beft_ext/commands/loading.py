@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from beft_ext.commands.placement import USUAL, Placement
 from beft_ext.errors import BeftError
 from beft_ext.models import head_parameters
 from beft_ext.tasks import DataError, Example, HeadObjective, Objective, PromptObjective, Task
@@ -129,15 +130,17 @@ class Folder:
         new_head: bool = False,
         classes: Sequence[str] = (),
         trained: bool = False,
+        placement: Placement = USUAL,
         **options: Any,
     ) -> nn.Module:
-        """The model with its weights, on the GPU if there is one.
+        """The model with its weights.
 
         Args:
             auto: name of a transformers class.
             new_head: put a new head in place of the folder's.
             classes: names of the head's outputs.
             trained: take the folder's own head or none.
+            placement: the type and the devices of the weights.
             options: of the config.
 
         Raises: WorkflowError where weights of the body are missing or of another shape, where
@@ -148,6 +151,7 @@ class Folder:
         for key, value in options.items():
             setattr(config, key, value)
         more = {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        more |= placement.options(auto, config)
         found, told = pretrained(self.name, auto, config=config, **more)
         own = {id(p) for p in head_parameters(found)}
         head = {n for n, p in found.named_parameters() if id(p) in own}
@@ -172,7 +176,7 @@ class Folder:
                 _reinitialise(found, poolers)
         if head and options.get("num_labels", 1) > 1:
             self._name_classes(found.config, classes, bool(new))
-        return found.cuda() if torch.cuda.is_available() else found
+        return placement.settle(found)
 
     def _check_body(self, missing: set[str], sizes: set[str]) -> None:
         if sizes:
@@ -240,6 +244,7 @@ class ModelSpec:
         max_length: of a text in tokens.
         seed: of a new head's weights.
         new_head: put a new head in place of the folder's.
+        placement: the type and the devices of the weights.
     """
 
     model: str
@@ -247,6 +252,7 @@ class ModelSpec:
     max_length: int | None = None
     seed: int = 0
     new_head: bool = False
+    placement: Placement = USUAL
 
     def load(
         self,
@@ -255,7 +261,7 @@ class ModelSpec:
         shots: Sequence[Example] = (),
         trained: bool = False,
     ) -> tuple[nn.Module, Objective]:
-        """The model, on the GPU if there is one, and the objective.
+        """The model and the objective.
 
         classes: of a task that does not name them; None for as many as the folder's head has.
         trained: take the folder's own head or none.
@@ -285,7 +291,12 @@ class ModelSpec:
             objective = PromptObjective(task, tokenizer, folder.skeleton, self.max_length, shots)
         else:
             objective = HeadObjective(task, tokenizer, classes, self.max_length, folder.skeleton)
-        options = {"classes": task.classes, "trained": trained, **objective.model_options}
+        options: dict[str, Any] = {
+            "classes": task.classes,
+            "trained": trained,
+            "placement": self.placement,
+        }
+        options |= objective.model_options
         torch.manual_seed(self.seed)
         return folder.load(objective.auto, self.new_head, **options), objective
 

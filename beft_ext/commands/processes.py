@@ -85,7 +85,12 @@ def _connect() -> None:
     if not dist.is_available() or not dist.is_gloo_available():
         raise WorkflowError("several processes need torch's gloo backend, which is missing here")
     try:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=parallel.patience()))
+        limit = timedelta(seconds=parallel.patience())
+        store, rank, size = next(iter(dist.rendezvous("env://", timeout=limit)))
+        # torchrun keeps one store for all starts: what ranks that are dead said of themselves there
+        # must not be taken for what the living say.
+        store = dist.PrefixStore(f"start {_number('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=limit)
     except (RuntimeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise WorkflowError(

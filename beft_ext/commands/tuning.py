@@ -21,6 +21,7 @@ from beft_ext.errors import BeftWarning
 from beft_ext.files import JsonObject, save_json
 from beft_ext.gains import GainError
 from beft_ext.models import find_biases, find_projections, pick
+from beft_ext.models.offload import device_of
 from beft_ext.parallel import here, leads
 from beft_ext.selection import (
     Gains,
@@ -34,7 +35,6 @@ from beft_ext.selection import (
     terms_of,
 )
 from beft_ext.tasks import Batches, Objective
-from beft_ext.tasks.objective import device_of
 from beft_ext.training.loss import on_device
 from beft_ext.training.tuning import CHECKPOINT, tune
 
@@ -157,7 +157,8 @@ def _automatic(
         if kept.gains is None:
             raise WorkflowError(f"{path} has no gains: it is of another version, so start anew")
         return automatic(kept.gains, family_of(model), budget).term, kept
-    found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget)
+    parts = settings.gradient_accumulation
+    found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget, parts)
     if found is not None:
         print(found)
         if leads():

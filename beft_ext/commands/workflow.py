@@ -20,6 +20,7 @@ from beft_ext.commands.loading import (
     classes_of,
     goes_left_to_right,
 )
+from beft_ext.commands.placement import USUAL, Placement, shard_size
 from beft_ext.commands.processes import own_part
 from beft_ext.commands.progress import Watched
 from beft_ext.commands.reporting import BATCH
@@ -58,6 +59,7 @@ class Settings:
 
     train_size: int | None = None
     batch_size: int = 16
+    gradient_accumulation: int = 1
     epochs: int = 1
     lr: float = 1e-3
     warmup: float = 0.0
@@ -74,7 +76,7 @@ class Settings:
         if given["lr"] is None:  # 'auto'
             given |= {"lr": cls.lr, "budget": arguments.audition_budget}
         made = cls(**given)
-        for name in ("batch_size", "epochs"):
+        for name in ("batch_size", "gradient_accumulation", "epochs"):
             if getattr(made, name) < 1:
                 raise WorkflowError(f"--{name.replace('_', '-')} must be at least 1")
         if not 0 < made.lr < math.inf:
@@ -88,7 +90,8 @@ class Settings:
     def recipe(self, **options: bool) -> Recipe:
         """What tune is told."""
         clip = self.max_grad_norm
-        return Recipe(self.epochs, self.lr, self.warmup, 0.0, clip, self.seed, **options)
+        own = (self.epochs, self.lr, self.warmup, 0.0, clip, self.seed)
+        return Recipe(*own, parts=self.gradient_accumulation, **options)
 
     def batches(self, objective: Objective, examples: Sequence[Example]) -> Batches:
         """Training batches: a seeded subset in seeded order."""
@@ -125,20 +128,27 @@ def run_select(
         lr=settings.lr,
         warmup=settings.warmup,
         max_grad_norm=settings.max_grad_norm,
+        parts=settings.gradient_accumulation,
         seed=settings.seed,
         progress=sys.stderr.isatty(),
     )
 
 
 def chosen_by_gains(
-    model: nn.Module, objective: Objective, loader: Batches, seed: int, budget: int | None = None
+    model: nn.Module,
+    objective: Objective,
+    loader: Batches,
+    seed: int,
+    budget: int | None = None,
+    parts: int = 1,
 ) -> tuple[Selection | None, Choice]:
     """What 'auto' trains, by the gains of all terms, before any training; by the prior, and
-    without a selection, where the examples tell nothing. budget: of parameters, at most."""
+    without a selection, where the examples tell nothing. budget: of parameters, at most. parts:
+    that batches are read in."""
     family = family_of(model)
     try:
         watched = Watched(loader, "gains", most=-(-EXAMPLES // loader.size))
-        found = select(model, watched, observe=objective.observe, steps=0, seed=seed)
+        found = select(model, watched, observe=objective.observe, steps=0, parts=parts, seed=seed)
     except GainError as error:
         terms = [p.bias.term for p in find_projections(model)]
         return None, by_prior(terms, family, str(error))
@@ -212,8 +222,9 @@ def run_evaluate(
     }
 
 
-def run_merge(model: str, adapter: Path, out: Path) -> None:
-    """``beft-ext merge``: ``out`` is a folder that transformers loads without us."""
+def run_merge(model: str, adapter: Path, out: Path, placement: Placement = USUAL) -> None:
+    """``beft-ext merge``: ``out`` is a folder that transformers loads without us. Of a model that
+    is offloaded, one file of it at a time is in memory."""
     from beft_ext.adapters import (
         class_names,
         head_classes,
@@ -229,13 +240,14 @@ def run_merge(model: str, adapter: Path, out: Path) -> None:
     auto = model_class(adapter) or auto
     options: dict[str, Any] = {"num_labels": classes, "problem_type": None} if classes else {}
     names = class_names(adapter)
-    loaded = folder.load(auto, new_head=classes is not None, classes=names, **options)
+    options |= {"classes": names, "placement": placement}
+    loaded = folder.load(auto, new_head=classes is not None, **options)
     load_adapter(loaded, adapter)
     merge_adapter(loaded)
     # The configuration last: without it the folder is no model.
     with whole_files(out, last="config.json") as temporary:
         try:
-            loaded.save_pretrained(temporary)
+            loaded.save_pretrained(temporary, max_shard_size=shard_size(loaded))
             tokenizer.save_pretrained(temporary)
         except Exception as error:  # each library has its own for a full disk
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -11,7 +11,7 @@ from beft_ext.models.find import (
     output_width,
     require_fit,
 )
-from beft_ext.models.head import class_names_of, head_parameters, output_layer
+from beft_ext.models.head import class_names_of, head_parameters, output_layer, unsharded
 from beft_ext.models.terms import Selected, parse_terms, pick, spell
 
 __all__ = [
@@ -39,4 +39,5 @@ __all__ = [
     "require_fit",
     "spell",
     "undo_plain",
+    "unsharded",
 ]

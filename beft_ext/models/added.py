@@ -10,18 +10,24 @@ from itertools import combinations
 import torch
 from torch import Tensor, nn
 
+from beft_ext.models import offload
 from beft_ext.models.bias_map import BiasError
 from beft_ext.models.find import is_quantised, output_width
 from beft_ext.models.registry import VALUE_FOLDS
+from beft_ext.models.wrappers import class_of, is_shard, require_unsharded
 
 
-def add_bias(module: nn.Module) -> nn.Parameter:
-    """Give a bias-free linear layer a bias of zeros ``(H,)`` on its weight's device, in the
-    weight's dtype, or torch's default where that is no float type (quantised weights)."""
+def add_bias(model: nn.Module, path: str) -> nn.Parameter:
+    """Give a bias-free linear layer a bias of zeros ``(H,)`` where its weight is used, in the
+    weight's dtype, or the model's where that is no float type (quantised weights)."""
+    module = model.get_submodule(path)
     width, weight = output_width(module), module.weight
     assert width is not None and isinstance(weight, Tensor)
-    dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()
-    module.bias = nn.Parameter(torch.zeros(width, dtype=dtype, device=weight.device))
+    dtypes = (p.dtype for p in (weight, *model.parameters()) if p.is_floating_point())
+    dtype = next(dtypes, torch.get_default_dtype())
+    device = offload.place_of(model, f"{path}.weight")
+    module.bias = nn.Parameter(torch.zeros(width, dtype=dtype, device=device))
+    offload.keep(model, f"{path}.bias")
     return module.bias
 
 
@@ -45,13 +51,15 @@ def make_plain(model: nn.Module, added: Sequence[str]) -> Plain:
     if not added or not hasattr(model, "config"):
         return plain
     flags, names = _flags(model, added)
+    outputs = (_output(model, path) for path in added if f"{path}.bias" not in names)
+    require_unsharded({f"{o}.bias": model.get_parameter(f"{o}.bias") for o in outputs}, BiasError)
     for flag in flags:
         plain.flags[flag] = getattr(model.config, flag)
         setattr(model.config, flag, True)
     for path, module in model.named_modules():
         if f"{path}.bias" in names and output_width(module) and module.bias is None:
             plain.biases[path] = None
-            add_bias(module).requires_grad_(module.weight.requires_grad)
+            add_bias(model, path).requires_grad_(module.weight.requires_grad)
     for path in added:
         if f"{path}.bias" not in names:
             _fold(model, path, plain)
@@ -108,7 +116,7 @@ def _names(model: nn.Module, flags: Iterable[str]) -> set[str]:
     for flag in flags:
         setattr(config, flag, True)
     with torch.device("meta"):
-        fresh = type(model)(config)
+        fresh = class_of(model)(config)
     return {n for n, _ in fresh.named_parameters(remove_duplicate=False)}
 
 
@@ -133,12 +141,15 @@ def _fold(model: nn.Module, value: str, plain: Plain) -> None:
     """``b_o + W_o b_v``: rows of the attention sum to one (docs/definitions.md)."""
     path = _output(model, value)
     assert path is not None
+    offload.take(model, [f"{path}.bias"])
     source, output = model.get_submodule(value), model.get_submodule(path)
     plain.biases[value], plain.values[path] = source.bias, output.bias.detach().clone()
     with torch.no_grad():
         if is_quantised(output.weight):  # only the layer itself knows the product
             constant = output(source.bias[None])[0].double() - output.bias.double()
         else:
-            constant = output.weight.double() @ source.bias.double()
+            weight = offload.value_of(model, f"{path}.weight")
+            weight = weight.full_tensor() if is_shard(weight) else weight
+            constant = weight.double() @ source.bias.double()
         output.bias.copy_(output.bias.double() + constant)
     source.bias = None

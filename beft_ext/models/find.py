@@ -23,7 +23,7 @@ from beft_ext.models.registry import (
     MODALITIES,
     NO_ATTENTION,
 )
-from beft_ext.models.wrappers import inside
+from beft_ext.models.wrappers import inside, is_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -144,6 +144,8 @@ def is_linear(module: nn.Module) -> bool:
 def is_quantised(tensor: Tensor) -> bool:
     """True for packed integers (bitsandbytes) and for wrappers around them (torchao): frozen
     values, not to be written to or read in place."""
+    if is_shard(tensor):
+        return False
     return not tensor.is_floating_point() or is_traceable_wrapper_subclass(tensor)
 
 

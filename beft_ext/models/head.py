@@ -6,6 +6,7 @@ from torch import nn
 
 from beft_ext.models.bias_map import BiasError
 from beft_ext.models.find import is_quantised
+from beft_ext.models.wrappers import inside
 
 
 def class_names_of(config: object) -> tuple[str, ...]:
@@ -31,6 +32,26 @@ def head_parameters(model: nn.Module) -> list[nn.Parameter]:
                 "quantise model.base_model alone"
             )
     return list(head.values())
+
+
+def unsharded(model: nn.Module) -> set[nn.Parameter]:
+    """What stays whole in each process where ``fully_shard`` spreads a model over several: the
+    biases, the norms and the task head. They are few, and train.
+
+    Args:
+        model: a transformers model, before any of its modules is sharded.
+    Returns:
+        The ``ignored_params`` of every call of ``fully_shard``.
+    Raises:
+        BiasError: the task head is quantised.
+    Example:
+        >>> from beft_ext.models import unsharded
+        >>> whole = unsharded(model)
+        >>> len(whole), sum(p.numel() for p in whole)
+        (25, 834)
+    """
+    vectors = {p for p in inside(model).parameters() if p.ndim == 1}
+    return vectors.union(head_parameters(inside(model)))
 
 
 def output_layer(model: nn.Module) -> nn.Module | None:

@@ -10,6 +10,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from beft_ext.models.offload import devices_of
+
 
 @contextmanager
 def quiet(model: nn.Module) -> Iterator[None]:
@@ -47,5 +49,5 @@ def repeatable(wanted: bool) -> Iterator[None]:
 
 
 def cuda_devices(model: nn.Module) -> list[torch.device]:
-    """The GPUs that hold the model, whose random states its dropout draws on."""
-    return list({p.device for p in model.parameters() if p.is_cuda})
+    """The GPUs on which the model computes, whose random states its dropout draws on."""
+    return [d for d in devices_of(model) if d.type == "cuda"]

@@ -1,14 +1,25 @@
 """The model inside of what others wrap around it, and what cannot be worked on at all.
 
-Names, classes, heads and records are those of the model inside. A wrapper that spreads the
-parameters over processes or devices is refused: its parts are not the values that they seem.
+Names, classes, heads and records are those of the model inside. ``fully_shard`` wraps nothing: it
+changes the class of a model and what its parameters are. What else spreads the parameters over
+processes is refused: its parts are not the values that they seem.
 """
 
 from __future__ import annotations
 
-from torch import nn
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, cast
+
+from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
+from beft_ext.models.offload import has_place
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 def inside(model: nn.Module) -> nn.Module:
@@ -23,14 +34,18 @@ def whole(
     adapted: bool = False,
     copies: bool = True,
     replicas: bool = False,
+    lone: bool = False,
 ) -> nn.Module:
-    """The model inside, where all of it lies in this process and on real devices.
+    """The model inside, where all of it is this process's; Accelerate may offload parts of it.
 
     adapted: whether PEFT's wrapper will do, where names do not matter.
     copies: whether DataParallel will do, which runs copies of the model.
     replicas: whether DDP will do, where each process holds the whole model.
-    Raises ``error`` under DDP, FSDP, tensor parallelism, and where parameters are on the meta
-    device (offloaded).
+    lone: whether one process may ask without the others.
+    A model under ``fully_shard`` will do. Its parameters are shards afterwards, as between steps;
+    not where a process is alone, for the next forward must find the same on all.
+    Raises ``error`` under DDP, FSDP1, tensor parallelism, ZeRO-3, and where parameters on the meta
+    device have no value anywhere.
     """
     layers = _layers(model)
     plain = [layer for layer in layers if not (replicas and _replica(layer))]
@@ -43,12 +58,69 @@ def whole(
         found = found or "this model is wrapped in DataParallel, which runs copies of it"
     if found is not None:
         raise error(f"{found}: pass the plain model, in one process and on its devices")
+    if not lone:
+        reshard(layers[-1])
     return layers[-1]
 
 
 def replicated(model: nn.Module) -> bool:
     """Whether DDP wraps the model: each process holds one, and all of them train together."""
     return any(_replica(layer) for layer in _layers(model))
+
+
+def sharded(model: nn.Module) -> bool:
+    """Whether ``fully_shard`` (FSDP2) spread the model over processes: each forward and each
+    backward takes all of them."""
+    return bool(_shards(inside(model)))
+
+
+def joint(model: nn.Module) -> bool:
+    """Whether a call with this model is one of all processes: it is sharded, or in DDP."""
+    return replicated(model) or sharded(model)
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether this is a process's part of a larger tensor (torch's DTensor)."""
+    return type(tensor).__module__.startswith("torch.distributed")
+
+
+def require_unsharded(tensors: Mapping[str, Tensor], error: type[BeftError]) -> None:
+    """Raise ``error`` where one of these tensors, by name, is a shard."""
+    if name := next((n for n, t in tensors.items() if is_shard(t)), None):
+        raise error(
+            f"'{name}' is sharded, and what trains or loads must be whole in each process: shard "
+            "with ignored_params=beft_ext.models.unsharded(model)"
+        )
+
+
+def reshard(model: nn.Module) -> None:
+    """The parameters of a sharded model are shards again; its outermost module keeps whole ones
+    after a forward. All processes do it, or none; none waits for another."""
+    for shard in _shards(inside(model)):
+        shard.reshard()
+
+
+def recover(model: nn.Module) -> None:
+    """After an error within a forward or backward: a sharded model may run again."""
+    for shard in _shards(inside(model)):
+        if hasattr(shard, "reset_iter_state"):  # not before torch 2.13
+            with suppress(RuntimeError):  # for it is not the outermost
+                shard.reset_iter_state()
+    reshard(model)
+
+
+def class_of(model: nn.Module) -> type[nn.Module]:
+    """The class that a model has, or had before ``fully_shard`` put its own in front."""
+    kinds = type(model).__mro__
+    at = next((i for i, kind in enumerate(kinds) if kind.__name__ == "FSDPModule"), -1)
+    found: type[nn.Module] = kinds[at + 1]
+    return found
+
+
+def _shards(model: nn.Module) -> list[FSDPModule]:
+    """The modules that ``fully_shard`` was called on."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return [m for m in model.modules() if isinstance(m, fsdp.FSDPModule)] if fsdp else []
 
 
 def _replica(layer: nn.Module) -> bool:
@@ -74,7 +146,7 @@ def name_of(model: nn.Module) -> str:
     """Name or folder of the model inside, as its config has it; else its class."""
     model = inside(model)
     named = getattr(getattr(model, "config", None), "_name_or_path", None)
-    return str(named or type(model).__name__)
+    return str(named or class_of(model).__name__)
 
 
 def called(model: nn.Module) -> nn.Module:
@@ -96,18 +168,25 @@ def _of_sentences(model: nn.Module) -> nn.Module | None:
 def _spread(model: nn.Module) -> str | None:
     if _replica(model):
         return "this model is wrapped in DistributedDataParallel"
-    if _from(model, "torch.distributed.fsdp") or hasattr(model, "_get_fsdp_state"):
-        return "this model is sharded by FSDP"
+    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
+        return "this model is wrapped in FullyShardedDataParallel (FSDP1; fully_shard will do)"
     if getattr(model, "_tp_size", None) not in (None, 1):
         return "this model is split by tensor parallelism"
+    fully = bool(_shards(model))
     for name, parameter in model.named_parameters():
-        if type(parameter.data).__module__.startswith("torch.distributed"):
-            return f"parameter '{name}' is sharded over processes"
+        if is_shard(parameter) and not (fully and _along_one_axis(parameter)):
+            return f"parameter '{name}' is split by tensor parallelism"
         if hasattr(parameter, "ds_status"):
             return f"parameter '{name}' is partitioned by DeepSpeed (ZeRO-3)"
-        if parameter.is_meta:
-            return f"parameter '{name}' is offloaded (on the meta device)"
+        if parameter.is_meta and not has_place(model, name):
+            return f"parameter '{name}' is on the meta device, and no offload holds its value"
     return None
+
+
+def _along_one_axis(shard: Tensor) -> bool:
+    """As ``fully_shard`` leaves it; a second axis is tensor parallelism's."""
+    placements = cast("DTensor", shard).placements
+    return sum(not placement.is_replicate() for placement in placements) < 2
 
 
 def _from(model: nn.Module, package: str) -> bool:

@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 from beft_ext import parallel
 from beft_ext.errors import BeftWarning
+from beft_ext.models.offload import device_of
+from beft_ext.models.wrappers import sharded
 from beft_ext.selection.contenders import Contender, rates_around
 from beft_ext.selection.racers import Audition, AuditionError, Racer, Rung, paired
 from beft_ext.training.loss import (
@@ -305,7 +307,7 @@ class _Track:
         optimizer = BiasAdamW(
             model, lr=rate, weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm
         )
-        step = EagerStep(model, optimizer, self.loss, recipe.bf16)
+        step = EagerStep(model, optimizer, self.loss, recipe.bf16, recipe.parts)
         model.train()
         for number, batch in enumerate(islice(self._batches(rows), steps)):
             factor = rate_factor(number, steps, recipe.warmup, recipe.decay)
@@ -348,7 +350,12 @@ class _Start:
         trained = [p for p in model.parameters() if p.requires_grad]
         if not trained:
             raise AuditionError(f"contender '{name}' trains nothing")
-        self.device = trained[0].device
+        if sharded(model):
+            raise AuditionError(
+                f"contender '{name}' is sharded, and racers are divided among the processes, each "
+                "with a whole model: give the rate, or race a smaller model"
+            )
+        self.device = device_of(model)
         self.values = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
 
     @torch.no_grad()

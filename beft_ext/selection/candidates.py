@@ -17,6 +17,7 @@ from beft_ext.models import (
     pick,
     require_fit,
 )
+from beft_ext.models.offload import device_of
 from beft_ext.selection.dead import QKV, dead_terms
 from beft_ext.selection.result import SelectionError
 from beft_ext.training.loss import Batch, first_rows, on_device
@@ -52,14 +53,14 @@ def candidates_of(
 @contextmanager
 def added(model: nn.Module, biases: Sequence[Bias]) -> Iterator[None]:
     """Biases of zeros where the model has none, for a while."""
-    modules = [model.get_submodule(path) for path in dict.fromkeys(b.module for b in biases)]
+    paths = dict.fromkeys(b.module for b in biases)
     try:
-        for module in modules:
-            add_bias(module)
+        for path in paths:
+            add_bias(model, path)
         yield
     finally:
-        for module in modules:
-            module.bias = None  # type: ignore[assignment]
+        for path in paths:
+            model.get_submodule(path).bias = None
 
 
 def dead_of(
@@ -69,8 +70,7 @@ def dead_of(
     batch: Batch,
 ) -> list[str]:
     """Names of dead terms, told by four examples. forward: of the model and a batch."""
-    device = model.get_parameter(next(iter(names)).parameter).device
-    first_four = first_rows(on_device(batch, device), 4)
+    first_four = first_rows(on_device(batch, device_of(model)), 4)
     model.eval()
     dead = dead_terms(model, names, lambda: forward(model, first_four))
     return list(dict.fromkeys(name for b, name in names.items() if b.term in dead))

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
 from beft_ext.models import Bias
+from beft_ext.models.offload import bare, device_of
+from beft_ext.models.wrappers import sharded
 
 # As a share of the attention's largest gradient. Of all model types of transformers, small and
 # random, the least that lives is 3e-5; what is dead stays below 5e-8, the rounding of the fp32
@@ -126,7 +128,8 @@ class _Probe:
         for path in dict.fromkeys(b.module for b in self.biases):
             inner = twin.get_submodule(path.removeprefix(f"{self.path}."))
             inner.register_forward_hook(_Adding(path, added, dtype))
-        output = twin.forward(*_cast(args, dtype), **_cast(kwargs, dtype))
+        here = device_of(twin)
+        output = twin.forward(*_cast(args, dtype, here), **_cast(kwargs, dtype, here))
         generator = torch.Generator().manual_seed(0)
         total = sum(
             (t * torch.randn(t.shape, generator=generator).to(t)).sum()
@@ -154,7 +157,10 @@ class _Adding:
 
 def _twin(module: nn.Module, dtype: torch.dtype, native: torch.dtype) -> nn.Module:
     """A copy in ``dtype``; modules with quantised weights stay, and are fed in ``native``."""
-    twin = copy.deepcopy(module).eval().requires_grad_(False)
+    if sharded(module):
+        raise NotImplementedError("a part of it is sharded by itself: shard whole layers")
+    with bare(module):
+        twin = copy.deepcopy(module).eval().requires_grad_(False)
     for part in twin.modules():
         own = list(part.parameters(recurse=False))
         if all(type(p) is nn.Parameter and p.is_floating_point() for p in own):
@@ -165,17 +171,17 @@ def _twin(module: nn.Module, dtype: torch.dtype, native: torch.dtype) -> nn.Modu
     return twin
 
 
-def _cast(value: object, dtype: torch.dtype) -> Any:
-    """Float tensors of nested containers as ``dtype``; a cache of keys is left out: this run
-    must not add to it."""
+def _cast(value: object, dtype: torch.dtype, device: torch.device | None = None) -> Any:
+    """Float tensors of nested containers as ``dtype``, on ``device`` where one is given; a cache
+    of keys is left out: this run must not add to it."""
     if isinstance(value, Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
+        return value.to(device, dtype if value.is_floating_point() else None)
     if any(kind.__name__ == "Cache" for kind in type(value).__mro__):
         return None
     if isinstance(value, dict):
-        return {k: _cast(v, dtype) for k, v in value.items()}
+        return {k: _cast(v, dtype, device) for k, v in value.items()}
     if isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
-        return type(value)(_cast(v, dtype) for v in value)
+        return type(value)(_cast(v, dtype, device) for v in value)
     return value
 
 

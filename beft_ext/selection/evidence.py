@@ -18,10 +18,14 @@ from torch import Tensor, nn
 
 from beft_ext.gains import GainError, Regression, equal_rows
 from beft_ext.models import Bias, head_parameters
+from beft_ext.models.offload import device_of
 from beft_ext.parallel import Ranks
 from beft_ext.tap import Tap
+from beft_ext.training.counted import try_on, untried
+from beft_ext.training.lockstep import Lockstep, Want
 from beft_ext.training.loss import Batch, first_rows, offsets_of, on_device, rows_of
 from beft_ext.training.observed import Observed
+from beft_ext.training.parts import parts_of
 
 Observe = Callable[[nn.Module, Batch], Observed]
 
@@ -91,6 +95,7 @@ class Collector:
     memory: float
     seed: int
     ranks: Ranks
+    parts: int = 1
     rows: int = 0
     total: int = 0
     taken: list[list[int]] = field(default_factory=list)
@@ -104,6 +109,7 @@ class Collector:
         self.columns = fitting(self.biases, share, self.memory)
         self.tap.keep_rows(share, self.columns, self.seed)
         self.heads = _HeadRows.all_of(self.model)
+        self.lockstep = Lockstep(self.model, self.ranks)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -126,44 +132,77 @@ class Collector:
             for size in sizes:
                 taken.append(min(size or 0, left - sum(taken)))
             first = self.total + sum(taken[: self.ranks.rank])
-            if batch:
-                self._read(batch, taken[self.ranks.rank], first)
+            self._read(batch or {}, taken[self.ranks.rank], first)
             self.total += sum(taken)
             self.taken.append(taken)
         return True
 
     def _read(self, batch: Batch, size: int, first: int) -> None:
         """Read ``size`` examples of a batch; the first of them is number ``first`` of all."""
-        inputs = on_device(batch, self.tap.leaves()[0][1].device)
+        inputs = on_device(batch if size else {}, device_of(self.model))
         offsets = offsets_of(inputs)
-        if size == 0:
-            return
         if offsets is not None and size < len(offsets) - 1:
             raise GainError(
                 f"a packed batch has {len(offsets) - 1} texts, but {size} of {self.examples} "
                 "examples are left to read: allow more examples, or pack fewer"
             )
-        if offsets is None:
+        if offsets is None and size:
             inputs = first_rows(inputs, size)
+        self._settle(inputs, size, offsets)
+        if size == 0:
+            return self._along()
+        for part in parts_of(inputs, self.parts):
+            count = size if offsets is not None else rows_of(part)
+            self._read_part(part, count, first, offsets)
+            first += count
+
+    def _read_part(self, inputs: Batch, size: int, first: int, offsets: Tensor | None) -> None:
         self._locate(inputs, size, offsets)
         self.tap.step(size, 1.0, offsets, row=self.rows)
         for head in self.heads:
             head.batch = size if offsets is None else 0
-        with torch.enable_grad():
-            seen = self.observe(self.model, inputs)
-            function = seen.losses if seen.outputs is None else seen.outputs
+        seen, function = self._observed(inputs)
         if len(function) != size:
             raise GainError(f"a batch of {size} examples has {len(function)} losses")
         for name, value in (("loss", seen.losses), ("output", function)):
             if not bool(value.isfinite().all()):
                 at = first + int((~value.isfinite()).nonzero()[0])
                 raise GainError(f"the {name} of example {at} is not finite: check the data")
+        self.lockstep.begin_backward()
         function.sum().backward()
         for _, leaf in self.tap.leaves():
             leaf.grad = None
         self.rows += size
         self.seen.append(seen.detached())
         self.keys += _keys(inputs, size, offsets)
+
+    def _observed(self, inputs: Batch) -> tuple[Observed, Tensor]:
+        """What is seen of a batch, and the function of each example that gradients are taken of."""
+        with torch.enable_grad():
+            seen = self.observe(self.model, inputs)
+        return seen, seen.losses if seen.outputs is None else seen.outputs
+
+    def _settle(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
+        """Find out of a sharded model, with the other ranks, what this rank's batch calls for."""
+        wants: list[Want] = [("output", None)] if untried(self.model) else []
+        if size > 1 and (offsets is not None) not in self.located:
+            wants.append(("examples", offsets is not None))
+        self.lockstep.settle(inputs, wants, self._find_out)
+
+    def _find_out(self, what: str, batch: Batch) -> None:
+        inputs = on_device(batch, device_of(self.model))
+        if what == "output":
+            try_on(self.model, inputs)
+        else:
+            self._locate(inputs, _examples(inputs), offsets_of(inputs))
+
+    def _along(self) -> None:
+        """A step in which others have rows."""
+        self.tap.rest()
+        for head in self.heads:
+            head.batch = 0
+        device, leaves = device_of(self.model), [leaf for _, leaf in self.tap.leaves()]
+        self.lockstep.along(lambda given: self._observed(on_device(given, device))[1].sum(), leaves)
 
     def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
         self.tap.rest()
@@ -233,9 +272,17 @@ class Collector:
             return torch.arange(len(readers)), self.seen, self.keys
         told = self.ranks.gather(([s.on_host() for s in self.seen], self.keys))
         seen, keys = ([iter(part) for part in parts] for parts in zip(*told, strict=True))
-        batches = [r for step in self.taken for r, count in enumerate(step) if count]
         in_order = [next(keys[r]) for r in readers.tolist()]
-        return readers.argsort(stable=True), [next(seen[r]) for r in batches], in_order
+        return readers.argsort(stable=True), list(self._in_order(seen)), in_order
+
+    def _in_order(self, seen: Sequence[Iterator[Observed]]) -> Iterator[Observed]:
+        """What was seen of the batches, each rank's in their order, as the examples lie."""
+        for step in self.taken:
+            for rank, count in enumerate(step):
+                while count > 0:  # a batch was read in parts
+                    part = next(seen[rank])
+                    yield part
+                    count -= len(part.losses)
 
     def _against_all(self, rows: Tensor) -> Tensor:
         """Inner products of this rank's rows with those of all ranks, one rank's after another's,

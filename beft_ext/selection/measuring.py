@@ -15,7 +15,7 @@ from beft_ext import parallel
 from beft_ext.gains import Gain, GainError, Gram, beyond_chance, gain, lead, learning_curve
 from beft_ext.models import BiasMap
 from beft_ext.models.modes import quiet
-from beft_ext.models.wrappers import replicated, whole
+from beft_ext.models.wrappers import joint, whole
 from beft_ext.parallel import Ranks
 from beft_ext.selection.candidates import added, candidates_of, dead_of
 from beft_ext.selection.evidence import Collector, Evidence, Observe
@@ -24,12 +24,14 @@ from beft_ext.selection.result import SelectionError
 from beft_ext.selection.run import (
     BufferedLoader,
     ModelSnapshot,
+    require_parts,
     require_same,
 )
 from beft_ext.selection.sets import frontier
 from beft_ext.tap import Tap, require_untapped
 from beft_ext.training.data import generators
 from beft_ext.training.joined import require_apart
+from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import (
     Batch,
     Loss,
@@ -55,6 +57,7 @@ def measure_gains(
     biases: BiasMap | None = None,
     examples: int = EXAMPLES,
     memory: float = 2**31,
+    parts: int = 1,
     seed: int = 0,
 ) -> Gains:
     """Tell what each bias term alone would explain of unseen loss, before any training.
@@ -67,7 +70,8 @@ def measure_gains(
     of one process over all rows (docs/large-models.md).
 
     Args:
-        model: a transformers model; compiled, in DistributedDataParallel, or neither.
+        model: a transformers model, plain, compiled, in DistributedDataParallel or under
+            ``fully_shard``.
         loader: batches as keyword arguments of the model, first axis examples. An empty one is a
             step without rows on this rank.
         observe: the losses of a batch's examples; by default told by the model's own loss.
@@ -78,6 +82,7 @@ def measure_gains(
         examples: to read, at most.
         memory: bytes that the gradients may take in a process. Where they need more, biases are
             folded.
+        parts: that each batch is read in, one after another, in less memory.
         seed: of the folding, the sign flips and the learning curve.
     Returns:
         The gains of terms, bands of layers and sets, with their errors.
@@ -88,7 +93,7 @@ def measure_gains(
         LossError: the batches have no labels or no tensor; or the losses of single examples
             cannot be told from the model's loss.
         SelectionError: an empty loader; batches that are no mappings; an unknown term; a bias of
-            another model; a model that is spread over processes or devices.
+            another model; a model that is spread over processes.
         ProbeError: an attention cannot be probed for dead terms.
         TapError: the model is tapped already, or the examples cannot be told apart in an output.
         RankError: a rank ended or fell silent.
@@ -100,15 +105,16 @@ def measure_gains(
     Source: docs/definitions.md, section 7; the kernel of gradients is that of Malladi et al. 2023
     (arXiv 2210.05643).
     """
-    promised = replicated(model)
+    promised = joint(model)
     model = whole(model, SelectionError, copies=False, replicas=True)
     require_untapped(model)
+    require_parts(model, parts)
     if examples < 3:
         raise GainError(f"a gain needs at least 3 examples, but only {examples} are to be read")
     with parallel.meeting("measure_gains", promised) as ranks:
         names, lacking = candidates_of(model, terms, biases, every=True)
         require_same(ranks, model, candidates=repr((names, examples, memory, seed)))
-        with ModelSnapshot(model), added(model, lacking), quiet(model):
+        with ModelSnapshot(model), in_step(model, ranks), added(model, lacking), quiet(model):
             torch.manual_seed(seed)
             batches = BufferedLoader(loader)
             require_apart(ranks, batches.first, SelectionError)
@@ -119,7 +125,9 @@ def measure_gains(
                 raise GainError("every candidate term is dead: no bias could be trained")
             model.requires_grad_(False)
             with Tap(model, alive) as tap:
-                collector = Collector(model, tap, alive, observe, examples, memory, seed, ranks)
+                collector = Collector(
+                    model, tap, alive, observe, examples, memory, seed, ranks, parts
+                )
                 with collector.listening():
                     named = [t for t in dead if terms is None]
                     return _looked(collector, iter(batches), named, seed)

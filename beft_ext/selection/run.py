@@ -5,28 +5,48 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext.models import Bias, head_parameters
+from beft_ext.models import Bias, head_parameters, offload
+from beft_ext.models.offload import Values, device_of
+from beft_ext.models.wrappers import class_of, is_shard, reshard, sharded
 from beft_ext.parallel import Ranks, here
 from beft_ext.selection.result import SelectionError
 from beft_ext.tap import Tap
+from beft_ext.training.counted import try_on, untried
 from beft_ext.training.data import digest_of
 from beft_ext.training.joined import NOTHING, Share, averaged, side_by_side
+from beft_ext.training.lockstep import Lockstep, Want
 from beft_ext.training.loss import (
     Batch,
     Divisor,
     Loss,
+    Measure,
     examples_of,
+    items_given,
     model_loss,
     offsets_of,
     on_device,
+    one,
     scalar,
 )
 from beft_ext.training.optim import BiasAdamW, rate_factor
+from beft_ext.training.parts import in_parts, parts_of
+
+
+def require_parts(model: nn.Module, parts: int) -> None:
+    """Raise SelectionError where batches cannot be read in so many parts."""
+    if parts < 1:
+        raise SelectionError(f"a batch is read in 1 part or more, but parts is {parts}")
+    if parts > 1 and sharded(model):
+        raise SelectionError(
+            "the ranks of a sharded model go step by step together, so their batches are not read "
+            "in parts: lower the batch size"
+        )
 
 
 class BufferedLoader:
@@ -61,8 +81,10 @@ class BufferedLoader:
 def require_same(ranks: Ranks, model: nn.Module, **facts: str) -> None:
     """Raise SelectionError where ranks have different models, or different ``facts``."""
     if ranks.size > 1:
-        values = dict(model.named_parameters()) | dict(model.named_buffers())
-        digest = digest_of({n: t.detach() for n, t in values.items()}, type(model).__name__)
+        every = dict(model.named_parameters()) | dict(model.named_buffers())
+        # Shards differ: they are parts of one model.
+        own = Values(model, (n for n, t in every.items() if not is_shard(t)))
+        digest = digest_of(own, class_of(model).__name__)
         ranks.agree(SelectionError, the_model=digest, **facts)
 
 
@@ -77,8 +99,10 @@ class ModelSnapshot:
         self.model = model
 
     def __enter__(self) -> None:
-        model = self.model
-        self.required = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+        model, head = self.model, {id(p) for p in head_parameters(self.model)}
+        vectors = [n for n, p in _named(model) if p.ndim == 1 or id(p) in head]
+        self.taken = offload.take(model, vectors)
+        self.required = {n: (p.requires_grad, p.grad) for n, p in _named(model)}
         self.modes = [(m, m.training) for m in model.modules()]
         trained = [p for p in model.parameters() if p.ndim == 1]
         trained += head_parameters(model)
@@ -89,16 +113,23 @@ class ModelSnapshot:
         self.values = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
 
     def __exit__(self, *_: object) -> None:
+        reshard(self.model)
         with torch.no_grad():
             for tensor, value in self.values:
                 tensor.copy_(value)
-        for parameter, required, grad in self.required:
+        for name, parameter in _named(self.model):
+            required, parameter.grad = self.required[name]
             parameter.requires_grad_(required)
-            parameter.grad = grad
+        offload.put_back(self.model, self.taken)
         for module, mode in self.modes:
             module.training = mode
         if self.cached:
             self.config.use_cache = True
+
+
+def _named(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """By every name: an offloaded parameter is another object after each forward."""
+    return model.named_parameters(remove_duplicate=False)
 
 
 class Run:
@@ -115,7 +146,9 @@ class Run:
         warmup: float = 0.0,
         weight_decay: float = 0.0,
         max_grad_norm: float = 1.0,
+        parts: int = 1,
     ) -> None:
+        self.parts = parts
         self.model, self.tap, self.steps, self.ranks = model, tap, steps, here()
         self.loss, self.max_grad_norm = loss, max_grad_norm
         self.pairs = tap.leaves()
@@ -135,9 +168,14 @@ class Run:
         self.initial = {b: leaf.detach().clone().flatten() for b, leaf in self.pairs}
         self.batch_sq = {b: 0.0 for b, _ in self.pairs}
         self.examples = self.done = 0
-        vectors = [p for p in model.parameters() if p.ndim == 1 and p.is_floating_point()]
+        vectors = [
+            p
+            for p in model.parameters()
+            if p.ndim == 1 and p.is_floating_point() and not is_shard(p)
+        ]
         self.divisor = Divisor(loss, list(dict.fromkeys([*head, *vectors])))
         self.located: set[bool] = set()  # whether examples were located in packed batches or not
+        self.lockstep = Lockstep(model, self.ranks)
 
     def train(self, loader: Iterable[Batch], progress: bool) -> list[float]:
         """The loss of each step."""
@@ -161,9 +199,7 @@ class Run:
 
     def _train_on(self, batch: Batch) -> float:
         self.optimizer.zero_grad()
-        share = self._backward(batch) if batch else NOTHING
-        trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        number = averaged(self.ranks, trained, share)
+        number = averaged(self.ranks, self._trained(), self._backward(batch))
         self._stop_unless(math.isfinite(number), "loss")
         self.optimizer.step()
         norm = float(self.optimizer.grad_norm)
@@ -179,26 +215,65 @@ class Run:
         self.done += 1
         return number
 
+    def _trained(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     def _backward(self, batch: Batch) -> Share:
-        """Of this rank's batch: its gradients, and what they are a mean of."""
-        inputs = on_device(batch, self.pairs[0][1].device)
+        """Of this rank's batch, which may be empty: its gradients, and what they are a mean of."""
+        inputs, share = on_device(batch, device_of(self.model)), NOTHING
         self.tap.rest()  # measuring a divisor takes backwards that are no example's
-        offsets, scale = offsets_of(inputs), self.divisor.measured(self.model, inputs)
+        self._settle(inputs, offsets_of(inputs))
+        if inputs:
+            measure = self.divisor.measure(self.model, inputs)
+            work = partial(self._backward_of, measure)
+            parts = parts_of(inputs, self.parts)
+            share = in_parts(parts, work, self._trained(), measure is items_given)
+        if share is NOTHING:
+            self.lockstep.along(self._loss_of, self._trained())
+        return share
+
+    def _backward_of(self, measure: Measure | None, inputs: Batch, unit: float | None) -> Share:
+        """Of a part of the batch, as ``in_parts`` asks for it."""
+        offsets, scale = offsets_of(inputs), None if measure is None else measure(inputs)
         size = examples_of(inputs, offsets)
         self.examples += size
-        if scale == 0 and self.ranks.size > 1:  # no label: the mean over none is not a number
+        if scale == 0 and (self.ranks.size > 1 or self.parts > 1):  # no label: a mean over none
             return NOTHING
         self._locate(inputs, size, offsets)
-        self.tap.step(size, scale or 1.0, offsets)
+        self.tap.step(size, example_offsets=offsets)
         value = self.loss(self.model, inputs)
         if scale is None:
             scale = self.divisor.of(value, inputs, size)
-            self.tap.divided_by(scale)
+        self.tap.divided_by(unit or scale or 1.0)
         loss = scalar(value)
         number = float(loss.detach())
         self._stop_unless(math.isfinite(number), "loss")
-        loss.backward()
-        return Share(number, scale, self.divisor.constant(inputs))
+        self.lockstep.begin_backward()
+        (loss if unit is None else loss * (scale / unit)).backward()
+        return Share(number, scale, measure is one)
+
+    def _loss_of(self, batch: Batch) -> Tensor:
+        return scalar(self.loss(self.model, on_device(batch, device_of(self.model))))
+
+    def _settle(self, inputs: Batch, offsets: Tensor | None) -> None:
+        """Find out of a sharded model, with the other ranks, what the step must know."""
+        wants: list[Want] = [("output", None)] if untried(self.model) else []
+        if (kind := self.divisor.unknown(inputs)) is not None:
+            wants.append(("divisor", kind))
+        packed = offsets is not None
+        if inputs and packed not in self.located and examples_of(inputs, offsets) > 1:
+            wants.append(("examples", packed))
+        self.lockstep.settle(inputs, wants, self._find_out)
+
+    def _find_out(self, what: str, batch: Batch) -> None:
+        inputs = on_device(batch, device_of(self.model))
+        if what == "output":
+            try_on(self.model, inputs)
+        elif what == "divisor":
+            self.divisor.measured(self.model, inputs)
+        else:
+            offsets = offsets_of(inputs)
+            self._locate(inputs, examples_of(inputs, offsets), offsets)
 
     def counted(self) -> tuple[int, dict[Bias, tuple[Tensor, Tensor]]]:
         """The number of examples of all ranks, and the statistics of their gradients."""

@@ -14,7 +14,7 @@ from torch import nn
 from beft_ext import parallel, scores
 from beft_ext.models import Bias, BiasMap
 from beft_ext.models.modes import cuda_devices, repeatable
-from beft_ext.models.wrappers import name_of, replicated, whole
+from beft_ext.models.wrappers import joint, name_of, whole
 from beft_ext.selection.candidates import added, candidates_of, dead_of
 from beft_ext.selection.evidence import Observe
 from beft_ext.selection.gain_result import GAIN, Gains
@@ -24,10 +24,12 @@ from beft_ext.selection.run import (
     BufferedLoader,
     ModelSnapshot,
     Run,
+    require_parts,
     require_same,
 )
 from beft_ext.tap import Tap, require_untapped
 from beft_ext.training.joined import require_apart
+from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import Batch, Loss, LossError, model_loss
 
 
@@ -46,6 +48,7 @@ def select(
     warmup: float = 0.0,
     weight_decay: float = 0.0,
     max_grad_norm: float = 1.0,
+    parts: int = 1,
     seed: int = 0,
     deterministic: bool = False,
     progress: bool = False,
@@ -64,8 +67,8 @@ def select(
     the bit, that of one process over all rows (docs/large-models.md).
 
     Args:
-        model: a transformers model whose output has ``loss``; compiled, in
-            DistributedDataParallel, or neither.
+        model: a transformers model whose output has ``loss``, plain, compiled, in
+            DistributedDataParallel or under ``fully_shard``.
         loader: batches, keyword arguments of the model whose first axis holds the examples. Each
             text of a packed batch (``position_ids`` that start anew, or ``cu_seq_lens_q``) is an
             example. An empty batch is a step without rows on this rank.
@@ -91,6 +94,8 @@ def select(
         warmup: fraction of the steps over which the rate rises linearly, in [0, 1].
         weight_decay: as in AdamW.
         max_grad_norm: the gradient's global norm is clipped to this; 0 for no clipping.
+        parts: that each batch is read in, one after another: the same gains and steps in less
+            memory, but for dropout's draws and rounding.
         seed: of the run's random numbers; the global random state is put back.
         deterministic: on a GPU, take torch's deterministic algorithms alone; it costs time.
         progress: show a bar.
@@ -100,8 +105,7 @@ def select(
         SelectionError: an unknown method or term; a bias of another model; an empty loader, or
             one without a length where ``steps`` is not given; batches without labels or tensors; a
             loss of which the divisor or the examples' parts cannot be told; a loss or gradient
-            that is not finite (the message names the step); a model that is spread over processes
-            or devices.
+            that is not finite (the message names the step); a model that is spread over processes.
         GainError: the examples tell nothing, or ``loss`` gives none of single examples.
         BiasError: the model has no such biases, or its head is quantised.
         ProbeError: an attention cannot be probed for dead terms.
@@ -118,20 +122,29 @@ def select(
     if method != GAIN and method not in scores.SCORES:
         known = ", ".join([GAIN, *scores.SCORES])
         raise SelectionError(f"unknown method '{method}': choose one of {known}")
-    promised = replicated(model)
+    promised = joint(model)
     model = whole(model, SelectionError, copies=False, replicas=True)
     require_untapped(model)
+    require_parts(model, parts)
     gains_alone = method == GAIN and steps == 0
     meeting = parallel.meeting("select", promised)
     with meeting as ranks, _loss_told(), repeatable(deterministic):
         step_count = 0 if gains_alone else max(ranks.gather(_step_count(loader, epochs, steps)))
+        if parts < 1:
+            raise SelectionError(f"a batch is read in 1 part or more, but parts is {parts}")
         plan = repr((method, terms, steps, lr, warmup, weight_decay, max_grad_norm, seed))
         ranks.agree(SelectionError, arguments=plan)
         if method == GAIN:
             observe = observe or observed_by(loss)
             with read_again(loader, gains_alone):
                 gains = measure_gains(
-                    model, loader, observe=observe, terms=terms, biases=biases, seed=seed
+                    model,
+                    loader,
+                    observe=observe,
+                    terms=terms,
+                    biases=biases,
+                    parts=parts,
+                    seed=seed,
                 )
             if gains_alone:
                 return replace(_of_gains(gains), model=name_of(model))
@@ -139,6 +152,7 @@ def select(
         require_same(ranks, model, candidates=repr(names))
         with (
             ModelSnapshot(model),
+            in_step(model, ranks),
             added(model, lacking),
             torch.random.fork_rng(devices=cuda_devices(model)),
         ):
@@ -157,6 +171,7 @@ def select(
                     warmup=warmup,
                     weight_decay=weight_decay,
                     max_grad_norm=max_grad_norm,
+                    parts=parts,
                 )
                 losses = run.train(batches, progress)
                 found = ranks.first(_judge(run, names, method, dead, losses))

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from beft_ext.models.offload import device_of
 from beft_ext.tasks.batches import padded
-from beft_ext.tasks.objective import device_of
 from beft_ext.tasks.reading import takes
 from beft_ext.training.counted import log_probabilities, logits_at
 

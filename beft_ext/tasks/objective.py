@@ -147,8 +147,3 @@ def _readable(model: nn.Module) -> Iterator[None]:
     except (ValueError, IndexError, TypeError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(f"{type(model).__name__} cannot read this batch: {reason}") from error
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where the model's inputs go."""
-    return next(model.parameters()).device

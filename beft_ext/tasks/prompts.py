@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from beft_ext.models.offload import device_of
 from beft_ext.tasks.batches import Batches, Encoded, padded
 from beft_ext.tasks.decoding import greedy, shared_prompt_scores
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.objective import Answer, Objective, device_of
+from beft_ext.tasks.objective import Answer, Objective
 from beft_ext.tasks.reading import reading
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from beft_ext.models import output_layer
 from beft_ext.models.modes import quiet
-from beft_ext.models.wrappers import inside
+from beft_ext.models.wrappers import inside, sharded
 from beft_ext.tap import unheard
 
 IGNORED_LABEL = -100  # a label that counts for nothing
@@ -48,7 +48,7 @@ def logits_at(
             return None
         gathered.append(True)
         # What stands before the texts (a learnt prompt) is none of the batch's positions.
-        return hidden[:, -tokens:].flatten(0, 1)[at][None], *args[1:]
+        return hidden[:, -tokens:].flatten(0, 1)[at.to(hidden.device)][None], *args[1:]
 
     handle = head.register_forward_pre_hook(gather)
     try:
@@ -134,6 +134,15 @@ def counted_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
     None where most of the labels count, or where the model's own loss is not the mean of these
     losses, which is tried once with one row: the model then has to be asked as a whole.
     """
+    counts = _counts(batch)
+    if counts is None or not 0 < int(counts.sum()) <= counts.numel() // 2:
+        return None
+    ahead = _ahead(model, batch, counts)
+    return None if ahead is None else _losses(model, batch, ahead)
+
+
+def _counts(batch: Mapping[str, Any]) -> Tensor | None:
+    """``(B, T)``: which labels of texts count; None of a batch that is none of texts."""
     labels, ids = batch.get("labels"), batch.get("input_ids")
     if (
         not isinstance(labels, Tensor)
@@ -145,12 +154,7 @@ def counted_losses(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, 
         or _capturing(labels)
     ):
         return None
-    counts = labels.ne(IGNORED_LABEL)
-    number = int(counts.sum())
-    if not 0 < number <= counts.numel() // 2:
-        return None
-    ahead = _ahead(model, batch, int(counts.sum(1).argmax()))
-    return None if ahead is None else _losses(model, batch, ahead)
+    return labels.ne(IGNORED_LABEL)
 
 
 def _told(labels: Tensor, ahead: int) -> Tensor:
@@ -187,19 +191,39 @@ def _capturing(labels: Tensor) -> bool:
 _TRIED: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
 
-def _ahead(model: nn.Module, batch: Mapping[str, Any], row: int) -> int | None:
+def untried(model: nn.Module) -> bool:
+    """Whether it is not known yet how the model's own loss comes from its logits."""
+    return inside(model) not in _TRIED
+
+
+def try_on(model: nn.Module, batch: Mapping[str, Any]) -> None:
+    """Find that out by a batch; of a sharded model once, by the same batch on all ranks."""
+    counts, own = _counts(batch), inside(model)
+    _TRIED[own] = None
+    if counts is not None and bool(counts.any()):
+        _TRIED[own] = _found(own, batch, counts)
+
+
+def _ahead(model: nn.Module, batch: Mapping[str, Any], counts: Tensor) -> int | None:
     own = inside(model)
     if own not in _TRIED:
-        rows = len(batch["labels"])
-        one = {
-            k: v[row : row + 1] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
-            for k, v in batch.items()
-        }
-        # Two losses by chance alike would hardly be so for other labels too.
-        turned = one["labels"].where(one["labels"].eq(IGNORED_LABEL), one["input_ids"].flip(1))
-        both = {_tried(own, one), _tried(own, one | {"labels": turned})}
-        _TRIED[own] = both.pop() if len(both) == 1 else None
+        if sharded(own):  # other ranks, with other batches, may not come to try
+            return None
+        _TRIED[own] = _found(own, batch, counts)
     return _TRIED[own]
+
+
+def _found(model: nn.Module, batch: Mapping[str, Any], counts: Tensor) -> int | None:
+    """By the row with the most labels."""
+    rows, row = len(counts), int(counts.sum(1).argmax())
+    one = {
+        k: v[row : row + 1] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
+        for k, v in batch.items()
+    }
+    # Two losses by chance alike would hardly be so for other labels too.
+    turned = one["labels"].where(one["labels"].eq(IGNORED_LABEL), one["input_ids"].flip(1))
+    both = {_tried(model, one), _tried(model, one | {"labels": turned})}
+    return both.pop() if len(both) == 1 else None
 
 
 def _tried(model: nn.Module, one: Mapping[str, Any]) -> int | None:

@@ -12,13 +12,18 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.data import DataLoader, Sampler
+
+from beft_ext.models.wrappers import is_shard
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 Batch = Mapping[str, Tensor]
 States = tuple[Any, ...]  # of torch's, Python's and numpy's global generators
@@ -91,6 +96,8 @@ def digest_of(tensors: Mapping[str, Tensor], before: str = "") -> str:
 
 def _count(counted: hashlib._Hash, name: str, tensor: Tensor) -> None:
     counted.update(f"{name} {tensor.dtype} {tuple(tensor.shape)};".encode())
+    if is_shard(tensor):  # all processes are here, and get the digest of the whole
+        tensor = cast("DTensor", tensor).full_tensor()
     if is_traceable_wrapper_subclass(tensor):  # quantised: the bytes are those of its parts
         for part in tensor.__tensor_flatten__()[0]:  # type: ignore[attr-defined]
             _count(counted, f"{name}.{part}", getattr(tensor, part))

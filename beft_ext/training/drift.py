@@ -52,7 +52,7 @@ class Watch:
                 return (
                     f"ranks 0 and {other[0]} have different gradients of {what}, so their models "
                     "would come apart: call prepare first, and then wrap the model in "
-                    "DistributedDataParallel"
+                    "DistributedDataParallel; of a sharded model build BiasAdamW(model)"
                 )
         return None
 

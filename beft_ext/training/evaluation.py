@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models.modes import quiet
-from beft_ext.training.loss import Loss, on_device, rows_of
+from beft_ext.models.offload import device_of
+from beft_ext.parallel import here
+from beft_ext.training.joined import side_by_side
+from beft_ext.training.lockstep import Lockstep
+from beft_ext.training.loss import Batch, Loss, LossValue, on_device, rows_of, scalar
 
 LOADER_METRIC = "validation_loss"
 # A metric of the model, batches with labels, or None.
@@ -55,11 +59,22 @@ class Judge:
 def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: Loss) -> float:
     """Mean over all batches, in evaluation mode; a batch counts by the divisor that its loss
     tells, one that tells none by its rows."""
-    device = next(model.parameters()).device
+    device = device_of(model)
     total = count = 0.0
+    lockstep = Lockstep(model, here())
+    if lockstep.needed:  # ranks may have unequal numbers of batches
+        batches = side_by_side(here(), batches)
+
+    def value_of(batch: Batch) -> LossValue:
+        return loss(model, on_device(batch, device))
+
     with quiet(model), torch.no_grad():
         for batch in batches:
-            value = loss(model, on_device(batch, device))
+            lockstep.settle(batch)
+            if not batch:
+                lockstep.along(lambda given: scalar(value_of(given)), ())
+                continue
+            value = value_of(batch)
             if isinstance(value, tuple):
                 value, divisor = value[0], float(value[1])
             else:

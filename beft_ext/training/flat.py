@@ -312,7 +312,8 @@ def _require_plain(name: str, p: Tensor) -> None:
         reason = "is on the meta device: give it values first"
     elif type(p.data) is not Tensor:
         reason = (
-            f"is a {type(p.data).__name__}: BiasAdamW steps plain tensors, whole in one process"
+            f"is a {type(p.data).__name__}: BiasAdamW steps plain tensors, whole in one process "
+            "(of a sharded model those of beft_ext.models.unsharded)"
         )
     elif p.layout is not torch.strided or p.dtype not in TRAINABLE:
         reason = f"is {p.dtype}, {p.layout}: BiasAdamW steps dense fp32, bf16, fp16 or fp64"

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.files import JsonObject
+from beft_ext.models.offload import Values
+from beft_ext.models.wrappers import class_of
 from beft_ext.ops import dispatch
 from beft_ext.training.data import digest_of
 from beft_ext.training.preparation import prepared_of
@@ -21,13 +23,14 @@ def model_digest(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
     # A moved folder is the same model; the type of problem is set by the first forward.
     for key in ("_name_or_path", "transformers_version", "problem_type"):
         facts.pop(key, None)
-    text = json.dumps([type(model).__name__, facts], sort_keys=True, default=str)
-    values = {n: p.detach() for n, p in model.named_parameters() if n not in trained}
+    text = json.dumps([class_of(model).__name__, facts], sort_keys=True, default=str)
+    frozen = Values(model, (n for n, _ in model.named_parameters() if n not in trained))
+    initial: dict[str, Tensor] = {}
     prepared = prepared_of(model)
     if prepared is not None:
-        values |= {f"initial/{n}": t for n, t in prepared.initial.items()}
-        values |= {f"initial/{n}": t for n, t in prepared.head_initial.items()}
-    return digest_of(values, text)
+        initial |= {f"initial/{n}": t for n, t in prepared.initial.items()}
+        initial |= {f"initial/{n}": t for n, t in prepared.head_initial.items()}
+    return digest_of(initial, digest_of(frozen, text))
 
 
 def machine(device: torch.device, ranks: int) -> JsonObject:

@@ -6,12 +6,14 @@ ranks the sum is divided by the sum of these numbers, so a rank with more rows c
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from beft_ext import parallel
 from beft_ext.errors import BeftError
 from beft_ext.parallel import Ranks
 from beft_ext.training.data import digest_of
@@ -72,3 +74,33 @@ def averaged(ranks: Ranks, parameters: Sequence[Tensor], share: Share) -> float:
     ranks.sum([p.grad for p in trained if p.grad is not None])
     losses = [own.loss * own.divisor for own, _ in shares]
     return sum(losses) / total if total else float("nan")
+
+
+class Averaging:
+    """In a loop of one's own over a sharded model: gradients of what is whole in each process.
+
+    At the end of each backward they become the mean of all ranks', as ``fully_shard`` makes those
+    of shards. Within a meeting it is the meeting that adds up. It ends with its holder.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        self.parameters = list(parameters)
+        self.task = -1  # the backward at whose end they are averaged
+        heard = weakref.WeakMethod(self._heard)
+
+        def hook(_parameter: Tensor) -> None:
+            if (own := heard()) is not None:
+                own()
+
+        for parameter in self.parameters:
+            parameter.register_post_accumulate_grad_hook(hook)
+
+    def _heard(self) -> None:
+        task = torch._C._current_graph_task_id()
+        if task != self.task and not parallel.held():
+            self.task = task
+            torch.autograd.Variable._execution_engine.queue_callback(self._average)
+
+    def _average(self) -> None:
+        with parallel.meeting("backward", promised=True) as ranks:
+            averaged(ranks, self.parameters, Share(0.0, 1.0))

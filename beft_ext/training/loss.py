@@ -21,6 +21,7 @@ from beft_ext.training.counted import IGNORED_LABEL, counted_losses
 
 Batch = Mapping[str, Any]  # a model's arguments: tensors, and whatever else it takes
 Measure = Callable[[Batch], float | None]
+Kind = tuple[bool, bool]  # of a batch: rows left out of the loss, labels counted by the Trainer
 # A scalar; the losses of the examples (B,); or a scalar and what the sum was divided by.
 LossValue: TypeAlias = Tensor | tuple[Tensor, Tensor | float]
 Loss = Callable[[nn.Module, Batch], LossValue]
@@ -80,9 +81,14 @@ def rows_of(batch: Batch) -> int:
 
 def first_rows(batch: Batch, count: int) -> dict[str, Any]:
     """The batch's first rows; what has no row for each example stays."""
+    return rows_between(batch, 0, count)
+
+
+def rows_between(batch: Batch, first: int, last: int) -> dict[str, Any]:
+    """The batch's rows from ``first`` to ``last``, which is left out; the rest stays."""
     rows = rows_of(batch)
     return {
-        k: v[:count] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
+        k: v[first:last] if isinstance(v, Tensor) and v.ndim and len(v) == rows else v
         for k, v in batch.items()
     }
 
@@ -127,6 +133,11 @@ def items_given(batch: Batch) -> float | None:
     return None if items is None else float(items)
 
 
+def one(_batch: Batch) -> float:
+    """The divisor of a sum, however many rows a batch has."""
+    return 1.0
+
+
 def _next_labels(batch: Batch) -> float | None:
     """Labels that count where a model predicts the next one: all but the first of each row."""
     labels = batch.get("labels")
@@ -150,7 +161,7 @@ DIVISORS: tuple[Measure, ...] = (
     _next_labels,
     _labels,
     lambda batch: float(rows_of(batch)),
-    lambda batch: 1.0,
+    one,
 )
 
 
@@ -166,7 +177,7 @@ class Divisor:
     def __init__(self, loss: Loss, parameters: Sequence[Tensor]) -> None:
         self.loss, self.parameters = loss, parameters
         self.told = False  # whether the loss itself tells
-        self.fitting: dict[tuple[bool, bool], Measure] = {}
+        self.fitting: dict[Kind, Measure] = {}
 
     def of(self, value: LossValue, batch: Batch, examples: int) -> float:
         """The divisor that the loss itself tells: a tuple's, or the number of losses.
@@ -187,17 +198,19 @@ class Divisor:
 
         Raises LossError where no known divisor fits, or more than one.
         """
-        kind = (has_ignored(batch), "num_items_in_batch" in batch)
-        if not self.told and kind not in self.fitting:
-            self.fitting[kind] = self._measure(model, batch)
-        if self.told:
-            return None
-        return self.fitting[kind](batch)  # 0 where there is no label at all
+        measure = self.measure(model, batch)
+        return None if measure is None else measure(batch)  # 0 where there is no label at all
 
-    def constant(self, batch: Batch) -> bool:
-        """Whether the divisor that was measured is 1, however many rows a batch has."""
-        kind = (has_ignored(batch), "num_items_in_batch" in batch)
-        return self.fitting.get(kind) is DIVISORS[-1] and not self.told
+    def measure(self, model: nn.Module, batch: Batch) -> Measure | None:
+        """What measures a batch of this kind, and each part of one, as ``measured`` does."""
+        if (kind := self.unknown(batch)) is not None:
+            self.fitting[kind] = self._measure(model, batch)
+        return None if self.told else self.fitting[_kind(batch)]
+
+    def unknown(self, batch: Batch) -> Kind | None:
+        """The kind of this batch, where its divisor must be measured."""
+        kind = _kind(batch)
+        return None if self.told or kind in self.fitting else kind
 
     def _measure(self, model: nn.Module, batch: Batch) -> Measure:
         pairs = _pairs(batch)
@@ -268,6 +281,10 @@ def has_ignored(batch: Batch) -> bool:
     if not isinstance(labels, Tensor) or labels.ndim != 1 or labels.is_floating_point():
         return False
     return bool(labels.eq(IGNORED_LABEL).any())
+
+
+def _kind(batch: Batch) -> Kind:
+    return has_ignored(batch), "num_items_in_batch" in batch
 
 
 def _pairs(batch: Batch) -> list[Batch]:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models import Bias
-from beft_ext.models.wrappers import whole
+from beft_ext.models.wrappers import sharded, whole
 from beft_ext.training.drift import Watch
 from beft_ext.training.flat import BiasScore, Entry, Flat, OptimizerError, Work, form_of
+from beft_ext.training.joined import Averaging
 from beft_ext.training.preparation import prepared_of
 
 __all__ = ["BiasAdamW", "BiasScore", "OptimizerError", "rate_factor"]
@@ -34,7 +35,8 @@ class BiasAdamW(torch.optim.Optimizer):
     Args:
         params: a model, or what ``torch.optim.AdamW`` takes. Of a model all that requires grad
             trains; after ``prepare`` only the chosen slices of fused parameters. fp32, bf16 and
-            fp16; fp64 runs on the reference backend. Any device, strides and gradient dtype.
+            fp16; fp64 runs on the reference backend. Any device, strides and gradient dtype. Of a
+            model under ``fully_shard`` gradients become the mean of all ranks' with each backward.
         lr: learning rate; a number, or a scalar tensor that a scheduler may fill.
         betas, eps, weight_decay: as AdamW's, but ``weight_decay`` is 0 by default, as biases
             are trained without.
@@ -46,8 +48,8 @@ class BiasAdamW(torch.optim.Optimizer):
     Attributes:
         grad_norm: global norm that the last step saw, unscaled and before clipping, a scalar.
     Raises:
-        OptimizerError: settings out of range; a model that is sharded, or has no parameter that
-            requires grad; parameters that are not dense floats.
+        OptimizerError: settings out of range; a model that has no parameter that requires grad;
+            parameters that are not dense floats, or are sharded.
     Example:
         >>> import torch, beft_ext
         >>> layer = torch.nn.Linear(2, 2)
@@ -107,6 +109,13 @@ class BiasAdamW(torch.optim.Optimizer):
         named = {n: p for n, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise OptimizerError("no parameter of the model requires grad: call prepare first")
+        if away := next((n for n, p in named.items() if p.is_meta), None):
+            raise OptimizerError(
+                f"parameter '{away}' is offloaded and cannot train: prepare freezes it, and keeps "
+                "what trains on its device"
+            )
+        if sharded(model):
+            self._averaging = Averaging(named.values())
         every = dict(model.named_parameters(remove_duplicate=False))
         for bias in prepared.biases if prepared is not None else ():
             self._slices.setdefault(every[bias.parameter], []).append(bias)

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from beft_ext.errors import BeftError, BeftWarning
 from beft_ext.models import (
@@ -22,6 +23,7 @@ from beft_ext.models import (
     add_bias,
     find_projections,
     head_parameters,
+    offload,
     parse_terms,
     pick,
     require_fit,
@@ -55,6 +57,7 @@ class Prepared(state.Record):
         required: ``requires_grad`` of each parameter before, by name.
         outside: what keeps the rest of fused parameters from training; a deep copy of the model
             takes it along.
+        again: handles of the hooks by which a backward reads offloaded weights.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model, terms="value")
@@ -74,6 +77,7 @@ class Prepared(state.Record):
     adapter_bytes: int
     required: dict[str, bool] = field(repr=False)
     outside: list[_Outside] = field(default_factory=list, repr=False)
+    again: list[RemovableHandle] = field(default_factory=list, repr=False)
 
     def claim(self) -> str:
         return "this model is prepared already: call restore(model) first"
@@ -124,9 +128,10 @@ def prepare(
     prepared too. Loaded adapters that are not active are forgotten.
 
     Args:
-        model: a transformers model, plain or in DistributedDataParallel. Prepare first and wrap
-            then: an added bias is refused in a wrapped model, and what is frozen after the
-            wrapping needs ``find_unused_parameters=True``.
+        model: a transformers model, plain, in DistributedDataParallel or under ``fully_shard``
+            (docs/large-models.md). Prepare first and wrap in DDP then: an added bias is refused in
+            a wrapped model, and what is frozen after the wrapping needs
+            ``find_unused_parameters=True``. Prepare before or after ``fully_shard``.
         terms: a set of terms, as text ("value", "value@6-11+query") or as the texts of its parts.
             ``value@6-11`` is the value in layers 6 to 11, ``value@3`` in layer 3 alone.
         layers: numbers of the layers, from 0; by default all.
@@ -136,9 +141,9 @@ def prepare(
         What trains.
     Raises:
         PrepareError: an unknown term; a layer out of range; a norm that has no bias (RMSNorm); a
-            quantised head; a bias of another model; a model that is prepared, merged or tapped,
-            has an active adapter, is wrapped by PEFT, or is spread over processes or devices.
-            Nothing was changed.
+            quantised head; a bias of another model, or one that is sharded; a model that is
+            prepared, merged or tapped, has an active adapter, is wrapped by PEFT, or is spread over
+            processes or devices in another way than ``fully_shard``'s. Nothing was changed.
     Example:
         >>> import beft_ext
         >>> prepared = beft_ext.prepare(model, terms=["query", "value"], layers=[1])
@@ -158,11 +163,15 @@ def prepare(
         )
     required = {n: p.requires_grad for n, p in model.named_parameters()}
     head = _head(model)
+    there = {p.bias.parameter: model.get_parameter(p.bias.parameter) for p in chosen if p.has_bias}
+    wrappers.require_unsharded(there | head, PrepareError)
     added = list(dict.fromkeys(p.bias.module for p in chosen if not p.has_bias))
     for module in added:
-        add_bias(model.get_submodule(module))
+        add_bias(model, module)
     # Tied projections hold one parameter under several modules: it is one bias here.
     own = list({(p.bias.parameter, p.bias.term): p.bias for p in chosen}.values())
+    offload.take(model, [*head, *(b.parameter for b in own)])
+    head = {n: model.get_parameter(n) for n in head}
     prepared = Prepared(
         model_type=str(getattr(getattr(model, "config", None), "model_type", "")),
         terms=spell((p.bias for p in chosen), (p.bias for p in found)),
@@ -210,6 +219,8 @@ def restore(model: nn.Module) -> None:
     prepared = unmark(model)
     for name in prepared.added:
         model.get_submodule(name.removesuffix(".bias")).bias = None
+    own = dict.fromkeys(b.parameter for b in prepared.biases if b.parameter not in prepared.added)
+    offload.put_back(model, [*prepared.head, *own])
 
 
 def trained_slices(model: nn.Module) -> list[tuple[str, nn.Parameter, Bias | None]]:
@@ -246,6 +257,7 @@ def mark(model: nn.Module, prepared: Prepared) -> None:
         parameter = model.get_parameter(name)
         if sum(b.width for b in own) < parameter.numel():
             prepared.outside.append(_Outside(parameter, own))
+    prepared.again = offload.rereading(model)
     state.put(model, prepared)
 
 
@@ -257,6 +269,9 @@ def unmark(model: nn.Module) -> Prepared:
     for outside in prepared.outside:
         outside.handle.remove()
     prepared.outside.clear()
+    for handle in prepared.again:
+        handle.remove()
+    prepared.again.clear()
     as_before = any(prepared.required.values())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(prepared.required.get(name, as_before))

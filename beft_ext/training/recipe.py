@@ -28,6 +28,9 @@ class Recipe:
         compile: run the forward under torch.compile, with the dropout of eager mode.
         graphs: run whole steps as CUDA graphs; not together with ``compile``.
         decay: after warm-up, let the rate fall linearly to zero; otherwise it stays constant.
+        parts: that each batch is read in, one after another; their gradients add up to the batch's.
+            The same steps in less memory, but for dropout's draws and rounding. A step that runs
+            out of memory doubles it.
         deterministic: on a GPU, take torch's deterministic algorithms alone, so that the same run
             ends in the same bits there too; it costs time. A CPU needs nothing.
     Example:
@@ -48,6 +51,7 @@ class Recipe:
     graphs: bool = False
     decay: bool = True
     deterministic: bool = False
+    parts: int = 1
 
 
 @dataclass

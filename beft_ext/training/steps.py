@@ -8,18 +8,38 @@ random numbers that it would have without graphs.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cached_property, partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext.errors import BeftError
+from beft_ext.errors import BeftError, BeftWarning
+from beft_ext.models.offload import device_of
 from beft_ext.ops import dispatch
 from beft_ext.parallel import Ranks
+from beft_ext.training.counted import try_on, untried
 from beft_ext.training.joined import NOTHING, Share, averaged
-from beft_ext.training.loss import Divisor, Loss, examples_of, model_loss, offsets_of, scalar
+from beft_ext.training.lockstep import Lockstep, Want
+from beft_ext.training.loss import (
+    Batch,
+    Divisor,
+    Loss,
+    LossValue,
+    Measure,
+    examples_of,
+    items_given,
+    model_loss,
+    offsets_of,
+    on_device,
+    one,
+    scalar,
+)
 from beft_ext.training.optim import BiasAdamW
+from beft_ext.training.parts import in_parts, parts_of, ran_out_of_memory
 
 LENGTH_MULTIPLE = 32  # of tokens
 MOST_GRAPHS = 16  # graphs kept: each holds the addresses of a whole step's kernels
@@ -27,6 +47,7 @@ MOST_GRAPHS = 16  # graphs kept: each holds the addresses of a whole step's kern
 # What an input is filled up with; labels only where there is one for each token.
 PADDING_VALUES = {"attention_mask": 0, "token_type_ids": 0, "labels": -100}
 
+T = TypeVar("T")
 Shape = tuple[tuple[str, tuple[int, ...], torch.dtype], ...]  # of a batch, input by input
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
@@ -42,12 +63,29 @@ class EagerStep:
 
     Args:
         bf16: autocast of the forward.
+        parts: that each batch is read in; twice as many from the step on that runs out of memory.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: BiasAdamW, loss: Loss = model_loss, bf16: bool = False
+        self,
+        model: nn.Module,
+        optimizer: BiasAdamW,
+        loss: Loss = model_loss,
+        bf16: bool = False,
+        parts: int = 1,
     ) -> None:
         self.model, self.optimizer, self.loss, self.bf16 = model, optimizer, loss, bf16
+        self.parts, self.divisible = parts, True
+
+    @cached_property
+    def trained(self) -> list[Tensor]:
+        """What the optimizer moves."""
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @cached_property
+    def divisor(self) -> Divisor:
+        """Of the loss; measured where a batch is one of several."""
+        return Divisor(self.loss, self.trained)
 
     def __call__(self, batch: Mapping[str, Tensor], rate: float) -> tuple[Tensor, Tensor]:
         # In single precision, as a graph's kernels read it: with and without graphs the same.
@@ -59,12 +97,67 @@ class EagerStep:
 
     def work(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Forward, backward and optimizer's step."""
-        device = next(iter(batch.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            loss = scalar(self.loss(self.model, batch))
-        loss.backward()
+        loss = self.fitted(batch, self._gradients)
         self.optimizer.step()
         return loss.detach(), self.optimizer.grad_norm
+
+    def fitted(self, batch: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], T]) -> T:
+        """``work`` of a batch, in as many parts as fit the memory. Raises what it raises where
+        one row does not fit."""
+        while True:
+            try:
+                return work(batch)
+            except (RuntimeError, BeftError) as error:
+                if not self.divisible or not ran_out_of_memory(error):
+                    raise
+                if len(parts_of(batch, 2 * self.parts)) <= self.parts:
+                    raise
+            self.parts *= 2
+            self.optimizer.zero_grad()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            warnings.warn(
+                f"a batch does not fit the memory: from now on each is read in {self.parts} parts, "
+                "and the steps are the same",
+                BeftWarning,
+                stacklevel=2,
+            )
+
+    def _gradients(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Those of the batch; returns its loss."""
+        if self.parts > 1 and len(parts_of(batch, self.parts)) > 1:
+            share = self._shares(batch)
+            return torch.tensor(share.loss if share.divisor else math.nan, device="cpu")
+        loss = scalar(self._forward(batch))
+        self._backward(loss)
+        return loss
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def _forward(self, batch: Batch) -> LossValue:
+        device = next(iter(batch.values())).device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
+            return self.loss(self.model, batch)
+
+    def _shares(self, batch: Mapping[str, Tensor]) -> Share:
+        """The gradients of a batch in its parts, and what they are a mean of."""
+        measure = self.divisor.measure(self.model, batch)
+        parts = parts_of(batch, self.parts)
+        return in_parts(parts, partial(self._share, measure), self.trained, measure is items_given)
+
+    def _share(
+        self, measure: Measure | None, batch: Mapping[str, Tensor], unit: float | None
+    ) -> Share:
+        scale = None if measure is None else measure(batch)
+        if scale == 0:  # no label: the mean over none is not a number
+            return NOTHING
+        value = self._forward(batch)
+        loss = scalar(value)
+        if scale is None:
+            scale = self.divisor.of(value, batch, examples_of(batch, offsets_of(batch)))
+        self._backward(loss if unit is None else loss * (scale / unit))
+        return Share(float(loss.detach()), scale, measure is one)
 
 
 class JoinedStep(EagerStep):
@@ -75,31 +168,51 @@ class JoinedStep(EagerStep):
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: BiasAdamW, loss: Loss, bf16: bool, ranks: Ranks
+        self,
+        model: nn.Module,
+        optimizer: BiasAdamW,
+        loss: Loss,
+        bf16: bool,
+        ranks: Ranks,
+        parts: int = 1,
     ) -> None:
-        super().__init__(model, optimizer, loss, bf16)
+        super().__init__(model, optimizer, loss, bf16, parts)
         self.ranks = ranks
-        self.trained = [p for group in optimizer.param_groups for p in group["params"]]
-        self.divisor = Divisor(loss, self.trained)
+        self.lockstep = Lockstep(model, ranks)
+        self.divisible = not self.lockstep.needed  # the others would be left behind
 
     def work(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """This rank's forward and backward, and every rank's optimizer's step."""
-        loss = averaged(self.ranks, self.trained, self._backward(batch) if batch else NOTHING)
+        loss = averaged(self.ranks, self.trained, self._own(batch))
         self.optimizer.step()
         return torch.tensor(loss, device="cpu"), self.optimizer.grad_norm
 
-    def _backward(self, batch: Mapping[str, Tensor]) -> Share:
-        scale = self.divisor.measured(self.model, batch)
-        if scale == 0:  # no label: the mean over none is not a number
-            return NOTHING
-        device = next(iter(batch.values())).device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self.bf16, cache_enabled=False):
-            value = self.loss(self.model, batch)
-            loss = scalar(value)
-        if scale is None:
-            scale = self.divisor.of(value, batch, examples_of(batch, offsets_of(batch)))
+    def _own(self, batch: Mapping[str, Tensor]) -> Share:
+        """This rank's gradients; an empty batch has none."""
+        wants: list[Want] = [("output", None)] if untried(self.model) else []
+        if (kind := self.divisor.unknown(batch)) is not None:
+            wants.append(("divisor", kind))
+        self.lockstep.settle(batch, wants, self._find_out)
+        share = self.fitted(batch, self._shares) if batch else NOTHING
+        if share is NOTHING:
+            self.lockstep.along(
+                lambda given: scalar(self._forward(self._here(given))), self.trained
+            )
+        return share
+
+    def _backward(self, loss: Tensor) -> None:
+        self.lockstep.begin_backward()
         loss.backward()
-        return Share(float(loss.detach()), scale, self.divisor.constant(batch))
+
+    def _find_out(self, what: str, batch: Batch) -> None:
+        """Of a sharded model, with the other ranks."""
+        if what == "output":
+            try_on(self.model, self._here(batch))
+        else:
+            self.divisor.measured(self.model, self._here(batch))
+
+    def _here(self, batch: Batch) -> Batch:
+        return on_device(batch, device_of(self.model))
 
 
 class GraphedStep(EagerStep):
@@ -126,6 +239,7 @@ class GraphedStep(EagerStep):
         capture: Capture | None = None,
     ) -> None:
         super().__init__(model, optimizer, loss, bf16)
+        self.divisible = False  # a graph is of a whole batch
         self.device = next(model.parameters()).device
         self.fills = PADDING_VALUES | {"input_ids": pad}
         if capture is None:
@@ -149,6 +263,10 @@ class GraphedStep(EagerStep):
         if shape not in self.graphs:
             self.graphs[shape] = _Replay(self, batch)
         return self.graphs[shape](batch)
+
+    def fitted(self, batch: Mapping[str, Tensor], work: Callable[[Mapping[str, Tensor]], T]) -> T:
+        """A graph is of a whole batch."""
+        return work(batch)
 
     @cached_property
     def side(self) -> torch.cuda.Stream:

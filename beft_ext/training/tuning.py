@@ -18,11 +18,13 @@ from beft_ext import parallel
 from beft_ext.errors import BeftWarning
 from beft_ext.files import JsonObject, digest, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
-from beft_ext.models.modes import repeatable
+from beft_ext.models.modes import cuda_devices, repeatable
+from beft_ext.models.offload import device_of, is_offloaded
 from beft_ext.training.data import Batch, Passes, digest_of, generators
 from beft_ext.training.evaluation import Evaluation, Judge
 from beft_ext.training.identity import machine, model_digest
 from beft_ext.training.joined import require_apart, side_by_side
+from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import Loss, model_loss
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.recipe import Progress, Recipe, TuningError
@@ -63,8 +65,8 @@ def tune(
     (docs/large-models.md).
 
     Args:
-        model: a prepared model, or any other of which something requires grad; plain or in
-            DistributedDataParallel, of which the model inside trains.
+        model: a prepared model, or any other of which something requires grad; plain, under
+            ``fully_shard``, or in DistributedDataParallel, of which the model inside trains.
         loader: batches, keyword arguments of the model; must have a length. Each pass may draw a
             new order: with torch's global generator, with a torch.Generator of the loader or
             its sampler, or with ``set_epoch``. An empty batch is a step without rows on this rank.
@@ -87,9 +89,10 @@ def tune(
     Raises:
         TuningError: nothing to train; a loader without a length, or one that gives more or fewer
             batches than its length; a loss or gradient that is not finite; ``save_every`` below
-            1; ``resume`` without a folder; ``compile`` beside ``graphs``; a checkpoint that is
-            damaged or of another run.
-        OptimizerError: a setting of the recipe is out of range, or the model is sharded.
+            1; ``resume`` without a folder; ``compile`` beside ``graphs``, either of them on an
+            offloaded model, ``graphs`` beside ``parts``, ``parts`` of a sharded model's batches;
+            a checkpoint that is damaged or of another run.
+        OptimizerError: a setting of the recipe is out of range, or what trains is sharded.
         LossError: the batches have no labels.
         RankError: a rank ended or fell silent.
         StepError: graphs are asked for and cannot be had (``beft_ext.training.steps``).
@@ -109,8 +112,8 @@ def tune(
         raise TuningError(f"save_every must be at least 1 step, but is {save_every}")
     if resume and folder is None:
         raise TuningError("resume=True needs the folder of the run that is to go on")
-    meeting = parallel.meeting("tune", wrappers.replicated(model))
-    with meeting as ranks, repeatable(recipe.deterministic):
+    meeting = parallel.meeting("tune", wrappers.joint(model))
+    with meeting as ranks, in_step(model, ranks), repeatable(recipe.deterministic):
         run = _TuningRun(model, loader, recipe, loss, Judge.of(evaluate, metric, loss), folder)
         if folder is not None and ranks.rank == 0:
             sweep(folder)
@@ -153,13 +156,14 @@ class _TuningRun:
         self.steps = recipe.epochs * self.per_epoch
         if self.steps < 1:
             raise TuningError("nothing to train on: the loader is empty or epochs is 0")
-        self.device = next(iter(self.parameters.values())).device
+        self.device = device_of(self.inside)
         self.optimizer = BiasAdamW(
             model,
             lr=recipe.lr,
             weight_decay=recipe.weight_decay,
             max_grad_norm=recipe.max_grad_norm,
         )
+        self.kept = set(self.inside.state_dict())  # on all ranks: a sharded model's is of all
         self.state = Progress()
         self.passes = Passes(loader, recipe.seed)
         self.rest: Iterator[Batch] | None = None  # of the epoch that a checkpoint stood in
@@ -173,6 +177,20 @@ class _TuningRun:
         recipe, model = self.recipe, self.model
         if recipe.graphs and recipe.compile:
             raise TuningError("compile and graphs do not go together: choose one")
+        if recipe.parts < 1:
+            raise TuningError(f"a batch is read in 1 part or more, but parts is {recipe.parts}")
+        if recipe.parts > 1 and wrappers.sharded(self.inside):
+            raise TuningError(
+                "the ranks of a sharded model go step by step together, so their batches are not "
+                "read in parts: lower the batch size"
+            )
+        if recipe.graphs and recipe.parts > 1:
+            raise TuningError("a graph is of a whole batch: leave out graphs, or parts")
+        if (recipe.graphs or recipe.compile) and is_offloaded(self.inside):
+            raise TuningError(
+                "parts of this model are offloaded, which neither compile nor graphs can see "
+                "through: leave them out"
+            )
         if recipe.graphs and self.ranks.size > 1:
             raise TuningError("graphs are of one process: leave them out, or start one process")
         if recipe.graphs:
@@ -182,8 +200,8 @@ class _TuningRun:
             options = {"fallback_random": True}
             model = torch.compile(model, dynamic=True, options=options)
         if self.ranks.size > 1:
-            return JoinedStep(model, self.optimizer, loss, recipe.bf16, self.ranks)
-        return EagerStep(model, self.optimizer, loss, recipe.bf16)
+            return JoinedStep(model, self.optimizer, loss, recipe.bf16, self.ranks, recipe.parts)
+        return EagerStep(model, self.optimizer, loss, recipe.bf16, recipe.parts)
 
     def train(
         self,
@@ -264,14 +282,16 @@ class _TuningRun:
         """What must be the same for a run to be resumed, beside the data."""
         shapes = {n: list(p.shape) for n, p in self.parameters.items()}
         recipe = dataclasses.asdict(self.recipe)
+        del recipe["parts"]  # the steps are the same
         own = {"steps an epoch": self.per_epoch, "metric": self.judge.metric, "shapes": shapes}
         return {**recipe, **own, "model": model_digest(self.inside, self.parameters)}
 
     def _tensors(self) -> dict[str, Tensor]:
         """All that training changes, by its name in the checkpoint."""
         tensors = {f"param/{n}": p.detach() for n, p in self.parameters.items()}
-        kept = self.inside.state_dict().keys()
-        tensors |= {f"buffer/{n}": b for n, b in self.inside.named_buffers() if n in kept}
+        buffers = self.inside.named_buffers()
+        tensors |= {f"buffer/{n}": b for n, b in buffers if n in self.kept}
+        tensors = {n: t for n, t in tensors.items() if not t.is_meta}  # offloaded, as loaded
         for name, p in self.parameters.items():
             for key, value in self.optimizer.state[p].items():
                 tensors[f"optimizer/{key}/{name}"] = value
@@ -284,8 +304,8 @@ class _TuningRun:
         state = self.state
         own = {f"loader/{i}": g for i, g in enumerate(self.passes.generators)}
         own["random/cpu"] = torch.get_rng_state()
-        if self.device.type == "cuda":
-            own["random/cuda"] = torch.cuda.get_rng_state(self.device)
+        for device in cuda_devices(self.inside):
+            own[f"random/{device}"] = torch.cuda.get_rng_state(device)
         every = self.ranks.gather((own, self.passes.digest))
         if self.ranks.rank > 0:
             return
@@ -293,6 +313,7 @@ class _TuningRun:
         for rank, (theirs, _) in enumerate(every):
             tensors |= {f"{_of_rank(rank)}{name}": t for name, t in theirs.items()}
         record = {"step": state.step, "loss_sum": state.loss_sum, "history": state.history}
+        record["parts"] = self.training_step.parts
         parts = {"run": self.identity, "machine": machine(self.device, self.ranks.size)}
         parts["progress"] = record | {"batches": "+".join(digest for _, digest in every)}
         metadata = {k: json.dumps(v) for k, v in parts.items()}
@@ -324,18 +345,20 @@ class _TuningRun:
             for name, into in self._tensors().items():
                 into.copy_(tensors[name])
         best = {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+        self.training_step.parts = max(self.recipe.parts, record.get("parts", 1))
         self.state = Progress(
             record["step"],
             record["loss_sum"],
             record["history"],
-            {n: v.to(self.device) for n, v in best.items()},
+            {n: v.to(self.parameters[n].device) for n, v in best.items()},
         )
         if "random/cpu" not in own:  # there were fewer ranks
             torch.manual_seed(self.ranks.seed(self.recipe.seed + record["step"]))
             return
         torch.set_rng_state(own["random/cpu"])
-        if "random/cuda" in own and self.device.type == "cuda":
-            torch.cuda.set_rng_state(own["random/cuda"], self.device)
+        for device in cuda_devices(self.inside):
+            if (kept := own.get(f"random/{device}")) is not None:
+                torch.cuda.set_rng_state(kept, device)
 
     def _enter_again(self, path: Path, record: JsonObject, states: list[Tensor]) -> None:
         """Read again the batches that the checkpoint's epoch had given."""

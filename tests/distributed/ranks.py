@@ -8,12 +8,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import transformers as hf
+from torch.distributed.checkpoint import state_dict as of_torch
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import beft_ext
 from beft_ext import parallel
 from beft_ext.errors import BeftError
+from beft_ext.models import unsharded
 from beft_ext.training.loss import model_loss
 from beft_ext.training.steps import JoinedStep
 
@@ -30,7 +35,16 @@ MODELS = {
         hf.LlamaConfig(**SIZES, intermediate_size=48, num_key_value_heads=2, pad_token_id=0)
     ),
 }
-MODELS["encoder in fp64"] = lambda: MODELS["encoder"]().double()
+FOLDED = "folded"  # its value bias merges into the output projection
+MADE = MODELS | {
+    FOLDED: lambda: hf.GPTNeoForCausalLM(
+        hf.GPTNeoConfig(
+            hidden_size=32, num_heads=4, vocab_size=64, num_layers=2, window_size=4,
+            attention_types=[[["global", "local"], 1]], pad_token_id=0,
+        )
+    )
+}  # fmt: skip
+MODELS["encoder in fp64"] = MADE["encoder in fp64"] = lambda: MODELS["encoder"]().double()
 STEPS = 4
 ROWS = {2: (5, 3), 3: (4, 2, 1)}  # of each rank's batches
 MISSING = {3: (2, 2)}  # the rank and the step that it has no batch for, and none after
@@ -38,7 +52,7 @@ MISSING = {3: (2, 2)}  # the rank and the step that it has no batch for, and non
 
 def model_of(name, seed=0):
     torch.manual_seed(seed)
-    model = MODELS[name]()
+    model = MADE[name]()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:
@@ -71,6 +85,15 @@ def batches_of_all(name, size):
     return [{k: torch.cat([b[k] for b in step]) for k in step[0]} for step in steps]
 
 
+def shard(model, ignored=None):
+    """As docs/large-models.md says, and where ``ignored`` is empty, as it does not."""
+    whole = unsharded(model) if ignored is None else ignored
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    for layer in (*layers, model):
+        fully_shard(layer, ignored_params=whole)
+    return model
+
+
 def selection_of(model, loader):
     found = beft_ext.select(model, loader, lr=1e-2)
     gains = {k: getattr(found.gains, k) for k in ("values", "errors", "chance", "curve", "bands")}
@@ -89,6 +112,96 @@ def first_gradient(model, loader):
         loss, _ = step(loader[0], 0.0)
         grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return {"loss": float(loss), "grads": grads}
+
+
+def in_vain(model, loader):
+    """What would get a gradient, of the names in a sharded model's layers, as they run."""
+    seen = set()
+
+    def look(layer, *_):
+        seen.update(n for n, p in layer.named_parameters() if p.requires_grad)
+
+    layers = next(m for m in model.modules() if isinstance(m, torch.nn.ModuleList))
+    for layer in layers:  # after fully_shard's own hook: the parameters are whole
+        layer.register_forward_pre_hook(look)
+    first_gradient(model, loader)
+    return seen
+
+
+def own_loop(model, loader):
+    """Parameters after three steps of a loop of one's own, and what they were trained with."""
+    beft_ext.prepare(model, "value")
+    optimizer = beft_ext.BiasAdamW(model, lr=1e-2)
+    for own in loader[:3]:
+        optimizer.zero_grad()
+        model(**own).loss.backward()
+        optimizer.step()
+    return {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+
+def kept(name, wrap, folder, rank):
+    """A trained model saved, loaded into another and merged: logits, and the whole state."""
+    trained = wrap(model_of(name))
+    beft_ext.prepare(trained, "value")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+    data = {k: v for k, v in batch(name, 4, seed=7).items() if k != "labels"}
+    found = {}
+    with torch.no_grad():
+        trained.eval()(**data)
+        if rank == 0:  # alone, in the midst of forwards
+            beft_ext.save_adapter(trained, folder)
+        dist.barrier()
+        found["trained"] = trained(**data).logits
+        model = beft_ext.load_adapter(wrap(model_of(name)).eval(), folder)
+        found["loaded"] = model(**data).logits
+        beft_ext.merge_adapter(model)
+        found["merged"] = model(**data).logits
+    whole = of_torch.StateDictOptions(full_state_dict=True)
+    found["state"] = of_torch.get_model_state_dict(model, options=whole)
+    found["files"] = [p.read_bytes() for p in sorted(Path(folder).iterdir())]
+    return found
+
+
+def steps_by_hand(model, optimizer, numbers):
+    """Optimizer's steps with gradients by chance, the same for whoever makes them."""
+    for number in numbers:
+        generator = torch.Generator().manual_seed(number)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def states(model, optimizer):
+    """What torch.distributed.checkpoint saves and loads."""
+    return {
+        "model": of_torch.get_model_state_dict(model),
+        "optimizer": of_torch.get_optimizer_state_dict(model, optimizer),
+    }
+
+
+def save_state(model, folder):
+    beft_ext.prepare(model, "value")
+    optimizer = beft_ext.BiasAdamW(model, lr=1e-2)
+    steps_by_hand(model, optimizer, [1, 2])
+    dcp.save(states(model, optimizer), checkpoint_id=str(folder))
+
+
+def load_state(model, folder):
+    """The next step after a state that others saved: what trains, and its scores."""
+    beft_ext.prepare(model, "value")
+    optimizer = beft_ext.BiasAdamW(model, lr=1e-3)
+    state = states(model, optimizer)
+    dcp.load(state, checkpoint_id=str(folder))
+    of_torch.set_model_state_dict(model, state["model"])
+    of_torch.set_optimizer_state_dict(model, optimizer, state["optimizer"])
+    steps_by_hand(model, optimizer, [3])
+    trained = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {"trained": trained, "scores": optimizer.scores(), "lr": optimizer.param_groups[0]["lr"]}
 
 
 def accuracy(model):
@@ -183,7 +296,32 @@ def refusals(rank, size):
         finally:
             mine[:] = batches_of("encoder", size, rank)
 
-    return {
+    spread = shard(model_of("encoder"), ignored=set())
+    split = model_of("encoder")
+    mesh = dist.init_device_mesh("cpu", (size,), mesh_dim_names=("tp",))
+    parallelize_module(
+        split.bert.encoder.layer[0].attention.self, mesh, {"query": ColwiseParallel()}
+    )
+    broken_off = shard(model_of("encoder"))
+
+    def not_finite_in_shards():
+        if rank == 1:
+            mine[0]["inputs_embeds"] = torch.full((len(mine[0]["labels"]), 9, 32), torch.nan)
+            mine[0].pop("input_ids")
+        try:
+            beft_ext.select(broken_off, mine, steps=0)
+        finally:
+            mine[:] = batches_of("encoder", size, rank)
+
+    said = {
+        "a row of a sharded model": why(not_finite_in_shards),
+        "a sharded bias": why(lambda: beft_ext.prepare(spread, "value")),
+        "a sharded bias, listened at": why(lambda: beft_ext.select(spread, mine)),
+        "a sharded parameter that trains": why(lambda: beft_ext.BiasAdamW(spread)),
+        "tensor parallelism": why(lambda: beft_ext.select(split, mine)),
+    }
+    said["and after it"] = selection_of(broken_off, mine)
+    return said | {
         "wrapped first": why(lambda: beft_ext.prepare(wrapped, "value")),
         "drift": why(drift),
         "another model": why(lambda: beft_ext.select(odd, mine)),
@@ -219,8 +357,9 @@ def main(out, size):
     rank, found = dist.get_rank(), {}
     for name in MODELS:
         own = batches_of(name, size, rank)
-        found[name] = selection_of(model_of(name), own)
-        found[f"{name}, first step"] = first_gradient(model_of(name), own)
+        for how, make in (("", model_of), (", sharded", lambda name: shard(model_of(name)))):
+            found[f"{name}{how}"] = selection_of(make(name), own)
+            found[f"{name}{how}, first step"] = first_gradient(make(name), own)
     own = batches_of("encoder", size, rank)
     found["wrapped"] = selection_of(DistributedDataParallel(model_of("encoder")), own)
     found["tuned"] = tuned(prepared(), own, out / f"tuned-{size}")
@@ -231,6 +370,15 @@ def main(out, size):
             n: p.detach() for n, p in wrapped.named_parameters() if p.requires_grad
         }
         found["resumed"] = resumed(prepared, own, out / "resumed")
+        found["tuned, sharded"] = tuned(shard(prepared()), own, out / "sharded")
+        bare = batches_of("bias-free", size, rank)
+        found["in vain"] = in_vain(shard(model_of("bias-free")), bare)
+        found["own loop"] = own_loop(shard(model_of("bias-free")), bare)
+        for name in ("encoder", "bias-free", FOLDED):
+            for how, wrap in (("plain", lambda m: m), ("sharded", shard)):
+                found[f"{name}, {how}, kept"] = kept(name, wrap, out / f"{name}-{how}", rank)
+        save_state(shard(model_of("encoder")), out / "state-of-two")
+        found["state of one"] = load_state(shard(model_of("encoder")), out / "state-of-one")
         found["refused"] = refusals(rank, size)
         parallel.ALONE = 0.5
         if rank == 0:

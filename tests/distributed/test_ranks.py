@@ -1,15 +1,18 @@
 """Several processes are one: ranks find together what one process finds in all of their rows."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from beft_ext import prepare
 from beft_ext.training.optim import BiasAdamW
 from beft_ext.training.steps import EagerStep
+from beft_ext.training.tuning import CHECKPOINT
 
 HERE = Path(__file__).parent
 _spec = importlib.util.spec_from_file_location("what_ranks_do", HERE / "ranks.py")
@@ -30,6 +33,8 @@ def jobs(launch, tmp_path_factory):
     def of(size):
         if size not in known:
             out = tmp_path_factory.mktemp(f"ranks-{size}")
+            if size == 2:
+                ranks.save_state(ranks.model_of("encoder"), out / "state-of-one")
             known[size] = out, *launch(size, HERE / "ranks.py", out, size)
         out, codes, said = known[size]
         assert codes == [0] * size, "\n".join(err[-3000:] for _, err in said)
@@ -112,6 +117,59 @@ def test_a_model_in_ddp_is_the_model_inside(jobs, size):
         same(found["wrapped"], found["encoder"])
 
 
+@pytest.mark.parametrize("name", ranks.MODELS)
+def test_a_sharded_model_is_the_whole_one(jobs, size, name):
+    """To the bit; one rank has single rows, and none in the end."""
+    for found in jobs(size):
+        same(found[f"{name}, sharded"], found[name])
+        same(found[f"{name}, sharded, first step"], found[f"{name}, first step"])
+
+
+def test_weights_of_a_sharded_model_get_no_gradient_in_vain(jobs):
+    for found in jobs(2):
+        assert found["in vain"] == {"self_attn.v_proj.bias"}
+
+
+def test_a_loop_of_ones_own_over_a_sharded_model_takes_the_mean_of_the_ranks(jobs):
+    first, second = (found["own loop"] for found in jobs(2))
+    same(first, second)
+    model = ranks.model_of("bias-free")
+    prepare(model, "value")
+    optimizer = BiasAdamW(model, lr=1e-2)
+    for pair in zip(*(ranks.batches_of("bias-free", 2, r)[:3] for r in (0, 1)), strict=True):
+        optimizer.zero_grad()
+        (sum(model(**own).loss for own in pair) / 2).backward()
+        optimizer.step()
+    close(first, {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}, 1e-4)
+
+
+@pytest.mark.parametrize("name", ["encoder", "bias-free", ranks.FOLDED])
+def test_a_sharded_model_saves_loads_and_merges_as_the_whole_one(jobs, name):
+    own = jobs(2)
+    for found in own:
+        kept = found[f"{name}, sharded, kept"]
+        same(kept["loaded"], kept["trained"])
+        close(kept["merged"], kept["loaded"])
+        for what in ("trained", "loaded", "merged", "files"):
+            same(kept[what], found[f"{name}, plain, kept"][what])
+    state = own[0][f"{name}, sharded, kept"]["state"]
+    same(state, own[0][f"{name}, plain, kept"]["state"])
+
+
+def test_an_optimizers_state_goes_on_with_another_number_of_ranks(jobs):
+    """From one to two and from two to one, as if nobody had broken off."""
+    own = jobs(2)
+    model = ranks.model_of("encoder")
+    prepare(model, "value")
+    optimizer = BiasAdamW(model, lr=1e-2)
+    ranks.steps_by_hand(model, optimizer, [1, 2, 3])
+    whole = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    one = ranks.load_state(ranks.model_of("encoder"), own[0]["folder"] / "state-of-two")
+    for found in (one, *(two["state of one"] for two in own)):
+        same(found["trained"], whole)
+        assert found["scores"] == optimizer.scores() and found["lr"] == 1e-2
+
+
 def test_all_ranks_end_with_the_parameters_of_one_process(jobs, size, tmp_path):
     own = jobs(size)
     one = ranks.tuned(ranks.prepared(), ranks.batches_of_all("encoder", size), tmp_path)
@@ -126,11 +184,25 @@ def test_all_ranks_end_with_the_parameters_of_one_process(jobs, size, tmp_path):
 def test_ddp_and_a_run_that_was_broken_off_end_in_the_same_bits(jobs):
     for found in jobs(2):
         same(found["tuned, wrapped"], found["tuned"])
+        same(found["tuned, sharded"], found["tuned"])
         assert "Stopped" in found["resumed"].pop("said")
         same(found["resumed"], found["tuned"])
+    # A run goes on sharded or whole: its checkpoint names the same model.
+    whole, spread = (run_of(jobs(2)[0]["folder"] / name) for name in ("tuned-2", "sharded"))
+    assert whole == spread
+
+
+def run_of(folder):
+    with safe_open(folder / CHECKPOINT, "np") as file:
+        return json.loads(file.metadata()["run"])
 
 
 REFUSED = {
+    "a row of a sharded model": r"^GainError: (rank 1: )?the loss of example 5 is not finite",
+    "a sharded bias": r"^PrepareError: '.*bias' is sharded, .*beft_ext.models.unsharded\(model\)$",
+    "a sharded bias, listened at": r"^TapError: '.*bias' is sharded, .*: shard with ignored_params",
+    "a sharded parameter that trains": r"^OptimizerError: parameter '.*' is a DTensor: .*unsharded",
+    "tensor parallelism": r"^SelectionError: parameter '.*query.*' is split by tensor parallelism",
     "wrapped first": r"^PrepareError: .* added to '.*: prepare the model first",
     "drift": r"^OptimizerError: ranks 0 and 1 have different gradients of '.*v_proj.bias'",
     "another model": r"^SelectionError: rank 1 and rank 0 differ in the model",
@@ -146,6 +218,11 @@ REFUSED = {
 def test_what_does_not_fit_is_refused_on_every_rank(jobs, fault):
     for found in jobs(2):
         assert re.search(REFUSED[fault], found["refused"][fault])
+
+
+def test_a_sharded_model_goes_on_after_an_error(jobs):
+    for found in jobs(2):
+        same(found["refused"]["and after it"], found["encoder"])
 
 
 def test_one_rank_alone_says_so(jobs):

@@ -9,8 +9,8 @@ from conftest import tiny
 from torch import nn
 
 from beft_ext.errors import BeftError
-from beft_ext.models import state
-from beft_ext.models.wrappers import called, inside, whole
+from beft_ext.models import state, unsharded
+from beft_ext.models.wrappers import called, class_of, inside, whole
 
 
 class Refused(BeftError):
@@ -81,7 +81,9 @@ def test_a_package_is_told_by_whole_names():
 
 def test_what_is_not_here_as_a_whole_is_refused():
     offloaded = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2, device="meta"))
-    with pytest.raises(Refused, match=r"parameter '1.weight' is offloaded"):
+    with pytest.raises(
+        Refused, match=r"parameter '1.weight' is on the meta device, and no offload holds"
+    ):
         whole(torch.compile(offloaded), Refused)
     partitioned = nn.Linear(3, 2)
     partitioned.bias.ds_status = "NOT_AVAILABLE"  # as DeepSpeed marks what lies elsewhere
@@ -95,6 +97,23 @@ def test_what_is_not_here_as_a_whole_is_refused():
                 whole(split, Refused)
         else:
             assert whole(split, Refused) is split
+
+
+def test_fsdp1_is_refused_by_its_name_wherever_it_wraps():
+    kind = type("FullyShardedDataParallel", (nn.Sequential,), {})
+    for model in (kind(nn.Linear(3, 2)), nn.Sequential(kind(nn.Linear(3, 2)))):
+        with pytest.raises(Refused, match=r"FullyShardedDataParallel \(FSDP1; fully_shard will do"):
+            whole(model, Refused)
+
+
+def test_what_stays_whole_are_the_vectors_and_the_head():
+    model = tiny("bert")
+    kept = unsharded(model)
+    assert {n for n, p in model.named_parameters() if p in kept and p.ndim > 1} == {
+        "classifier.weight"
+    }
+    assert all(p.ndim > 1 for p in model.parameters() if p not in kept)
+    assert class_of(model) is type(model)
 
 
 @dataclass

@@ -514,7 +514,7 @@ def test_the_recipe_by_default():
     """A checkpoint names its recipe: with other defaults, yesterday's runs could not go on."""
     stated = {"epochs": 10, "lr": 1e-3, "warmup": 0.06, "weight_decay": 0.0, "max_grad_norm": 1.0}
     switches = {"seed": 0, "bf16": False, "compile": False, "graphs": False, "decay": True}
-    switches |= {"deterministic": False}
+    switches |= {"deterministic": False, "parts": 1}
     assert asdict(Recipe()) == stated | switches
 
 
