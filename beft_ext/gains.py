@@ -229,10 +229,27 @@ def beyond_chance(
     return [(1 + int((largest >= g.value).sum())) / (1 + flips) for g in gains]
 
 
-def equal_rows(keys: Sequence[object]) -> Tensor:
-    """Group numbers ``(N,)``: examples with equal keys are one group."""
-    numbers: dict[object, int] = {}
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+def together(*keys: Sequence[object]) -> Tensor:
+    """Group numbers ``(N,)``: examples that share a key of one kind are one group, and so are all
+    that others link.
+
+    keys: of each kind one for every example; None for an example without.
+    """
+    first: dict[object, int] = {}
+    leaders = list(range(len(keys[0])))
+
+    def leader(i: int) -> int:
+        while leaders[i] != i:
+            leaders[i] = i = leaders[leaders[i]]
+        return i
+
+    for kind, column in enumerate(keys):
+        for i, key in enumerate(column):
+            if key is not None:
+                a, b = sorted((leader(first.setdefault((kind, key), i)), leader(i)))
+                leaders[b] = a
+    numbers: dict[int, int] = {}
+    return torch.tensor([numbers.setdefault(leader(i), len(numbers)) for i in range(len(leaders))])
 
 
 def learning_curve(

@@ -16,9 +16,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from beft_ext.gains import GainError, Regression, equal_rows
+from beft_ext.gains import GainError, Regression, together
 from beft_ext.models import Bias, head_parameters
 from beft_ext.parallel import Ranks
+from beft_ext.selection.equations import Equations, joined
 from beft_ext.tap import Tap
 from beft_ext.training.loss import Batch, first_rows, offsets_of, on_device, rows_of
 from beft_ext.training.observed import Observed
@@ -26,7 +27,6 @@ from beft_ext.training.observed import Observed
 Observe = Callable[[nn.Module, Batch], Observed]
 
 BANDS = 3  # of layers, each with Gram matrices of its own
-CERTAIN = 1e-4  # a class is taken to be no more certain than this, or its example would rule all
 LEAST_COLUMNS = 64  # of a folded bias: fewer tell nothing
 
 
@@ -75,7 +75,9 @@ class Collector:
         observe: the losses of a batch's examples.
         examples: at most, N.
         memory: bytes that the rows may take; where they need more, biases are folded.
-        seed: of the folding.
+        seed: of the folding, and of the directions that are drawn of many classes.
+        groups: key of the batches, not the model's, whose values say which examples belong
+            together; None where there is none.
         ranks: each reads batches of its own. Their rows lie in the order of the steps and, within
             a step, of the ranks, as if one process had read the batches of a step as one.
     Attributes:
@@ -91,11 +93,12 @@ class Collector:
     memory: float
     seed: int
     ranks: Ranks
+    groups: str | None = None
     rows: int = 0
     total: int = 0
     taken: list[list[int]] = field(default_factory=list)
-    seen: list[Observed] = field(default_factory=list)
-    keys: list[object] = field(default_factory=list)
+    asked: list[Equations] = field(default_factory=list)
+    keys: list[tuple[object, object]] = field(default_factory=list)
     located: set[bool] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -134,6 +137,9 @@ class Collector:
 
     def _read(self, batch: Batch, size: int, first: int) -> None:
         """Read ``size`` examples of a batch; the first of them is number ``first`` of all."""
+        batch, own = apart(batch, self.groups)
+        if own is not None and len(own) < size:
+            raise GainError(f"'{self.groups}' has {len(own)} values for {size} examples")
         inputs = on_device(batch, self.tap.leaves()[0][1].device)
         offsets = offsets_of(inputs)
         if size == 0:
@@ -149,21 +155,20 @@ class Collector:
         self.tap.step(size, 1.0, offsets, row=self.rows)
         for head in self.heads:
             head.batch = size if offsets is None else 0
+        keys = _keys(inputs, size, offsets)
         with torch.enable_grad():
             seen = self.observe(self.model, inputs)
-            function = seen.losses if seen.outputs is None else seen.outputs
-        if len(function) != size:
-            raise GainError(f"a batch of {size} examples has {len(function)} losses")
-        for name, value in (("loss", seen.losses), ("output", function)):
-            if not bool(value.isfinite().all()):
-                at = first + int((~value.isfinite()).nonzero()[0])
-                raise GainError(f"the {name} of example {at} is not finite: check the data")
-        function.sum().backward()
+            if len(seen.losses) != size:
+                raise GainError(f"a batch of {size} examples has {len(seen.losses)} losses")
+            _require_finite_of(first, "loss", seen.losses)
+            asked = Equations.of(seen, keys, self.seed)
+            _require_finite_of(first, "output", asked.output)
+        asked.output.sum().backward()
         for _, leaf in self.tap.leaves():
             leaf.grad = None
         self.rows += size
-        self.seen.append(seen.detached())
-        self.keys += _keys(inputs, size, offsets)
+        self.asked.append(asked.kept())
+        self.keys += zip(keys, own or [None] * size, strict=False)
 
     def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
         self.tap.rest()
@@ -174,20 +179,18 @@ class Collector:
 
     def evidence(self) -> Evidence:
         """Of what was read so far. Raises GainError where no gain can be told from it."""
-        order, seen, keys = self._of_all()
-        weights, targets, prior = weighed(seen)
-        kept = (torch.cat([s.counts for s in seen]) > 0).nonzero().flatten().cpu()
+        order, asked, keys = self._of_all()
+        targets, prior, counts, right = joined(asked)
+        kept = (counts > 0).nonzero().flatten()
         if len(kept) < 3:
             raise GainError(f"a gain needs at least 3 examples, but only {len(kept)} have a label")
-        regression = Regression(
-            targets[kept], prior[kept], equal_rows([keys[i] for i in kept.tolist()])
-        )
-        right = _joined([s.right for s in seen])
+        texts, groups = zip(*(keys[i] for i in kept.tolist()), strict=True)
+        regression = Regression(targets[kept], prior[kept], together(texts, groups))
         if right is not None and len(right[kept].unique()) == 1:
             raise GainError(
                 f"every example has the label {int(right[kept][0])}: there is nothing to tell apart"
             )
-        weights, places = weights[kept], order.argsort()[kept]
+        places = order.argsort()[kept]
         own = [i for i, rank in enumerate(self._readers()) if rank == self.ranks.rank]
         labelled = torch.isin(torch.tensor(own), kept)
         numbers = torch.tensor(own)[labelled]
@@ -207,9 +210,8 @@ class Collector:
             sizes[band] = sizes.get(band, 0) + bias.width
 
         def whole(mine: Tensor) -> Tensor:
-            """``K`` from each rank's rows of it, weighted."""
-            found = torch.cat(list(self.ranks.rows(mine)))[places][:, places]
-            return found * weights * weights[:, None]
+            """``K`` from each rank's rows of it."""
+            return torch.cat(list(self.ranks.rows(mine)))[places][:, places]
 
         grams = {name: {b: whole(k) for b, k in own.items()} for name, own in parts.items()}
         return Evidence(regression, grams, elements, self._head(whole))
@@ -225,22 +227,41 @@ class Collector:
         """The rank that read each example, in their order."""
         return [r for step in self.taken for r, count in enumerate(step) for _ in range(count)]
 
-    def _of_all(self) -> tuple[Tensor, list[Observed], list[object]]:
-        """The numbers of the examples, one rank's after another's; and what was seen of each batch
-        and tells each example apart, in the examples' order."""
+    def _of_all(self) -> tuple[Tensor, list[Equations], list[tuple[object, object]]]:
+        """The numbers of the examples, one rank's after another's; and what each batch asks and
+        tells each example apart, in the examples' order."""
         readers = torch.tensor(self._readers())
         if self.ranks.size == 1:
-            return torch.arange(len(readers)), self.seen, self.keys
-        told = self.ranks.gather(([s.on_host() for s in self.seen], self.keys))
-        seen, keys = ([iter(part) for part in parts] for parts in zip(*told, strict=True))
+            return torch.arange(len(readers)), self.asked, self.keys
+        told = self.ranks.gather((self.asked, self.keys))
+        asked, keys = ([iter(part) for part in parts] for parts in zip(*told, strict=True))
         batches = [r for step in self.taken for r, count in enumerate(step) if count]
         in_order = [next(keys[r]) for r in readers.tolist()]
-        return readers.argsort(stable=True), [next(seen[r]) for r in batches], in_order
+        return readers.argsort(stable=True), [next(asked[r]) for r in batches], in_order
 
     def _against_all(self, rows: Tensor) -> Tensor:
         """Inner products of this rank's rows with those of all ranks, one rank's after another's,
         ``(n, N)`` in float64 on the host; computed in the rows' dtype, which has room for them."""
         return torch.cat([(rows @ other.T).double().cpu() for other in self.ranks.rows(rows)], 1)
+
+
+def apart(batch: Batch, groups: str | None) -> tuple[Batch, list[object] | None]:
+    """What the model is given, and what each example belongs to, where ``groups`` is a key of the
+    batch that says it. Raises GainError where the batch lacks it."""
+    if groups is None or not batch:
+        return batch, None
+    if groups not in batch:
+        raise GainError(f"the batches have no '{groups}', which says what belongs together")
+    values = batch[groups]
+    own: list[object] = values.tolist() if isinstance(values, Tensor) else list(values)
+    return {k: v for k, v in batch.items() if k != groups}, own
+
+
+def _require_finite_of(first: int, what: str, values: Tensor) -> None:
+    """first: number of the first example."""
+    if not bool(values.isfinite().all()):
+        at = first + int((~values.isfinite()).nonzero()[0])
+        raise GainError(f"the {what} of example {at} is not finite: check the data")
 
 
 def _require_finite(squares: Tensor, bias: Bias, numbers: Tensor) -> None:
@@ -282,37 +303,6 @@ def fitting(biases: Sequence[Bias], examples: int, memory: float) -> int | None:
             "allowed: read fewer examples or allow more memory"
         )
     return low
-
-
-def weighed(seen: Sequence[Observed]) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the rows ``(N,)``, targets ``(N,)`` and the prior ``(N, C - 1)``, float64.
-
-    Of numbers and of classes in the Gauss-Newton form, of the right class's log-odds; of tokens
-    by the root of their count. docs/definitions.md.
-    """
-    residuals = _joined([s.residuals for s in seen])
-    if residuals is not None:
-        return torch.ones_like(residuals), -residuals, torch.ones_like(residuals)[:, None]
-    right = _joined([s.right for s in seen])
-    probabilities = _joined([s.probabilities for s in seen])
-    losses = torch.cat([s.losses.double().cpu() for s in seen])
-    counts = torch.cat([s.counts.double().cpu() for s in seen])
-    if right is None or probabilities is None:
-        roots = counts.clamp(min=1).rsqrt()
-        return roots, losses * roots, losses.new_zeros(len(losses), 0)
-    told = probabilities.gather(1, right.long().clamp(min=0)[:, None])[:, 0]
-    told = told.clamp(CERTAIN, 1 - CERTAIN)
-    weights = (told / (1 - told)).sqrt()
-    hot = nn.functional.one_hot(right.long().clamp(min=0), probabilities.shape[1])
-    return weights, 1 / weights, ((probabilities - hot) * weights[:, None])[:, 1:]
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Of all batches; None where one has none, or batches have options of unlike number."""
-    found = [p.double().cpu() for p in parts if p is not None]
-    if len(found) < len(parts) or len({p.shape[1:] for p in found}) > 1:
-        return None
-    return torch.cat(found)
 
 
 def _keys(inputs: Batch, size: int, offsets: Tensor | None) -> list[object]:

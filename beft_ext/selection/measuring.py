@@ -18,7 +18,7 @@ from beft_ext.models.modes import quiet
 from beft_ext.models.wrappers import replicated, whole
 from beft_ext.parallel import Ranks
 from beft_ext.selection.candidates import added, candidates_of, dead_of
-from beft_ext.selection.evidence import Collector, Evidence, Observe
+from beft_ext.selection.evidence import Collector, Evidence, Observe, apart
 from beft_ext.selection.gain_result import MARGIN, SURE, Gains
 from beft_ext.selection.result import SelectionError
 from beft_ext.selection.run import (
@@ -55,6 +55,7 @@ def measure_gains(
     biases: BiasMap | None = None,
     examples: int = EXAMPLES,
     memory: float = 2**31,
+    groups: str | None = None,
     seed: int = 0,
 ) -> Gains:
     """Tell what each bias term alone would explain of unseen loss, before any training.
@@ -78,13 +79,17 @@ def measure_gains(
         examples: to read, at most.
         memory: bytes that the gradients may take in a process. Where they need more, biases are
             folded.
-        seed: of the folding, the sign flips and the learning curve.
+        groups: key of the batches whose values, one an example, say which examples belong
+            together (a passage, a user); the model is not given it. A group is left out as a
+            whole. Equal texts are left out together in any case.
+        seed: of the folding, the directions that are drawn of many classes, the sign flips and
+            the learning curve.
     Returns:
         The gains of terms, bands of layers and sets, with their errors.
     Raises:
         GainError: the examples tell nothing (fewer than 3 that differ, all labels the same); a
             loss or gradient is not finite (the message names the example); the gradients do not
-            fit the memory.
+            fit the memory; the batches lack ``groups``.
         LossError: the batches have no labels or no tensor; or the losses of single examples
             cannot be told from the model's loss.
         SelectionError: an empty loader; batches that are no mappings; an unknown term; a bias of
@@ -107,19 +112,22 @@ def measure_gains(
         raise GainError(f"a gain needs at least 3 examples, but only {examples} are to be read")
     with parallel.meeting("measure_gains", promised) as ranks:
         names, lacking = candidates_of(model, terms, biases, every=True)
-        require_same(ranks, model, candidates=repr((names, examples, memory, seed)))
+        require_same(ranks, model, candidates=repr((names, examples, memory, groups, seed)))
         with ModelSnapshot(model), added(model, lacking), quiet(model):
             torch.manual_seed(seed)
             batches = BufferedLoader(loader)
             require_apart(ranks, batches.first, SelectionError)
             examples = _length(loader, examples, ranks)
-            dead = ranks.first(dead_of(model, observe, names, batches.first))
+            first, _ = apart(batches.first, groups)
+            dead = ranks.first(dead_of(model, observe, names, first))
             alive = {b: name for b, name in names.items() if name not in dead or terms is not None}
             if not alive:
                 raise GainError("every candidate term is dead: no bias could be trained")
             model.requires_grad_(False)
             with Tap(model, alive) as tap:
-                collector = Collector(model, tap, alive, observe, examples, memory, seed, ranks)
+                collector = Collector(
+                    model, tap, alive, observe, examples, memory, seed, ranks, groups
+                )
                 with collector.listening():
                     named = [t for t in dead if terms is None]
                     return _looked(collector, iter(batches), named, seed)
