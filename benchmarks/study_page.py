@@ -171,18 +171,28 @@ def _sureness(records: Sequence[Record], draws: Sequence[Record]) -> list[str]:
     if draws:
         lines += [
             "",
-            f"In draws from {study_sure.POOL} rows, where the mean gain over disjoint draws is the",
+            "In draws from a pool of rows, where the mean gain over disjoint draws is the",
             "truth. 'covered' is how often the true lead of a term over another lies within 1.96",
             "times the error that is told, nominally 0.95; 'of firsts' is the same of the first",
             "term over its rivals, which is first by luck as well.",
             "",
-            _row("task", "examples", "draws", "sure", "wrong when sure", "covered", "of firsts"),
-            _row(*["---"] * 7),
+            _row(
+                "task",
+                "pool",
+                "examples",
+                "draws",
+                "sure",
+                "wrong when sure",
+                "covered",
+                "of firsts",
+            ),
+            _row(*["---"] * 8),
         ]
     for d in draws:
         wrong_ones = f"{d['wrong']} ({d['wrong'] / max(1, d['sure']):.3f})"
         told = (f"{d['covered']:.3f}", f"{d['covered_firsts']:.3f}")
-        lines.append(_row(d["task"], d["size"], d["draws"], d["sure"], wrong_ones, *told))
+        pool = d.get("pool", study_sure.POOL)
+        lines.append(_row(d["task"], pool, d["size"], d["draws"], d["sure"], wrong_ones, *told))
     return lines
 
 

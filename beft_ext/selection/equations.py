@@ -1,13 +1,12 @@
 """What examples ask of a term: for each, an output, how much it should change, and its prior.
 
 A row of the gain's regression is the gradient of the output. The sum of the squared equations is
-the loss to second order around the present outputs, up to a constant. Letters and derivation:
-docs/definitions.md, section 7.
+the loss to second order around the present outputs, up to a constant. An example of more than two
+classes has two of them. Letters and derivation: docs/definitions.md, section 7.
 """
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from torch import Tensor, nn
 from beft_ext.training.observed import Observed
 
 CERTAIN = 1e-4  # a class is taken to be no more certain than this, or its example would rule all
-OWN = 0.5  # share of the examples of three classes and more that say what their label asks for
 
 
 @dataclass(frozen=True)
 class Equations:
-    """Of a batch of B examples.
+    """One of each example of a batch, B.
 
     Attributes:
         output: in autograd's graph; its gradient is the example's row.
@@ -42,8 +40,9 @@ class Equations:
     right: Tensor | None
 
     @classmethod
-    def of(cls, seen: Observed, keys: Sequence[object], seed: int) -> Equations:
-        """keys: what tells each example apart. seed: of the directions that are drawn."""
+    def of(cls, seen: Observed, keys: Sequence[object], seed: int, which: int = 0) -> Equations:
+        """which: number of the equation, below ``number_of(seen)``. keys: what tells each example
+        apart. seed: of the directions that are drawn."""
         counts = seen.counts.detach().double().cpu()
         if seen.residuals is not None and seen.outputs is not None:
             off = seen.residuals.detach().double().cpu()
@@ -54,11 +53,16 @@ class Equations:
             prior = losses.new_zeros(len(losses), 0)
             return cls(seen.losses * roots.to(seen.losses), losses, prior, counts, None)
         right = seen.right.cpu()
-        directions, targets = _directions(seen.logs.detach().double().cpu(), right, keys, seed)
+        logs = seen.logs.detach().double().cpu()
+        if which == 0:
+            directions, targets = _along(logs, right)
+        else:
+            directions = _across(logs, right, keys, seed)
+            targets = directions.new_zeros(len(directions))
         directions *= (counts > 0)[:, None]
         # -inf is the log of what is impossible: no direction leads there.
-        logs = seen.logs.masked_fill(seen.logs.isneginf(), 0)
-        output = (directions.to(logs) * logs).sum(-1)
+        possible = seen.logs.masked_fill(seen.logs.isneginf(), 0)
+        output = (directions.to(possible) * possible).sum(-1)
         return cls(output, targets, directions[:, 1:], counts, right)
 
     def kept(self) -> Equations:
@@ -78,44 +82,43 @@ def joined(parts: Sequence[Equations]) -> tuple[Tensor, Tensor, Tensor, Tensor |
     return targets, torch.cat(priors), counts, right
 
 
-def _directions(
-    logs: Tensor, right: Tensor, keys: Sequence[object], seed: int
-) -> tuple[Tensor, Tensor]:
-    """In the space of the logits, a direction ``(B, C)`` for each example, and its target ``(B,)``.
+def number_of(seen: Observed) -> int:
+    """How many equations an example has."""
+    return 1 if seen.logs is None or seen.logs.shape[-1] < 3 else 2
 
-    An example of C classes has C - 1 equations, which are orthogonal to each other in the metric
-    of the loss's second derivative: the first has all of the target, along its label's gradient;
-    the others say that nothing is asked for across it. Of two classes the first is all. Of more,
-    one stands for all: the first with probability ``OWN``, else a random one of the others, each
-    as large as makes up for those that were not drawn.
-    """
-    p, own = logs.exp(), right.long().clamp(min=0)[:, None]
-    told = p.gather(1, own).clamp(CERTAIN, 1 - CERTAIN)
+
+def _along(logs: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Directions in the space of the logits, along the labels' gradients ``(B, C)``, and the
+    targets ``(B,)``, of unit length in the metric of the loss's second derivative."""
+    p, hot = logs.exp(), _hot(logs, right)
+    told = (p * hot).sum(1).clamp(CERTAIN, 1 - CERTAIN)
     weight = (told / (1 - told)).sqrt()
-    hot = nn.functional.one_hot(own[:, 0], p.shape[1])
-    first, targets = weight * (p - hot), 1 / weight[:, 0]
-    others = p.shape[1] - 2
-    if others < 1:
-        return first, targets
-    coins, noise = _drawn(keys, p.shape[1], seed)
+    return weight[:, None] * (p - hot), 1 / weight
+
+
+def _across(logs: Tensor, right: Tensor, keys: Sequence[object], seed: int) -> Tensor:
+    """Random directions across them, ``(B, C)``, each as long as makes up for the others.
+
+    An example of C classes has C - 1 equations, orthogonal to each other in that metric: all but
+    the first say that nothing is asked for there. One, drawn at random, stands for these.
+    """
+    root, hot = (logs / 2).exp(), _hot(logs, right)
+    noise = _noise(keys, logs.shape[1], seed)
     # On the sphere of the roots of probabilities the metric is the plain one.
-    root = p.sqrt()
-    label = nn.functional.normalize(root * root.gather(1, own) - hot, dim=1)
-    for axis in (root, label):
+    own = nn.functional.normalize(root * (root * hot).sum(1, keepdim=True) - hot, dim=1)
+    for axis in (root, own):
         noise = noise - (noise * axis).sum(1, keepdim=True) * axis
-    across = root * nn.functional.normalize(noise, dim=1)
-    chosen = coins < OWN
-    directions = torch.where(
-        chosen[:, None], first / math.sqrt(OWN), across * math.sqrt(others / (1 - OWN))
-    )
-    return directions, torch.where(chosen, targets / math.sqrt(OWN), 0.0)
+    return root * nn.functional.normalize(noise, dim=1) * (logs.shape[1] - 2) ** 0.5
 
 
-def _drawn(keys: Sequence[object], classes: int, seed: int) -> tuple[Tensor, Tensor]:
-    """A coin ``(B,)`` and normal noise ``(B, C)``; the same for an example wherever it is read."""
-    coins, noise = [], []
+def _hot(logs: Tensor, right: Tensor) -> Tensor:
+    return nn.functional.one_hot(right.long().clamp(min=0), logs.shape[1]).to(logs)
+
+
+def _noise(keys: Sequence[object], classes: int, seed: int) -> Tensor:
+    """Normal, ``(B, C)``; the same for an example wherever it is read."""
+    found = []
     for key in keys:
         generator = torch.Generator().manual_seed(zlib.crc32(repr((seed, key)).encode()))
-        coins.append(torch.rand(1, generator=generator, dtype=torch.float64))
-        noise.append(torch.randn(classes, generator=generator, dtype=torch.float64))
-    return torch.cat(coins), torch.stack(noise)
+        found.append(torch.randn(classes, generator=generator, dtype=torch.float64))
+    return torch.stack(found)

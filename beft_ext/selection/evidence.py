@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from beft_ext.gains import GainError, Regression, together
 from beft_ext.models import Bias, head_parameters
 from beft_ext.parallel import Ranks
-from beft_ext.selection.equations import Equations, joined
+from beft_ext.selection.equations import Equations, joined, number_of
 from beft_ext.tap import Tap
 from beft_ext.training.loss import Batch, first_rows, offsets_of, on_device, rows_of
 from beft_ext.training.observed import Observed
@@ -32,24 +32,26 @@ LEAST_COLUMNS = 64  # of a folded bias: fewer tell nothing
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a pass over N examples left.
+    """What a pass over examples left: N rows, one of each example, or two that are one group.
 
     Attributes:
         regression: what is to be explained.
+        owners: the number of each row's example, rising.
         grams: ``K`` ``(N, N)``, float64, by term and band of layers (first, last).
         elements: number of a term's elements in a band.
         head: ``K`` of the task head, where it is made of linear layers.
     """
 
     regression: Regression
+    owners: Tensor
     grams: dict[str, dict[tuple[int, int], Tensor]]
     elements: dict[str, dict[tuple[int, int], int]]
     head: Tensor | None
 
     @property
     def examples(self) -> int:
-        """Number of examples, N."""
-        return len(self.regression.targets)
+        """Number of examples."""
+        return len(self.owners.unique())
 
     def of_term(self, term: str) -> Tensor:
         """``K`` of all layers of a term."""
@@ -76,13 +78,15 @@ class Collector:
         examples: at most, N.
         memory: bytes that the rows may take; where they need more, biases are folded.
         seed: of the folding, and of the directions that are drawn of many classes.
+        ranks: each reads batches of its own. Examples are numbered in the order of the steps and,
+            within a step, of the ranks, as if one process had read the batches of a step as one.
         groups: key of the batches, not the model's, whose values say which examples belong
             together; None where there is none.
-        ranks: each reads batches of its own. Their rows lie in the order of the steps and, within
-            a step, of the ranks, as if one process had read the batches of a step as one.
+        each: rows that an example is expected to take.
     Attributes:
-        total: examples that all ranks have read; ``rows`` of them lie in this rank's slab.
-        taken: of each step, how many examples each rank took.
+        total: examples that all ranks have read.
+        rows: of this rank's slab, that are filled.
+        owners: the number of the example that each is of.
     """
 
     model: nn.Module
@@ -94,16 +98,17 @@ class Collector:
     seed: int
     ranks: Ranks
     groups: str | None = None
+    each: int = 1
     rows: int = 0
     total: int = 0
-    taken: list[list[int]] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
     asked: list[Equations] = field(default_factory=list)
     keys: list[tuple[object, object]] = field(default_factory=list)
     located: set[bool] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.biases = [bias for bias, _ in self.tap.leaves()]
-        share = -(-self.examples // self.ranks.size)
+        share = -(-self.examples // self.ranks.size) * self.each
         self.columns = fitting(self.biases, share, self.memory)
         self.tap.keep_rows(share, self.columns, self.seed)
         self.heads = _HeadRows.all_of(self.model)
@@ -132,7 +137,6 @@ class Collector:
             if batch:
                 self._read(batch, taken[self.ranks.rank], first)
             self.total += sum(taken)
-            self.taken.append(taken)
         return True
 
     def _read(self, batch: Batch, size: int, first: int) -> None:
@@ -152,23 +156,40 @@ class Collector:
         if offsets is None:
             inputs = first_rows(inputs, size)
         self._locate(inputs, size, offsets)
+        keys = _keys(inputs, size, offsets)
+        done, number = 0, 1
+        while done < number:
+            number = self._differentiate(inputs, size, offsets, first, keys, done)
+            self.keys += zip(keys, own or [None] * size, strict=False)
+            done += 1
+
+    def _differentiate(
+        self,
+        inputs: Batch,
+        size: int,
+        offsets: Tensor | None,
+        first: int,
+        keys: Sequence[object],
+        which: int,
+    ) -> int:
+        """Keep the rows of one equation of each example; how many of them an example has."""
         self.tap.step(size, 1.0, offsets, row=self.rows)
         for head in self.heads:
             head.batch = size if offsets is None else 0
-        keys = _keys(inputs, size, offsets)
         with torch.enable_grad():
             seen = self.observe(self.model, inputs)
             if len(seen.losses) != size:
                 raise GainError(f"a batch of {size} examples has {len(seen.losses)} losses")
             _require_finite_of(first, "loss", seen.losses)
-            asked = Equations.of(seen, keys, self.seed)
+            asked = Equations.of(seen, keys, self.seed, which)
             _require_finite_of(first, "output", asked.output)
         asked.output.sum().backward()
         for _, leaf in self.tap.leaves():
             leaf.grad = None
         self.rows += size
         self.asked.append(asked.kept())
-        self.keys += zip(keys, own or [None] * size, strict=False)
+        self.owners += range(first, first + size)
+        return number_of(seen)
 
     def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
         self.tap.rest()
@@ -179,21 +200,22 @@ class Collector:
 
     def evidence(self) -> Evidence:
         """Of what was read so far. Raises GainError where no gain can be told from it."""
-        order, asked, keys = self._of_all()
+        owners, asked, keys = self._of_all()
         targets, prior, counts, right = joined(asked)
-        kept = (counts > 0).nonzero().flatten()
-        if len(kept) < 3:
-            raise GainError(f"a gain needs at least 3 examples, but only {len(kept)} have a label")
+        order = owners.argsort(stable=True)  # an example's rows side by side
+        kept = order[counts[order] > 0]
+        if (count := len(owners[kept].unique())) < 3:
+            raise GainError(f"a gain needs at least 3 examples, but only {count} have a label")
         texts, groups = zip(*(keys[i] for i in kept.tolist()), strict=True)
         regression = Regression(targets[kept], prior[kept], together(texts, groups))
         if right is not None and len(right[kept].unique()) == 1:
             raise GainError(
                 f"every example has the label {int(right[kept][0])}: there is nothing to tell apart"
             )
-        places = order.argsort()[kept]
-        own = [i for i, rank in enumerate(self._readers()) if rank == self.ranks.rank]
-        labelled = torch.isin(torch.tensor(own), kept)
-        numbers = torch.tensor(own)[labelled]
+        labelled = (
+            torch.cat([e.counts for e in self.asked]) > 0 if self.asked else torch.zeros(0) > 0
+        )
+        numbers = torch.tensor(self.owners)[labelled]
         parts: dict[str, dict[tuple[int, int], Tensor]] = {}
         elements: dict[str, dict[tuple[int, int], int]] = {}
         cuts = {
@@ -211,10 +233,10 @@ class Collector:
 
         def whole(mine: Tensor) -> Tensor:
             """``K`` from each rank's rows of it."""
-            return torch.cat(list(self.ranks.rows(mine)))[places][:, places]
+            return torch.cat(list(self.ranks.rows(mine)))[kept][:, kept]
 
         grams = {name: {b: whole(k) for b, k in own.items()} for name, own in parts.items()}
-        return Evidence(regression, grams, elements, self._head(whole))
+        return Evidence(regression, owners[kept], grams, elements, self._head(whole))
 
     def _head(self, whole: Callable[[Tensor], Tensor]) -> Tensor | None:
         """``K`` of the task head; None where not all of it was heard."""
@@ -223,21 +245,14 @@ class Collector:
             return None
         return whole(torch.stack([self._against_all(h.all_rows()) for h in heard]).sum(0))
 
-    def _readers(self) -> list[int]:
-        """The rank that read each example, in their order."""
-        return [r for step in self.taken for r, count in enumerate(step) for _ in range(count)]
-
     def _of_all(self) -> tuple[Tensor, list[Equations], list[tuple[object, object]]]:
-        """The numbers of the examples, one rank's after another's; and what each batch asks and
-        tells each example apart, in the examples' order."""
-        readers = torch.tensor(self._readers())
-        if self.ranks.size == 1:
-            return torch.arange(len(readers)), self.asked, self.keys
-        told = self.ranks.gather((self.asked, self.keys))
-        asked, keys = ([iter(part) for part in parts] for parts in zip(*told, strict=True))
-        batches = [r for step in self.taken for r, count in enumerate(step) if count]
-        in_order = [next(keys[r]) for r in readers.tolist()]
-        return readers.argsort(stable=True), [next(asked[r]) for r in batches], in_order
+        """Of all rows, one rank's after another's: the numbers of their examples, what each batch
+        asks, and what tells each example apart."""
+        told = self.ranks.gather((self.owners, self.asked, self.keys))
+        owners, asked, keys = (
+            list(itertools.chain.from_iterable(parts)) for parts in zip(*told, strict=True)
+        )
+        return torch.tensor(owners), asked, keys
 
     def _against_all(self, rows: Tensor) -> Tensor:
         """Inner products of this rank's rows with those of all ranks, one rank's after another's,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import NormalDist
@@ -13,11 +13,12 @@ from torch import nn
 
 from beft_ext import parallel
 from beft_ext.gains import Gain, GainError, Gram, beyond_chance, gain, lead, learning_curve
-from beft_ext.models import BiasMap
+from beft_ext.models import Bias, BiasMap
 from beft_ext.models.modes import quiet
 from beft_ext.models.wrappers import replicated, whole
 from beft_ext.parallel import Ranks
 from beft_ext.selection.candidates import added, candidates_of, dead_of
+from beft_ext.selection.equations import number_of
 from beft_ext.selection.evidence import Collector, Evidence, Observe, apart
 from beft_ext.selection.gain_result import MARGIN, SURE, Gains
 from beft_ext.selection.result import SelectionError
@@ -33,8 +34,10 @@ from beft_ext.training.joined import require_apart
 from beft_ext.training.loss import (
     Batch,
     Loss,
+    first_rows,
     model_loss,
     offsets_of,
+    on_device,
     rows_of,
 )
 from beft_ext.training.observed import Observed, model_observe
@@ -120,13 +123,14 @@ def measure_gains(
             examples = _length(loader, examples, ranks)
             first, _ = apart(batches.first, groups)
             dead = ranks.first(dead_of(model, observe, names, first))
+            each = ranks.first(_rows_of_an_example(model, observe, names, first))
             alive = {b: name for b, name in names.items() if name not in dead or terms is not None}
             if not alive:
                 raise GainError("every candidate term is dead: no bias could be trained")
             model.requires_grad_(False)
             with Tap(model, alive) as tap:
                 collector = Collector(
-                    model, tap, alive, observe, examples, memory, seed, ranks, groups
+                    model, tap, alive, observe, examples, memory, seed, ranks, groups, each
                 )
                 with collector.listening():
                     named = [t for t in dead if terms is None]
@@ -186,6 +190,17 @@ def _own_length(loader: Iterable[Batch], most: int) -> int:
     if isinstance(loader, Sequence) and not any(b and offsets_of(b) is not None for b in loader):
         return sum(rows_of(b) for b in loader if b)
     return most
+
+
+@torch.no_grad()
+def _rows_of_an_example(
+    model: nn.Module, observe: Observe, names: Mapping[Bias, str], batch: Batch
+) -> int:
+    """Told by a batch's first examples."""
+    device = model.get_parameter(next(iter(names)).parameter).device
+    inputs = on_device(batch, device)
+    alone = inputs if offsets_of(inputs) is not None else first_rows(inputs, 4)
+    return number_of(observe(model, alone))
 
 
 def _looked(collector: Collector, batches: Iterator[Batch], dead: list[str], seed: int) -> Gains:

@@ -27,7 +27,7 @@ def gains(rows, targets, elements):
 
     count = len(targets)
     regression = Regression(targets, targets.new_zeros(count, 0), torch.arange(count))
-    evidence = Evidence(regression, {"x": {(0, 0): rows @ rows.T}}, {}, None)
+    evidence = Evidence(regression, regression.groups, {"x": {(0, 0): rows @ rows.T}}, {}, None)
     return mock.Mock(spec=Gains, evidence=evidence, ranking=["x"], elements={"x": elements})
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from beft_ext.gains import GainError, Gram, Regression, gain, lead
-from beft_ext.selection.equations import CERTAIN, Equations, joined
+from beft_ext.selection.equations import CERTAIN, Equations, joined, number_of
 from beft_ext.training.observed import Observed
 
 DOUBLE = torch.float64
@@ -16,10 +16,10 @@ def classes(logits, right):
     return Observed.of_classes(torch.as_tensor(logits, dtype=DOUBLE), torch.as_tensor(right))
 
 
-def gradients(logits, right, keys=None, seed=0):
+def gradients(logits, right, keys=None, seed=0, which=0):
     """Of the outputs with respect to the logits, ``(B, C)``, and the equations."""
     logits = torch.as_tensor(logits, dtype=DOUBLE).requires_grad_()
-    found = Equations.of(classes(logits, right), keys or list(range(len(right))), seed)
+    found = Equations.of(classes(logits, right), keys or list(range(len(right))), seed, which)
     return torch.autograd.grad(found.output.sum(), logits)[0], found
 
 
@@ -30,6 +30,7 @@ def curvature(p):
 @pytest.mark.parametrize("right", [0, 1])
 def test_of_two_classes_the_equation_is_the_whole_second_order(right):
     logits = torch.tensor([[0.3, -1.1]], dtype=DOUBLE)
+    assert number_of(classes(logits, [right])) == 1
     rows, asked = gradients(logits, [right])
     p = logits.softmax(-1)[0]
     torch.testing.assert_close(torch.outer(rows[0], rows[0]), curvature(p))
@@ -39,32 +40,36 @@ def test_of_two_classes_the_equation_is_the_whole_second_order(right):
 
 
 @pytest.mark.parametrize("count", [3, 6])
-def test_of_more_classes_the_drawn_equation_is_it_on_average(count):
-    """Squares and products with the targets, over many draws: the loss's second derivative and
-    its gradient, within four standard errors."""
+def test_of_more_classes_both_equations_are_it_on_average(count):
+    """The loss's gradient exactly; its second derivative over many draws, within four standard
+    errors, and exactly for three classes, where there is nothing to draw but a sign."""
     generator = torch.Generator().manual_seed(count)
     logits = torch.randn(1, count, generator=generator, dtype=DOUBLE)
     draws, right = 20_000, count - 1
-    rows, asked = gradients(logits.expand(draws, -1), [right] * draws)
     p = logits.softmax(-1)[0]
+    assert number_of(classes(logits, [right])) == 2
+    (along, first), (across, second) = (
+        gradients(logits.expand(draws, -1), [right] * draws, which=which) for which in (0, 1)
+    )
     residual = p - torch.eye(count, dtype=DOUBLE)[right]
-    for found, want in (
-        (rows[:, :, None] * rows[:, None], curvature(p)),
-        (rows * asked.targets[:, None], residual),
-        (asked.targets.square(), (1 - p[right]) / p[right]),
-    ):
-        off = (found.mean(0) - want).abs()
-        assert (off <= 4 * found.std(0) / draws**0.5 + 1e-12).all()
-    torch.testing.assert_close(asked.prior, rows[:, 1:])
+    torch.testing.assert_close(along[0] * first.targets[0], residual)
+    assert first.targets[0].square() == pytest.approx(float((1 - p[right]) / p[right]))
+    assert not second.targets.any()
+    found = sum(rows[:, :, None] * rows[:, None] for rows in (along, across))
+    off = (found.mean(0) - curvature(p)).abs()
+    assert (off <= 4 * found.std(0) / draws**0.5 + 1e-12).all()
+    assert count > 3 or float(found.std(0).max()) < 1e-12
+    torch.testing.assert_close(first.prior, along[:, 1:])
+    torch.testing.assert_close(second.prior, across[:, 1:])
 
 
 def test_an_equation_is_the_examples_own_wherever_it_is_read():
     logits = torch.randn(8, 4, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
     right, keys = [0, 1, 2, 3] * 2, [bytes([i]) for i in range(8)]
-    whole, _ = gradients(logits, right, keys)
-    half, _ = gradients(logits[4:], right[4:], keys[4:])
+    whole, _ = gradients(logits, right, keys, which=1)
+    half, _ = gradients(logits[4:], right[4:], keys[4:], which=1)
     assert torch.equal(whole[4:], half)
-    other, _ = gradients(logits, right, keys, seed=1)
+    other, _ = gradients(logits, right, keys, seed=1, which=1)
     assert not torch.equal(whole, other)
 
 
@@ -74,8 +79,9 @@ def test_no_class_is_more_certain_than_counts():
     assert asked.targets.tolist() == pytest.approx([1 / most, most])
 
 
-def test_what_is_impossible_or_has_no_label_asks_nothing():
-    rows, asked = gradients([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]], [1, -100])
+@pytest.mark.parametrize("which", [0, 1])
+def test_what_is_impossible_or_has_no_label_asks_nothing(which):
+    rows, asked = gradients([[0.0, 1.0, -torch.inf], [0.0, 1.0, 2.0]], [1, -100], which=which)
     assert rows.isfinite().all() and rows[0, 2] == 0 and not rows[1].any()
     assert asked.counts.tolist() == [1, 0] and not asked.prior[1].any()
 
@@ -100,13 +106,16 @@ def population(seed=0):
     centers = torch.randn(2, len(SHARES), WIDTH, generator=generator, dtype=DOUBLE)
     noise = torch.randn(2, POOL, WIDTH, generator=generator, dtype=DOUBLE)
     seen = noise + centers[:, right] * torch.tensor([1.5, 0.8], dtype=DOUBLE)[:, None, None]
-    rows, asked = gradients(torch.zeros(POOL, len(SHARES)), right.tolist())
+    both = [
+        gradients(torch.zeros(POOL, len(SHARES)), right.tolist(), which=which) for which in (0, 1)
+    ]
+    asked = [torch.stack([getattr(e, n) for _, e in both], 1) for n in ("targets", "prior")]
     grams = []
     for features in seen:
-        own = (rows[:, :, None] * features[:, None]).flatten(1)
-        grams.append(own @ own.T)
-    regression = Regression(asked.targets, asked.prior, torch.arange(POOL))
-    return grams, regression
+        own = torch.stack([(g[:, :, None] * features[:, None]).flatten(1) for g, _ in both], 1)
+        grams.append(own.flatten(0, 1) @ own.flatten(0, 1).T)
+    targets, prior = (t.flatten(0, 1) for t in asked)
+    return grams, Regression(targets, prior, torch.arange(POOL).repeat_interleave(2))
 
 
 def test_errors_of_six_classes_cover_what_is_true():
@@ -114,7 +123,7 @@ def test_errors_of_six_classes_cover_what_is_true():
     grams, regression = population()
     leads = []
     for at in range(0, POOL, SIZE):
-        rows = torch.arange(at, at + SIZE)
+        rows = torch.arange(2 * at, 2 * (at + SIZE))
         own = regression.part(rows)
         first, second = (gain(Gram.of(k[rows][:, rows]), own) for k in grams)
         leads.append(lead(first, second))
@@ -131,7 +140,7 @@ def test_a_class_that_is_missing_leaves_something_to_explain():
         shares = [
             float(own.prior_errors.square().sum() / own.targets.square().sum())
             for at in range(0, POOL, SIZE)
-            for own in [regression.part(torch.arange(at, at + SIZE))]
+            for own in [regression.part(torch.arange(2 * at, 2 * (at + SIZE)))]
         ]
     except GainError as error:
         pytest.fail(str(error))
