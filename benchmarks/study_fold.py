@@ -23,7 +23,7 @@ from beft_ext.files import whole_file
 from beft_ext.selection import Gains
 
 RESULTS = CELLS.with_name("study-folded.jsonl")
-PARTS = (2, 4, 8)  # of the memory that whole gradients take: one of so many
+PARTS = (1.9, 3.8, 8)  # of the memory that whole gradients take: one of so many
 
 
 def told(cell: Cell, memory: float) -> Gains:

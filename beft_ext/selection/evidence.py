@@ -109,8 +109,8 @@ class Collector:
     def __post_init__(self) -> None:
         self.biases = [bias for bias, _ in self.tap.leaves()]
         share = -(-self.examples // self.ranks.size) * self.each
-        self.columns = fitting(self.biases, share, self.memory)
-        self.tap.keep_rows(share, self.columns, self.seed)
+        kind, self.columns = fitting(self.biases, share, self.memory)
+        self.tap.keep_rows(share, self.columns, self.seed, kind)
         self.heads = _HeadRows.all_of(self.model)
 
     @contextmanager
@@ -297,27 +297,36 @@ def _examples(batch: Batch) -> int:
     return rows_of(batch) if batch else 0
 
 
-def fitting(biases: Sequence[Bias], examples: int, memory: float) -> int | None:
-    """Columns into which biases must be folded for their rows to fit; None where all do.
+def fitting(
+    biases: Sequence[Bias], rows: int, memory: float
+) -> tuple[torch.dtype | None, int | None]:
+    """As what numbers rows must be kept to fit, None for their own, and into how many columns
+    biases must be folded besides, None where they need not.
 
     Raises GainError where not even narrow ones do.
     """
-    size = 4.0 * examples
-    if size * sum(b.width for b in biases) <= memory:
-        return None
-    low, high = 0, max(b.width for b in biases)
+    widths = [b.width for b in biases]
+    low, high = 0, max(widths)
+
+    def needed(columns: int, size: float = 1.0) -> float:
+        """Bytes of whole numbers of that size, the rows' scales included."""
+        return rows * sum(size * min(width, columns) + 4.0 for width in widths)
+
+    if 4.0 * rows * sum(widths) <= memory:
+        return None, None
+    for kind in (torch.int16, torch.int8):
+        if needed(high, kind.itemsize) <= memory:
+            return kind, None
     while low < high:  # the widest that fits
         middle = (low + high + 1) // 2
-        fits = size * sum(min(b.width, middle) for b in biases) <= memory
-        low, high = (middle, high) if fits else (low, middle - 1)
+        low, high = (middle, high) if needed(middle) <= memory else (low, middle - 1)
     if low < LEAST_COLUMNS:
-        needed = size * sum(min(b.width, LEAST_COLUMNS) for b in biases)
         raise GainError(
-            f"{examples} examples' gradients of {len(biases)} biases need "
-            f"{math.ceil(needed / 2**20)} MiB even when folded, but {memory / 2**20:.0f} MiB are "
-            "allowed: read fewer examples or allow more memory"
+            f"{rows} rows of gradients of {len(biases)} biases need "
+            f"{math.ceil(needed(LEAST_COLUMNS) / 2**20)} MiB even when folded, but "
+            f"{memory / 2**20:.0f} MiB are allowed: read fewer examples or allow more memory"
         )
-    return low
+    return torch.int8, low
 
 
 def _keys(inputs: Batch, size: int, offsets: Tensor | None) -> list[object]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -123,16 +124,38 @@ def test_dead_terms_are_named_and_not_ranked():
 def test_folded_gradients_give_nearly_the_same_gains():
     model, loader = tiny("bert"), batches(6)
     whole = measure_gains(model, loader, terms="mlp_up")
-    rows = whole.examples * 4.0 * 2 * LEAST_COLUMNS  # two layers
+    rows = whole.examples * 2 * (LEAST_COLUMNS + 4.0)  # two layers
     folded = measure_gains(model, loader, terms="mlp_up", memory=rows)
     if whole.elements["mlp_up"] > 2 * LEAST_COLUMNS:
         assert folded.folded and not whole.folded
     assert folded.values["mlp_up"] == pytest.approx(whole.values["mlp_up"], abs=0.3)
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_rows_of_16_bits_give_the_same_gains_and_order(name):
+    model, loader = tiny(name), batches(16)
+    whole = measure_gains(model, loader)
+    size = 4.0 * whole.examples * sum(whole.elements.values())
+    narrow = measure_gains(model, loader, memory=0.6 * size)
+    assert not narrow.folded
+    for term, value in whole.values.items():
+        assert narrow.values[term] == pytest.approx(value, abs=0.001)
+    for first, second in pairwise(whole.ranking):
+        if whole.values[first] - whole.values[second] > 0.002:
+            assert narrow.values[first] > narrow.values[second]
+
+
 def test_what_does_not_fit_even_folded_is_refused_with_the_bytes():
     biases = list(find_biases(tiny("bert")))
-    assert fitting(biases, 100, 2**31) is None
+    width = sum(b.width for b in biases)
+    assert fitting(biases, 100, 400 * width) == (None, None)
+    assert fitting(biases, 100, 400 * width - 1) == (torch.int16, None)
+    sixteen, eight = (100 * (k * width + 4 * len(biases)) for k in (2, 1))
+    assert fitting(biases, 100, sixteen) == (torch.int16, None)
+    assert fitting(biases, 100, sixteen - 1) == (torch.int8, None)
+    assert fitting(biases, 100, eight) == (torch.int8, None)
+    with pytest.raises(GainError, match="even when folded"):  # none is wider than 64
+        fitting(biases, 100, eight - 1)
     with pytest.raises(GainError, match="need 1 MiB even when folded"):
         fitting(biases, 100, 1000)
 
