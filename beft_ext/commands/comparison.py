@@ -151,7 +151,7 @@ class Comparison:
         chosen, gains, start = None, None, time.perf_counter()
         if name == "auto":
             selected, choice = chosen_by_gains(model, objective, loader, seed)
-            chosen, gains = choice.term, selected and selected.gains
+            chosen, gains = choice.term, None if selected is None else selected.gains
         recipe, budget = settings.recipe(decay=self.decay), settings.budget
         recipe = replace(recipe, lr=self.rates.get(name, way.lr or settings.lr))
         if budget is not None and name not in self.rates:

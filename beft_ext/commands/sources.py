@@ -99,8 +99,9 @@ class Source:
             pair = None if self.pair is None else Column(self.pair)
             text, kind = Column(self.text or "sentence"), self.kind or "classification"
             found = Task(text=text, pair=pair, label=self.label or "label", kind=kind)
-        said = {"metrics": self.metrics, "group": self.group}
-        return replace(found, **{name: value for name, value in said.items() if value})
+        return replace(
+            found, metrics=self.metrics or found.metrics, group=self.group or found.group
+        )
 
     @property
     def says_columns(self) -> bool:

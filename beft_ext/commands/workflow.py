@@ -235,7 +235,8 @@ def first_rate(
             return usual
     steps = {t.partition("@")[0]: step for t, step in gains.steps.items()}
     names = {entry.partition("@")[0] for text in terms for entry in text.split("+")}
-    return min(rate_of_step(steps[name]) for name in names if name in steps)
+    # A dead term has no step, and any rate suits it.
+    return min((rate_of_step(steps[n]) for n in names if steps.get(n)), default=usual)
 
 
 def tell(objective: Objective) -> None:
