@@ -71,6 +71,14 @@ class Regression:
         return list(order.split(counts.tolist()))
 
     @cached_property
+    def places(self) -> list[Tensor]:
+        """Numbers of the examples of groups of two and more, ``(groups, size)`` for each size."""
+        by_size: dict[int, list[Tensor]] = {}
+        for block in self.blocks:
+            by_size.setdefault(len(block), []).append(block)
+        return [torch.stack(own) for size, own in by_size.items() if size > 1]
+
+    @cached_property
     def basis(self) -> Tensor:
         """Orthonormal columns that span the prior, ``(N, rank)``."""
         left, sizes, _ = torch.linalg.svd(self.prior.double(), full_matrices=False)
@@ -128,10 +136,13 @@ class Gram:
         a_t = a_t - half @ (q.T @ a_t)
         own = 1 - shrunk @ u.square().T - (a_q * half).sum(-1)  # diag A_Z
         errors = torch.where(own[..., None] > LEVERAGE, a_t / own[..., None], targets)
-        for block in (b for b in regression.blocks if len(b) > 1):
-            among = torch.eye(len(block), dtype=kind) - u[block] * shrunk[:, None] @ u[block].T
-            among = among - a_q[:, block] @ half[:, block].mT
-            errors[:, block] = torch.linalg.pinv(among, hermitian=True) @ a_t[:, block]
+        for places in regression.places:
+            own_u = u[places]  # (blocks, size, R)
+            for ridge, weights in enumerate(shrunk):
+                among = torch.eye(places.shape[1], dtype=kind) - own_u * weights @ own_u.mT
+                among = among - a_q[ridge, places] @ half[ridge, places].mT
+                inverse = torch.linalg.pinv(among, hermitian=True)
+                errors[ridge, places] = inverse @ a_t[ridge, places]
         return a_t, errors
 
 
