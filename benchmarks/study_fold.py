@@ -23,7 +23,8 @@ from beft_ext.files import whole_file
 from beft_ext.selection import Gains
 
 RESULTS = CELLS.with_name("study-folded.jsonl")
-PARTS = (1.9, 3.8, 8)  # of the memory that whole gradients take: one of so many
+# What is kept with one of so many parts of the memory that whole gradients take.
+PARTS = {1.9: "16 bits", 3.8: "8 bits", 8: "8 bits, folded"}
 
 
 def told(cell: Cell, memory: float) -> Gains:

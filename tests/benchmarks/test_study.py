@@ -107,7 +107,7 @@ def test_the_prior_that_is_shipped_is_that_of_the_committed_cells():
         own = cells(family)
         means, spread = fitted(own)
         assert dict(prior.means) == means and prior.spread == spread
-        assert prior.evidence.startswith(f"{len(own)} cells of ")
+        assert prior.evidence.startswith(f"{len(own)} cells of " if own else "no study")
         assert not means or prior.first == next(iter(means))
 
 
