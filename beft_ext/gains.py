@@ -141,9 +141,18 @@ class Gram:
             for ridge, weights in enumerate(shrunk):
                 among = torch.eye(places.shape[1], dtype=kind) - own_u * weights @ own_u.mT
                 among = among - a_q[ridge, places] @ half[ridge, places].mT
-                inverse = torch.linalg.pinv(among, hermitian=True)
-                errors[ridge, places] = inverse @ a_t[ridge, places]
+                errors[ridge, places] = _inverse(among) @ a_t[ridge, places]
         return a_t, errors
+
+
+def _inverse(blocks: Tensor) -> Tensor:
+    """Of symmetric blocks ``(n, s, s)``; of those of which only rounding is left in some direction,
+    the pseudo-inverse."""
+    found = torch.linalg.inv_ex(blocks).inverse
+    weak = ~(found.abs().amax((1, 2)) < 1 / LEVERAGE)  # NaN where one is singular
+    if bool(weak.any()):
+        found[weak] = torch.linalg.pinv(blocks[weak], hermitian=True, rtol=LEVERAGE)
+    return found
 
 
 def _nothing(regression: Regression) -> Gram:

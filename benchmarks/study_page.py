@@ -198,22 +198,28 @@ def _sureness(records: Sequence[Record], draws: Sequence[Record]) -> list[str]:
 
 def _folded() -> list[str]:
     lines = [
-        "Where the gradients do not fit the memory, they are folded. Of the same rows of each",
-        "cell, told with a part of the memory that whole gradients take: how far the gain of a",
-        "term moves at most, and the largest lead of a term over another that changes its sign.",
+        "Where the gradients do not fit the memory, they are kept in fewer bits, and where that is",
+        "not enough, folded. Of the same rows of each cell, told with a part of the memory that",
+        "whole gradients take: how far the gain of a term moves at most, and the largest lead of a",
+        "term over another that changes its sign.",
         "",
         _row(
-            "memory", "cells", "moves, median cell", "worst cell", "lead that is lost, worst cell"
+            "memory",
+            "kept as",
+            "cells",
+            "moves, median cell",
+            "worst cell",
+            "lead that is lost, worst cell",
         ),
-        _row(*["---"] * 5),
+        _row(*["---"] * 6),
     ]
-    for part in study_fold.PARTS:
+    for part, kind in study_fold.PARTS.items():
         own = [line for line in study_fold.results() if line["part"] == part]
         if own:
             moves = [study_fold.moved(line) for line in own]
             swapped = max(map(study_fold.reordered, own))
             told = (statistics.median(moves), max(moves), swapped)
-            lines.append(_row(f"1/{part}", len(own), *(f"{x:.3f}" for x in told)))
+            lines.append(_row(f"1/{part}", kind, len(own), *(f"{x:.3f}" for x in told)))
     return lines
 
 
