@@ -71,6 +71,14 @@ class Regression:
         return list(order.split(counts.tolist()))
 
     @cached_property
+    def places(self) -> list[Tensor]:
+        """Numbers of the examples of groups of two and more, ``(groups, size)`` for each size."""
+        by_size: dict[int, list[Tensor]] = {}
+        for block in self.blocks:
+            by_size.setdefault(len(block), []).append(block)
+        return [torch.stack(own) for size, own in by_size.items() if size > 1]
+
+    @cached_property
     def basis(self) -> Tensor:
         """Orthonormal columns that span the prior, ``(N, rank)``."""
         left, sizes, _ = torch.linalg.svd(self.prior.double(), full_matrices=False)
@@ -128,11 +136,23 @@ class Gram:
         a_t = a_t - half @ (q.T @ a_t)
         own = 1 - shrunk @ u.square().T - (a_q * half).sum(-1)  # diag A_Z
         errors = torch.where(own[..., None] > LEVERAGE, a_t / own[..., None], targets)
-        for block in (b for b in regression.blocks if len(b) > 1):
-            among = torch.eye(len(block), dtype=kind) - u[block] * shrunk[:, None] @ u[block].T
-            among = among - a_q[:, block] @ half[:, block].mT
-            errors[:, block] = torch.linalg.pinv(among, hermitian=True) @ a_t[:, block]
+        for places in regression.places:
+            own_u = u[places]  # (blocks, size, R)
+            for ridge, weights in enumerate(shrunk):
+                among = torch.eye(places.shape[1], dtype=kind) - own_u * weights @ own_u.mT
+                among = among - a_q[ridge, places] @ half[ridge, places].mT
+                errors[ridge, places] = _inverse(among) @ a_t[ridge, places]
         return a_t, errors
+
+
+def _inverse(blocks: Tensor) -> Tensor:
+    """Of symmetric blocks ``(n, s, s)``; of those of which only rounding is left in some direction,
+    the pseudo-inverse."""
+    found = torch.linalg.inv_ex(blocks).inverse
+    weak = ~(found.abs().amax((1, 2)) < 1 / LEVERAGE)  # NaN where one is singular
+    if bool(weak.any()):
+        found[weak] = torch.linalg.pinv(blocks[weak], hermitian=True, rtol=LEVERAGE)
+    return found
 
 
 def _nothing(regression: Regression) -> Gram:
@@ -229,10 +249,27 @@ def beyond_chance(
     return [(1 + int((largest >= g.value).sum())) / (1 + flips) for g in gains]
 
 
-def equal_rows(keys: Sequence[object]) -> Tensor:
-    """Group numbers ``(N,)``: examples with equal keys are one group."""
-    numbers: dict[object, int] = {}
-    return torch.tensor([numbers.setdefault(key, len(numbers)) for key in keys])
+def together(*keys: Sequence[object]) -> Tensor:
+    """Group numbers ``(N,)``: examples that share a key of one kind are one group, and so are all
+    that others link.
+
+    keys: of each kind one for every example; None for an example without.
+    """
+    first: dict[object, int] = {}
+    leaders = list(range(len(keys[0])))
+
+    def leader(i: int) -> int:
+        while leaders[i] != i:
+            leaders[i] = i = leaders[leaders[i]]
+        return i
+
+    for kind, column in enumerate(keys):
+        for i, key in enumerate(column):
+            if key is not None:
+                a, b = sorted((leader(first.setdefault((kind, key), i)), leader(i)))
+                leaders[b] = a
+    numbers: dict[int, int] = {}
+    return torch.tensor([numbers.setdefault(leader(i), len(numbers)) for i in range(len(leaders))])
 
 
 def learning_curve(

@@ -1,8 +1,9 @@
 """A slab: the gradients of single examples, kept row by row as backwards bring them.
 
-Where the rows of a whole parameter would not fit, a sketch is kept of each bias: every element
-goes, with a random sign, into one of few columns. Inner products of rows stay the same on average,
-and the slab itself never exists.
+Rows that would not fit are kept as whole numbers of 16 or 8 bits, each with a scale: half or a
+quarter of the memory, and products of rows that are nearly the same. Where even that is too much, a
+sketch is kept of each bias: every element goes, with a random sign, into one of few columns.
+Products stay the same on average, and the slab itself never exists.
 Source: the count sketch, Charikar, Chen & Farach-Colton 2002.
 """
 
@@ -26,17 +27,25 @@ class SiteSlab:
         examples: number of rows, N; more are made where they are needed.
         columns: width of a bias's sketch; a bias that is not wider is kept as it is.
         seed: of the sketches.
+        kind: of the whole numbers that rows, or their sketches, are kept as; None for their own
+            dtype.
     """
 
     def __init__(
-        self, biases: Sequence[Bias], like: Tensor, examples: int, columns: int | None, seed: int
+        self,
+        biases: Sequence[Bias],
+        like: Tensor,
+        examples: int,
+        columns: int | None,
+        seed: int,
+        kind: torch.dtype | None = None,
     ) -> None:
         self.whole: Tensor | None = None
-        self.sketches: dict[Bias, _Sketch] = {}
-        if columns is None or all(b.width <= columns for b in biases):
+        self.kept: dict[Bias, _Kept] = {}
+        if columns is None and kind is None:
             self.whole = like.new_zeros(examples, len(like))
         else:
-            self.sketches = {b: _Sketch(b, like, examples, columns, seed) for b in biases}
+            self.kept = {b: _Kept(b, like, examples, columns, seed, kind) for b in biases}
 
     def take(self, row: int, dy: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
         """Keep the gradients of a batch ``(B, T, H)``, or packed; returns their sum ``(P,)``.
@@ -48,10 +57,10 @@ class SiteSlab:
             self.whole = _with_room(self.whole, row + batch)
             out = self.whole[row : row + batch]
         else:
-            out = next(iter(self.sketches.values())).rows.new_empty(batch, dy.shape[-1])
+            out = dy.new_empty(batch, dy.shape[-1], dtype=next(iter(self.kept.values())).dtype)
         bias_example_grads(dy, out, example_offsets=offsets, scale=scale)
-        for sketch in self.sketches.values():
-            sketch.put(row, out)
+        for kept in self.kept.values():
+            kept.put(row, out)
         return out.sum(0)
 
     def put(self, row: int, grads: Tensor) -> None:
@@ -59,34 +68,71 @@ class SiteSlab:
         if self.whole is not None:
             self.whole = _with_room(self.whole, row + len(grads))
             self.whole[row : row + len(grads)] = grads
-        for sketch in self.sketches.values():
-            sketch.put(row, grads)
+        for kept in self.kept.values():
+            kept.put(row, grads)
 
     def rows(self, bias: Bias, count: int) -> Tensor:
         """The first ``count`` gradients of a bias ``(count, H)``, or their sketches."""
         if self.whole is None:
-            return self.sketches[bias].rows[:count]
+            return self.kept[bias].read(count)
         return _columns(bias, self.whole[:count])
 
 
-class _Sketch:
-    """Rows of one bias, each ``(H,)`` folded into ``columns``: elements in a random order, with
-    random signs, cut into pieces of that width that are added up."""
+class _Kept:
+    """Rows of one bias, as whole numbers or folded or both."""
 
-    def __init__(self, bias: Bias, like: Tensor, examples: int, columns: int, seed: int) -> None:
+    def __init__(
+        self,
+        bias: Bias,
+        like: Tensor,
+        examples: int,
+        columns: int | None,
+        seed: int,
+        kind: torch.dtype | None,
+    ) -> None:
+        self.bias, self.dtype = bias, like.dtype
+        folds = columns is not None and columns < bias.width
+        self.fold = _Fold(bias, like, columns, seed) if columns and folds else None
+        width = columns if columns and folds else bias.width
+        self.table = like.new_zeros(examples, width, dtype=kind)
+        self.scales = None if kind is None else like.new_ones(examples, 1)
+
+    def put(self, row: int, grads: Tensor) -> None:
+        """Keep gradients of the whole parameter ``(B, P)``."""
+        own, end = _columns(self.bias, grads).to(self.dtype), row + len(grads)
+        if self.fold is not None:
+            own = self.fold(own)
+        if self.scales is not None:
+            # A row of zeros has any scale; what is not finite stays so by its scale.
+            scale = own.abs().amax(1, keepdim=True) / torch.iinfo(self.table.dtype).max
+            own = (own / scale.where(scale > 0, 1)).nan_to_num().round()
+            self.scales = _with_room(self.scales, end)
+            self.scales[row:end] = scale
+        self.table = _with_room(self.table, end)
+        self.table[row:end] = own.to(self.table.dtype)
+
+    def read(self, count: int) -> Tensor:
+        """The first ``count`` rows."""
+        if self.scales is None:
+            return self.table[:count]
+        return self.table[:count].to(self.dtype) * self.scales[:count]
+
+
+class _Fold:
+    """``(H,)`` folded into ``columns``: elements in a random order, with random signs, cut into
+    pieces of that width that are added up."""
+
+    def __init__(self, bias: Bias, like: Tensor, columns: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed * 1_000_003 + bias.layer)
-        self.bias, self.columns = bias, columns
+        self.columns = columns
         self.beyond = -bias.width % columns  # zeros that fill the last piece
         order = torch.randperm(bias.width + self.beyond, generator=generator)
         sign = torch.randint(2, (bias.width,), generator=generator) * 2 - 1
         self.order, self.sign = order.to(like.device), sign.to(like)
-        self.rows = like.new_zeros(examples, columns)
 
-    def put(self, row: int, grads: Tensor) -> None:
-        signed = _columns(self.bias, grads) * self.sign
-        filled = nn.functional.pad(signed, (0, self.beyond))[:, self.order]
-        self.rows = _with_room(self.rows, row + len(grads))
-        self.rows[row : row + len(grads)] = filled.unflatten(1, (-1, self.columns)).sum(1)
+    def __call__(self, rows: Tensor) -> Tensor:
+        filled = nn.functional.pad(rows * self.sign, (0, self.beyond))[:, self.order]
+        return filled.unflatten(1, (-1, self.columns)).sum(1)
 
 
 def _with_room(rows: Tensor, count: int) -> Tensor:

@@ -119,16 +119,23 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         elif module is step.called[0]:
             step.gathered = None
 
-    def keep_rows(self, examples: int, columns: int | None = None, seed: int = 0) -> None:
+    def keep_rows(
+        self,
+        examples: int,
+        columns: int | None = None,
+        seed: int = 0,
+        kind: torch.dtype | None = None,
+    ) -> None:
         """Make a slab for the gradients of so many single examples.
 
         Args:
             examples: rows of the slab, N.
             columns: fold each wider bias into so many columns; by default none.
             seed: of the folding.
+            kind: of the whole numbers that rows are kept as; by default in their own dtype.
         """
         for site in self.sites:
-            site.slab = SiteSlab(site.biases, site.grad_sum, examples, columns, seed)
+            site.slab = SiteSlab(site.biases, site.grad_sum, examples, columns, seed, kind)
 
     def rows(self, bias: Bias, count: int) -> Tensor:
         """Gradients that ``keep_rows`` kept, ``(count, H)``, or their folds.

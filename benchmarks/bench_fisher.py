@@ -1,7 +1,9 @@
-"""What does the per-example Fisher information of all biases cost, beside every other way to it?
+"""What do the gradients of single examples, and their Fisher information, cost, beside every other
+way to them?
 
-Forward and backward of 16 x 128 tokens: time and peak memory. Writes
-benchmarks/results/<device>/fisher.json.
+Forward and backward of 16 x 128 tokens, with respect to all biases: time and peak memory. 'step'
+sums squares over the examples; 'rows' keeps each example's gradient, or a projection of it, as TRAK
+(Park et al. 2023, arXiv 2303.14186) does. Writes benchmarks/results/<device>/fisher.json.
 """
 
 from __future__ import annotations
@@ -10,23 +12,24 @@ import functools
 from typing import Any
 
 from harness import measure, settings, show, write
-from peers import FISHER
+from peers import FISHER, ROWS
 from workloads import batch, chosen, classifier
 
 
-def case(which: str, config: dict[str, int], device: str) -> Any:
-    return FISHER[which](classifier(config, device), batch(device))
+def case(ways: dict[str, Any], which: str, config: dict[str, int], device: str) -> Any:
+    return ways[which](classifier(config, device), batch(device))
 
 
 def main() -> None:
     arguments = settings(__doc__, rounds=5)
-    results: dict[str, Any] = {}
+    results: dict[str, dict[str, Any]] = {"step": {}, "rows": {}}
     for place, (name, config) in enumerate(chosen(arguments.quick).items()):
-        makers = {w: functools.partial(case, w, config, arguments.device) for w in FISHER}
         rounds = max(2, arguments.rounds // (place + 1))  # the larger model takes longer
-        results[name] = measure(makers, arguments, rounds=rounds, memory=True)
-        show(name, results[name])
-    write("fisher", arguments, {"step": results})
+        for part, ways in (("step", FISHER), ("rows", ROWS)):
+            makers = {w: functools.partial(case, ways, w, config, arguments.device) for w in ways}
+            results[part][name] = measure(makers, arguments, rounds=rounds, memory=True)
+            show(f"{name}, {part}", results[part][name])
+    write("fisher", arguments, results)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,11 @@ def batch_of_one(model: nn.Module, inputs: Inputs) -> Squares:
 
 def vmap(model: nn.Module, inputs: Inputs) -> Squares:
     """``torch.func.vmap(grad)``."""
+    rows = _by_vmap(model, inputs)
+    return lambda: {n: g.square().sum(0) for n, g in rows().items()}
+
+
+def _by_vmap(model: nn.Module, inputs: Inputs) -> Squares:
     values = {n: p.detach() for n, p in _trained(model).items()}
 
     def loss(values: dict[str, Tensor], one: dict[str, Tensor]) -> Tensor:
@@ -94,22 +99,20 @@ def vmap(model: nn.Module, inputs: Inputs) -> Squares:
         return found
 
     per_example = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0), randomness="different")
-    return lambda: {n: g.square().sum(0) for n, g in per_example(values, dict(inputs)).items()}
+    return lambda: per_example(values, dict(inputs))
 
 
 def opacus(model: nn.Module, inputs: Inputs) -> Squares:
     """Opacus: hooks that keep each example's gradient in ``grad_sample``."""
+    rows = opacus_rows(model, inputs)
+    return lambda: {n: g.square().sum(0) for n, g in rows().items()}
+
+
+def _sampled(model: nn.Module) -> tuple[dict[str, Any], nn.Module]:
     from opacus import GradSampleModule
 
     own = _trained(model)
-    sampled = GradSampleModule(model, loss_reduction="mean")
-
-    def call() -> dict[str, Tensor]:
-        sampled.zero_grad()
-        sampled(**inputs).loss.backward()
-        return {n: p.grad_sample.square().sum(0) for n, p in own.items()}
-
-    return call
+    return own, GradSampleModule(model, loss_reduction="mean")
 
 
 def backpack(model: nn.Module, inputs: Inputs) -> Squares:
@@ -160,6 +163,83 @@ FISHER: dict[str, Callable[[nn.Module, Inputs], Callable[[], Any]]] = {
     "Opacus": opacus,
     "BackPACK": backpack,
     "FastDP, biases only": fastdp,
+}
+
+
+# Each of the following makes a function that gives g_i of every bias by its parameter's name,
+# (B, P); or projections of all of them together, (B, PROJECTED), by the name "projected".
+
+
+def slab(model: nn.Module, inputs: Inputs) -> Squares:
+    """Ours: rows of a slab, written by the one backward of the whole batch."""
+    return _kept(model, inputs, None)
+
+
+def folded(model: nn.Module, inputs: Inputs) -> Squares:
+    """Ours, where the slab would not fit: as many columns as ``PROJECTED``, shared by the
+    biases."""
+    return _kept(model, inputs, PROJECTED // len(find_biases(model)))
+
+
+def _kept(model: nn.Module, inputs: Inputs, columns: int | None) -> Squares:
+    rows = len(inputs["labels"])
+    model.requires_grad_(False)
+    biases = find_biases(model)
+    tap = Tap(model, biases)
+    tap.keep_rows(rows, columns)
+
+    def call() -> dict[str, Tensor]:
+        for _, leaf in tap.leaves():
+            leaf.grad = None
+        tap.step(rows, scale=float(rows), row=0)
+        model(**inputs).loss.backward()
+        found = {bias.parameter: tap.rows(bias, rows) for bias in biases}
+        return found if columns is None else {"projected": torch.cat(list(found.values()), 1)}
+
+    return call
+
+
+def vmap_rows(model: nn.Module, inputs: Inputs) -> Squares:
+    """``torch.func.vmap(grad)``."""
+    return _by_vmap(model, inputs)
+
+
+def opacus_rows(model: nn.Module, inputs: Inputs) -> Squares:
+    """Opacus: ``grad_sample``."""
+    own, sampled = _sampled(model)
+
+    def call() -> dict[str, Tensor]:
+        sampled.zero_grad()
+        sampled(**inputs).loss.backward()
+        return {n: p.grad_sample for n, p in own.items()}
+
+    return call
+
+
+def traker(model: nn.Module, inputs: Inputs) -> Squares:
+    """TRAK: gradients by ``torch.func``, as its own functional backend takes them, projected by
+    its own projector."""
+    from trak.projectors import BasicProjector, ProjectionType
+
+    rows, device = _by_vmap(model, inputs), next(model.parameters()).device
+    width = sum(model.get_parameter(b.parameter).numel() for b in find_biases(model))
+    project = BasicProjector(width, PROJECTED, 0, ProjectionType.rademacher, device)
+
+    def call() -> dict[str, Tensor]:
+        whole = torch.cat([g.flatten(1) for g in rows().values()], 1)
+        return {"projected": project.project(whole, model_id=0)}
+
+    return call
+
+
+PROJECTED = 2048  # TRAK's own number of columns
+ROWS: dict[str, Callable[[nn.Module, Inputs], Callable[[], Any]]] = {
+    "ours": slab,
+    "no rows": plain,
+    "torch.func vmap": vmap_rows,
+    "Opacus": opacus_rows,
+    f"ours, folded to {PROJECTED}": folded,
+    f"TRAK, projected to {PROJECTED}": traker,
 }
 
 

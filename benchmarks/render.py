@@ -37,8 +37,12 @@ def compared(root: Path = ROOT) -> str:
         runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         setup = [run.pop("setup") for run in runs][0]
         metrics = list(runs[0]["metrics"])
-        said = f"{setup['model']}, {setup['task']}, {setup['train_size']} rows to train on, of which"
-        said += f" a part chose the epoch of {setup['epochs']}; measured on rows that no choice saw."
+        said = (
+            f"{setup['model']}, {setup['task']}, {setup['train_size']} rows to train on, of which"
+        )
+        said += (
+            f" a part chose the epoch of {setup['epochs']}; measured on rows that no choice saw."
+        )
         lines += [said, table(summarize([Outcome(**run) for run in runs], metrics), metrics)]
     return "\n\n".join(lines)
 
@@ -46,7 +50,9 @@ def compared(root: Path = ROOT) -> str:
 def document(root: Path = ROOT) -> str:
     drawn = [path for path, _ in tables.records(root) if path.stem in plots.PLOTS]
     images = [f"![{path.stem}, {path.parent.name}]({plots.name(path)})" for path in drawn]
-    return "\n\n".join([HEAD.rstrip(), *images]) + "\n" + tables.whole(root) + f"\n{compared(root)}\n"
+    return (
+        "\n\n".join([HEAD.rstrip(), *images]) + "\n" + tables.whole(root) + f"\n{compared(root)}\n"
+    )
 
 
 def rendered(readme: str, content: str) -> str:

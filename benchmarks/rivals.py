@@ -77,7 +77,10 @@ RIVALS: dict[str, Rival] = {
 def _by_term(gains: Gains, of: Callable[[Tensor, Regression], float]) -> dict[str, float]:
     evidence = gains.evidence
     assert evidence is not None
-    return {t: of(evidence.of_term(t), evidence.regression) for t in gains.ranking}
+    # Of an example of many classes, the row along its label's gradient: the other is the gain's.
+    own = evidence.owners.diff(prepend=evidence.owners[:1] - 1).nonzero().flatten()
+    regression = evidence.regression.part(own)
+    return {t: of(evidence.of_term(t)[own][:, own], regression) for t in gains.ranking}
 
 
 def _centred(k: Tensor) -> Tensor:

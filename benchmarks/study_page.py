@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import study_fold
 import study_sure
 from rivals import RIVALS
 from study import (
@@ -61,6 +62,7 @@ def page(records: Sequence[Record], draws: Sequence[Record]) -> str:
         "python benchmarks/study.py sst2:100 sst2:300 rte:300 --data DIR",
         "python benchmarks/study.py sentences:100 sentences:300",
         "python benchmarks/study_sure.py sst2 subj trec --data DIR",
+        "python benchmarks/study_fold.py --data DIR",
         "python benchmarks/study_page.py",
         "```",
         "",
@@ -71,6 +73,7 @@ def page(records: Sequence[Record], draws: Sequence[Record]) -> str:
         "What each way picks": lambda: _picks(records),
         "Is the rate right?": lambda: _raced(records),
         "Is it right about being sure?": lambda: _sureness(records, draws),
+        "Does it stay where gradients are folded?": _folded,
         "Does it order the terms?": lambda: _orders(records),
         "What each term reaches": lambda: _terms(records),
         "Earlier, at one rate": _earlier,
@@ -168,18 +171,55 @@ def _sureness(records: Sequence[Record], draws: Sequence[Record]) -> list[str]:
     if draws:
         lines += [
             "",
-            f"In draws from {study_sure.POOL} rows, where the mean gain over disjoint draws is the",
+            "In draws from a pool of rows, where the mean gain over disjoint draws is the",
             "truth. 'covered' is how often the true lead of a term over another lies within 1.96",
             "times the error that is told, nominally 0.95; 'of firsts' is the same of the first",
             "term over its rivals, which is first by luck as well.",
             "",
-            _row("task", "examples", "draws", "sure", "wrong when sure", "covered", "of firsts"),
-            _row(*["---"] * 7),
+            _row(
+                "task",
+                "pool",
+                "examples",
+                "draws",
+                "sure",
+                "wrong when sure",
+                "covered",
+                "of firsts",
+            ),
+            _row(*["---"] * 8),
         ]
     for d in draws:
         wrong_ones = f"{d['wrong']} ({d['wrong'] / max(1, d['sure']):.3f})"
         told = (f"{d['covered']:.3f}", f"{d['covered_firsts']:.3f}")
-        lines.append(_row(d["task"], d["size"], d["draws"], d["sure"], wrong_ones, *told))
+        pool = d.get("pool", study_sure.POOL)
+        lines.append(_row(d["task"], pool, d["size"], d["draws"], d["sure"], wrong_ones, *told))
+    return lines
+
+
+def _folded() -> list[str]:
+    lines = [
+        "Where the gradients do not fit the memory, they are kept in fewer bits, and where that is",
+        "not enough, folded. Of the same rows of each cell, told with a part of the memory that",
+        "whole gradients take: how far the gain of a term moves at most, and the largest lead of a",
+        "term over another that changes its sign.",
+        "",
+        _row(
+            "memory",
+            "kept as",
+            "cells",
+            "moves, median cell",
+            "worst cell",
+            "lead that is lost, worst cell",
+        ),
+        _row(*["---"] * 6),
+    ]
+    for part, kind in study_fold.PARTS.items():
+        own = [line for line in study_fold.results() if line["part"] == part]
+        if own:
+            moves = [study_fold.moved(line) for line in own]
+            swapped = max(map(study_fold.reordered, own))
+            told = (statistics.median(moves), max(moves), swapped)
+            lines.append(_row(f"1/{part}", kind, len(own), *(f"{x:.3f}" for x in told)))
     return lines
 
 

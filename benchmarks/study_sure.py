@@ -1,7 +1,7 @@
 """Is the gain as sure as it says? Draws of examples, from the Gram matrices of many.
 
-One pass over ``POOL`` rows of a task gives every term's Gram matrix. The gain of any draw of them
-is told from its part of the matrix, without the model. What is true at N examples is taken from
+One pass over ``POOL`` examples of a task gives every term's Gram matrix. The gain of any draw of
+them is told from its part of the matrix, without the model. What is true at N is taken from
 all draws: a term's mean gain over disjoint draws of N. One line a task and N, in
 benchmarks/results/study-sure.jsonl:
 
@@ -42,14 +42,16 @@ from beft_ext.tap import Tap
 from beft_ext.tasks import subset
 
 RESULTS = Path(__file__).resolve().parent / "results" / "study-sure.jsonl"
-POOL, SIZES, FLIPS, ERRORS = 3000, (100, 300), 99, 1.96
+POOL, POOL_OF_MANY = 3000, 2000  # examples; those of many classes take two rows each
+SIZES, FLIPS, ERRORS = (100, 300), 99, 1.96
 Draw = dict[str, Gain]
 
 
 def pool(task: str, data: Path | None) -> Evidence:
     """Of many rows, by MiniLM."""
     kind, train, _ = examples_of(task, data)
-    rows = subset(train, min(POOL, len(train)), 0)
+    most = POOL if classes_of(train) == 2 else POOL_OF_MANY
+    rows = subset(train, min(most, len(train)), 0)
     model, objective = ModelSpec(str(demo.minilm())).load(kind, classes_of(rows))
     batches = objective.training(rows, JUDGING, 0, by_length=True)
     names, _ = candidates_of(model, None, None, every=True)
@@ -58,7 +60,7 @@ def pool(task: str, data: Path | None) -> Evidence:
         model.requires_grad_(False)
         alive = {b: name for b, name in names.items() if name not in dead}
         with Tap(model, alive) as tap:
-            reading = (model, tap, alive, objective.observe, len(rows), float(2**33), 0, Ranks())
+            reading = (model, tap, alive, objective.observe, len(rows), float(2**34), 0, Ranks())
             collector = Collector(*reading)
             with collector.listening():
                 collector.read(iter(batches), len(rows))
@@ -66,7 +68,7 @@ def pool(task: str, data: Path | None) -> Evidence:
 
 
 def draws(examples: int, size: int, count: int) -> Iterator[Tensor]:
-    """Rows of each of at least ``count`` draws; those of one shuffling are disjoint."""
+    """Examples of each of at least ``count`` draws; those of one shuffling are disjoint."""
     source = random.Random(0)
     order = list(range(examples))
     for _ in range(math.ceil(count / (examples // size))):
@@ -80,7 +82,8 @@ def coverage(evidence: Evidence, size: int, count: int) -> dict[str, float]:
     matrices = {term: evidence.of_term(term) for term in evidence.grams}
     found: list[Draw] = []
     sure: list[bool] = []
-    for rows in draws(evidence.examples, size, count):
+    for drawn in draws(evidence.examples, size, count):
+        rows = torch.isin(evidence.owners, drawn).nonzero().flatten()
         own = evidence.regression.part(rows)
         grams = {t: Gram.of(k[rows][:, rows]) for t, k in matrices.items()}
         told = {t: gain(gram, own) for t, gram in grams.items()}
@@ -142,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         evidence = pool(task, arguments.data)
         for size in SIZES:
             found = coverage(evidence, size, arguments.draws)
-            keep({"model": MINILM, "task": task, "size": size} | found)
+            at = {"model": MINILM, "task": task, "size": size, "pool": evidence.examples}
+            keep(at | found)
 
 
 def keep(record: dict[str, object]) -> None:

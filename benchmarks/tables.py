@@ -18,9 +18,18 @@ PARTS: dict[str, dict[str, str]] = {
         "step": "What does a training step of the value bias cost (16 x 128 tokens)?",
         "pass": "What does a pass over sentences cost, padded as each way pads?",
     },
-    "selection": {"whole": "How long until we know which term to train?"},
-    "selection_sst2": {"whole": "How long until we know which term to train, on real data?"},
-    "fisher": {"step": "What does the per-example Fisher information of all biases cost?"},
+    "selection": {
+        "whole": "How long until we know which term to train?",
+        "gains": "What do the gains of all terms cost, beside a pass over the same rows?",
+    },
+    "selection_sst2": {
+        "whole": "How long until we know which term to train, on real data?",
+        "gains": "What do the gains cost there, beside a pass over the same rows?",
+    },
+    "fisher": {
+        "step": "What does the per-example Fisher information of all biases cost?",
+        "rows": "What do the gradients of single examples cost, whole or projected?",
+    },
     "choices": {"ranking": "How long does it take to rank options by a decoder?"},
     "host": {
         "step": "What does the host add to a step, where kernels do little?",
@@ -99,6 +108,8 @@ def whole(root: Path) -> str:
     lines: list[str] = []
     for path, record in records(root):
         for part, question in PARTS[path.stem].items():
+            if part not in record:  # of before it was asked
+                continue
             lines += ["", f"## {question}", "", f"{provenance(record)}.", ""]
             lines += _rows(groups(path.stem, record[part]))
             if path.stem == "growth":

@@ -14,10 +14,10 @@ from beft_ext.gains import (
     Gram,
     Regression,
     beyond_chance,
-    equal_rows,
     gain,
     lead,
     learning_curve,
+    together,
 )
 
 
@@ -149,8 +149,28 @@ def test_parts_of_fewer_groups_than_parts_are_left_out_of_the_curve():
     assert list(learning_curve(rows @ rows.T, regression, (4, 2, 1), seed=0)) == [3]
 
 
-def test_equal_rows_share_a_number():
-    assert equal_rows(["a", "b", "a", "c"]).tolist() == [0, 1, 0, 2]
+def test_what_shares_a_key_is_together_and_what_others_link():
+    assert together(["a", "b", "a", "c"]).tolist() == [0, 1, 0, 2]
+    # The first and the last text are equal; the users 1 and 2 have them.
+    texts, users = ["a", "b", "c", "d", "a"], [1, 1, 2, None, 2]
+    assert together(texts, users).tolist() == [0, 0, 0, 1, 0]
+    # A text is no user, and no user is not a user.
+    assert together([1, 2, 3], [2, None, None]).tolist() == [0, 1, 2]
+
+
+def test_a_whole_group_is_left_out_as_literal_refits_do():
+    """Groups of unlike size, some of them linked by equal texts."""
+    users = [0, 0, 1, 1, 1, 2, None, 3, None, 3, *range(4, 14), *range(4, 14)]
+    texts = [*range(28), 2, 27]
+    groups = together(texts, users)
+    assert max(groups.unique(return_counts=True)[1]) == 5  # user 1, and who wrote the same
+    regression, rows = made(count=30, width=5, groups=groups, signal=1.0)
+    gram = Gram.of(rows @ rows.T)
+    found = gram.left(regression, regression.targets[:, None])[1][..., 0]
+    for block in regression.blocks:
+        for i in (0, 11, 21):
+            literal = refitted(regression, rows, float(gram.ridges[i]), block)
+            torch.testing.assert_close(found[i, block], literal, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,11 @@ def add_task(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--text-pair-column", metavar="C", help="second text, for pairs")
     group.add_argument("--label-column", metavar="C", help="(default: label)")
     group.add_argument(
+        "--group-by",
+        metavar="C",
+        help="what rows have in common (a passage, a user): gains leave such rows out together",
+    )
+    group.add_argument(
         "--kind",
         choices=("classification", "regression"),
         help="labels are classes, by word or number, or numbers to be predicted "
@@ -157,9 +162,9 @@ def add_training(parser: argparse.ArgumentParser, epochs: int, warmup: float, ra
         group.add_argument(
             "--lr",
             type=rate,
-            default=1e-3,
+            default="auto",
             metavar="auto|LR",
-            help="learning rate; auto: raced on held-out training rows",
+            help="learning rate; auto: raced on parts of the training rows",
         )
         group.add_argument(
             "--audition-budget",
@@ -218,6 +223,7 @@ def source_of(arguments: argparse.Namespace) -> Source:
         pair=given("text_pair_column"),
         label=given("label_column"),
         kind=given("kind"),
+        group=given("group_by"),
         metrics=tuple(filter(None, (given("metric") or "").split("+"))),
         parts=parts,
     )

@@ -24,6 +24,7 @@ from beft_ext.commands.workflow import (
     RACE,
     Settings,
     chosen_by_gains,
+    first_rate,
     raced,
 )
 from beft_ext.files import JsonObject, locked, save_json, whole_file
@@ -60,7 +61,8 @@ class Outcome:
 @dataclass(frozen=True)
 class Comparison:
     """What is compared on what. settings.lr: of methods without a usual rate of their own; where
-    settings has a budget, rates around these are raced for each method. rates: for methods by
+    settings has a budget, rates are raced for each method, around its usual one or, of bias terms,
+    around what their gains tell. rates: for methods by
     name, as they are. decay: rates fall to zero; without, they stay.
     evaluated: number of validation examples, drawn with seed 0; all of them by default."""
 
@@ -149,12 +151,11 @@ class Comparison:
             return Outcome(name, seed, objective.evaluate(model, judges, judging))
         every = objective.training(own, settings.batch_size, seed, settings.group_by_length)
         loader = own_part(every)
-        chosen, start = None, time.perf_counter()
+        chosen, gains, start = None, None, time.perf_counter()
         if name == "auto":
             parts = settings.gradient_accumulation
-            chosen = chosen_by_gains(model, objective, loader, seed, parts=parts)[1].term
-            prepare(model, chosen)
-        adapted = way.setup(model, seed)
+            selected, choice = chosen_by_gains(model, objective, loader, seed, parts=parts)
+            chosen, gains = choice.term, None if selected is None else selected.gains
         recipe, budget = settings.recipe(decay=self.decay), settings.budget
         recipe = replace(recipe, lr=self.rates.get(name, way.lr or settings.lr))
         if budget is not None and name not in self.rates:
@@ -166,12 +167,20 @@ class Comparison:
                     prepare(again, chosen)
                 return way.setup(again, seed)
 
+            def first() -> float:
+                usual, terms = recipe.lr, [chosen] if chosen else way.terms(model)
+                if not terms:
+                    return usual
+                return first_rate(model, objective, loader, terms, gains, usual)
+
             path, contender = folder / RACE, made_by(fresh)
-            usual = recipe.lr
-            race = raced(
-                path, name, contender, lambda: usual, every, objective, recipe, budget, resume=True
+            rate, _ = raced(
+                path, name, contender, first, every, objective, recipe, budget, resume=True
             )
-            recipe = replace(recipe, lr=race.rate)
+            recipe = replace(recipe, lr=rate)
+        if chosen is not None:
+            prepare(model, chosen)
+        adapted = way.setup(model, seed)
         begun = time.perf_counter()
         loader.set_epoch(0)  # the same batch for every method
         peak = _step_peak(adapted, objective, next(b for b in loader if b), recipe.lr)

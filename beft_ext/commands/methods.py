@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,11 +33,12 @@ class MethodError(BeftError, ValueError):
 @dataclass(frozen=True)
 class Method:
     """setup: of a fresh model, to what is trained in its place. lr: its usual rate, None for the
-    rate that is asked for. trains: False for those that only read a prompt. shots: examples
-    before the prompt."""
+    rate that is asked for. terms: of a model, the bias terms that it trains, whose gains tell a
+    rate. trains: False for those that only read a prompt. shots: examples before the prompt."""
 
     setup: Callable[[nn.Module, int], nn.Module]
     lr: float | None = None
+    terms: Callable[[nn.Module], Sequence[str]] = lambda _: ()
     trains: bool = True
     shots: int = 0
 
@@ -62,7 +63,7 @@ def method(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     terms = _terms(name)
-    return Method(lambda model, _: _biases(model, terms))
+    return Method(lambda model, _: _biases(model, terms), terms=lambda _: [terms])
 
 
 def _terms(text: str) -> str:
@@ -136,7 +137,11 @@ def _head(model: nn.Module, _: int) -> nn.Module:
 
 
 def _every_bias(model: nn.Module, _: int) -> nn.Module:
-    return _biases(model, find_biases(model).terms)
+    return _biases(model, _own_terms(model))
+
+
+def _own_terms(model: nn.Module) -> list[str]:
+    return list(find_biases(model).terms)
 
 
 def _everything(model: nn.Module, _: int) -> nn.Module:
@@ -250,7 +255,7 @@ METHODS: dict[str, Method] = {
     "in-context": Method(_untouched, trains=False, shots=8),
     "head": Method(_head),
     "auto": Method(lambda model, _: model),  # the selection comes between, see comparison.py
-    "all-biases": Method(_every_bias),
+    "all-biases": Method(_every_bias, terms=_own_terms),
     "full": Method(_everything, lr=2e-5),
     "random-mask": Method(_random_mask),
     "lora": Method(_peft("LoraConfig", "query+value", r=8, lora_alpha=16), lr=5e-4),

@@ -64,8 +64,8 @@ class Source:
 
     config: a JSON file that describes a task of one's own; else text ('sentence'), pair and label
     ('label') name the columns of the files, and kind says whether labels are classes or numbers
-    to be predicted. kept: the task of an adapter, where none of these is said. metrics: in place
-    of the task's. classes: of the model at hand, where the task names none; an empty list for
+    to be predicted. kept: the task of an adapter, where none of these is said. group, metrics: in
+    place of the task's. classes: of the model at hand, where the task names none; an empty list for
     class numbers; None for those that the training rows have.
     """
 
@@ -78,6 +78,7 @@ class Source:
     pair: str | None = None
     label: str | None = None
     kind: str | None = None
+    group: str | None = None
     metrics: tuple[str, ...] = ()
     classes: Sequence[str] | None = None
     kept: Task | None = None
@@ -98,7 +99,9 @@ class Source:
             pair = None if self.pair is None else Column(self.pair)
             text, kind = Column(self.text or "sentence"), self.kind or "classification"
             found = Task(text=text, pair=pair, label=self.label or "label", kind=kind)
-        return replace(found, metrics=self.metrics) if self.metrics else found
+        return replace(
+            found, metrics=self.metrics or found.metrics, group=self.group or found.group
+        )
 
     @property
     def says_columns(self) -> bool:
@@ -134,7 +137,9 @@ class Source:
 
         Raises: DataError or WorkflowError.
         """
-        return self.task.examples(*self._rows(split))
+        # What rows have in common matters where they are learnt from.
+        task = self.task if split == "train" else replace(self.task, group="")
+        return task.examples(*self._rows(split))
 
     def _rows(self, split: str) -> tuple[list[Row], str]:
         """The rows of a split, and where they are from."""

@@ -16,21 +16,26 @@ from beft_ext.commands.processes import own_part
 from beft_ext.commands.progress import Watched
 from beft_ext.commands.reporting import Judged, Report
 from beft_ext.commands.sources import Source
-from beft_ext.commands.workflow import RACE, Settings, chosen_by_gains, family_of, raced, tell
+from beft_ext.commands.workflow import (
+    RACE,
+    Settings,
+    chosen_by_gains,
+    family_of,
+    first_rate,
+    merging,
+    raced,
+    tell,
+)
 from beft_ext.errors import BeftWarning
 from beft_ext.files import JsonObject, save_json
-from beft_ext.gains import GainError
 from beft_ext.models import find_biases, find_projections, pick
 from beft_ext.models.offload import device_of
 from beft_ext.parallel import here, leads
 from beft_ext.selection import (
-    Gains,
     ProbeError,
     Selection,
     automatic,
     dead_terms,
-    measure_gains,
-    rate_of_step,
     read_selection,
     terms_of,
 )
@@ -78,11 +83,13 @@ def run_tune(
     recipe, race, budget = settings.recipe(**options), None, settings.budget
     if budget is not None:
         gains = None if selected is None else selected.gains
-        first = partial(_first_rate, model, objective, loader, chosen, gains, recipe.lr)
+        first = partial(first_rate, model, objective, loader, chosen, gains, recipe.lr)
         contender = terms_of(model, chosen)
-        race = raced(out / RACE, terms, contender, first, every, objective, recipe, budget, resume)
-        print(f"{race}\n")
-        recipe = replace(recipe, lr=race.rate)
+        rate, race = raced(
+            out / RACE, terms, contender, first, every, objective, recipe, budget, resume
+        )
+        print(f"{race}\n" if race else "")
+        recipe = replace(recipe, lr=rate)
     print(prepare(model, chosen), "\n")
     before = judged.measure(model)
     start = before if judged is chooser else chooser.measure(model)
@@ -156,7 +163,7 @@ def _automatic(
     if kept is not None:
         if kept.gains is None:
             raise WorkflowError(f"{path} has no gains: it is of another version, so start anew")
-        return automatic(kept.gains, family_of(model), budget).term, kept
+        return automatic(kept.gains, family_of(model), budget, merging(model)).term, kept
     parts = settings.gradient_accumulation
     found, choice = chosen_by_gains(model, objective, loader, settings.seed, budget, parts)
     if found is not None:
@@ -165,26 +172,6 @@ def _automatic(
             found.save(path.parent, about)
     print(f"\nauto: '{choice.term}': {choice.reason}\n")
     return choice.term, found
-
-
-def _first_rate(
-    model: nn.Module,
-    objective: Objective,
-    loader: Batches,
-    terms: Sequence[str],
-    gains: Gains | None,
-    usual: float,
-) -> float:
-    """Where the race for a rate sets out: what suits the term that needs the smallest steps, or
-    the usual rate where the examples tell nothing."""
-    if gains is None:
-        try:
-            gains = measure_gains(model, loader, observe=objective.observe, terms=terms)
-        except GainError:
-            return usual
-    steps = {t.partition("@")[0]: step for t, step in gains.steps.items()}
-    names = {entry.partition("@")[0] for text in terms for entry in text.split("+")}
-    return min(rate_of_step(steps[name]) for name in names if name in steps)
 
 
 def tune_stands(out: Path) -> str:

@@ -34,10 +34,14 @@ from beft_ext.selection import (
     Audition,
     Choice,
     Contender,
+    Gains,
+    NoRaceError,
     Selection,
     audition,
     automatic,
     by_prior,
+    measure_gains,
+    rate_of_step,
     rates_around,
     read_audition,
     select,
@@ -112,7 +116,7 @@ def run_select(
     if source.validation_file is not None:
         source.read("validation")  # not needed here, but better found broken before the run
     model, objective = spec.load(source.task, classes_of(train))
-    loader = own_part(settings.batches(objective, train))
+    loader = own_part(settings.batches(objective, train)).with_groups()
     tell(objective)
     if method == GAIN:  # the pass after it, the run, has a bar of its own
         loader = Watched(loader, "gains", "", most=-(-EXAMPLES // loader.size))
@@ -123,6 +127,7 @@ def run_select(
         loss=objective.loss,
         observe=objective.observe,
         terms=terms,
+        groups=loader.grouped,
         epochs=settings.epochs,
         steps=steps,
         lr=settings.lr,
@@ -147,13 +152,28 @@ def chosen_by_gains(
     that batches are read in."""
     family = family_of(model)
     try:
-        watched = Watched(loader, "gains", most=-(-EXAMPLES // loader.size))
-        found = select(model, watched, observe=objective.observe, steps=0, parts=parts, seed=seed)
+        watched = Watched(loader.with_groups(), "gains", most=-(-EXAMPLES // loader.size))
+        found = select(
+            model,
+            watched,
+            observe=objective.observe,
+            groups=loader.grouped,
+            steps=0,
+            parts=parts,
+            seed=seed,
+        )
     except GainError as error:
         terms = [p.bias.term for p in find_projections(model)]
         return None, by_prior(terms, family, str(error))
     assert found.gains is not None
-    return found, automatic(found.gains, family, budget)
+    return found, automatic(found.gains, family, budget, merging(model))
+
+
+def merging(model: nn.Module) -> set[str]:
+    """Terms that merge into the plain model."""
+    from beft_ext.adapters import term_facts
+
+    return {fact.term for fact in term_facts(model) if fact.merges}
 
 
 def family_of(model: nn.Module) -> str:
@@ -173,26 +193,61 @@ def raced(
     recipe: Recipe,
     budget: float,
     resume: bool,
-) -> Audition:
-    """The race of ``contender`` at the rates around the ``first``. ``path`` keeps it; where a run
-    is resumed, it is read from there."""
+) -> tuple[float, Audition | None]:
+    """The rate to train at, and the race of ``contender`` at the rates around the ``first`` that
+    told it. ``path`` keeps the race; where a run is resumed, it is read from there.
+
+    Where rows or budget allow no race, the rate is the ``first``, and the screen says why.
+    """
     kept = here().first(read_audition(path) if resume and leads() and path.is_file() else None)
     if kept is not None and kept.best == name:
-        return kept
-    found = audition(
-        {name: contender},
-        loader,
-        rates_around(first()),
-        loss=objective.loss,
-        losses=lambda model, batch: objective.observe(model, batch).means,
-        recipe=recipe,
-        budget=budget,
-        seed=recipe.seed,
-        progress=sys.stderr.isatty(),
-    )
+        return kept.rate, kept
+    center = first()
+    try:
+        found = audition(
+            {name: contender},
+            loader,
+            rates_around(center),
+            loss=objective.loss,
+            losses=lambda model, batch: objective.observe(model, batch).means,
+            recipe=recipe,
+            budget=budget,
+            seed=recipe.seed,
+            progress=sys.stderr.isatty(),
+        )
+    except NoRaceError as error:
+        print(f"'{name}' trains at {center:.2g}, and no rates are raced: {error}")
+        return center, None
     if leads():
         found.save(path)
-    return found
+    return found.rate, found
+
+
+def first_rate(
+    model: nn.Module,
+    objective: Objective,
+    loader: Batches,
+    terms: Sequence[str],
+    gains: Gains | None,
+    usual: float,
+) -> float:
+    """Where the race for a rate sets out: what suits the term that needs the smallest steps, or
+    the usual rate where the examples tell nothing."""
+    if gains is None:
+        try:
+            gains = measure_gains(
+                model,
+                loader.with_groups(),
+                observe=objective.observe,
+                terms=terms,
+                groups=loader.grouped,
+            )
+        except GainError:
+            return usual
+    steps = {t.partition("@")[0]: step for t, step in gains.steps.items()}
+    names = {entry.partition("@")[0] for text in terms for entry in text.split("+")}
+    # A dead term has no step, and any rate suits it.
+    return min((rate_of_step(steps[n]) for n in names if steps.get(n)), default=usual)
 
 
 def tell(objective: Objective) -> None:

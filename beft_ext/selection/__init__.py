@@ -12,7 +12,13 @@ from beft_ext.selection.contenders import (
 from beft_ext.selection.dead import ProbeError, dead_terms
 from beft_ext.selection.gain_result import GAIN, Gains
 from beft_ext.selection.measuring import measure_gains
-from beft_ext.selection.racers import Audition, AuditionError, Racer, read_audition
+from beft_ext.selection.racers import (
+    Audition,
+    AuditionError,
+    NoRaceError,
+    Racer,
+    read_audition,
+)
 from beft_ext.selection.result import Selection, SelectionError, read_selection
 from beft_ext.selection.run import ModelSnapshot, Run
 from beft_ext.selection.selecting import select
@@ -25,6 +31,7 @@ __all__ = [
     "Contender",
     "Gains",
     "ModelSnapshot",
+    "NoRaceError",
     "ProbeError",
     "Racer",
     "Run",

@@ -27,7 +27,7 @@ from beft_ext.errors import BeftWarning
 from beft_ext.models.offload import device_of
 from beft_ext.models.wrappers import sharded
 from beft_ext.selection.contenders import Contender, rates_around
-from beft_ext.selection.racers import Audition, AuditionError, Racer, Rung, paired
+from beft_ext.selection.racers import Audition, AuditionError, NoRaceError, Racer, Rung, paired
 from beft_ext.training.loss import (
     Batch,
     Loss,
@@ -59,7 +59,8 @@ class Part(Protocol):
 
 
 class Rows(Protocol):
-    """Rows that can be parted: ``beft_ext.tasks.Batches``. size: rows of a batch, at most."""
+    """Rows that can be parted: ``beft_ext.tasks.Batches``. A row has a ``label``, and may have a
+    ``group``, whose rows stay together. size: rows of a batch, at most."""
 
     @property
     def rows(self) -> Sequence[Any]: ...
@@ -105,8 +106,9 @@ def audition(
             to the bit on one machine.
     Returns: the racers, the best first. The random state is as it was, and models are as their
         contenders leave them, also after Ctrl-C.
-    Raises: AuditionError for no contender, rates that do not rise, fewer than four rows, labels
-        that are all the same, a budget that is too small, or where every racer diverged.
+    Raises: AuditionError for no contender, rates that do not rise, or where every racer diverged;
+        NoRaceError, its kind, for fewer than four rows, labels that are all the same, or a budget
+        that is too small.
     """
     from tqdm import tqdm
 
@@ -204,11 +206,11 @@ class _Track:
         _check_rows(batches)
         self.batches, self.loss, self.losses = batches, loss, losses
         self.recipe, self.seed, self.epochs = recipe, seed, 0.0
-        self.splits = _splits([row.label for row in batches.rows], seed)
+        self.splits = _splits(batches.rows, seed)
         self.folds = len(self.splits)
 
     def planned(self, racers: int, budget: float) -> tuple[Rung, ...]:
-        """The rungs that ``budget`` pays for. Raises AuditionError."""
+        """The rungs that ``budget`` pays for. Raises AuditionError, NoRaceError where none."""
         if not 0 < budget < math.inf:
             raise AuditionError(f"the budget must be a positive number, but is {budget}")
         total, counts = len(self.batches.rows), [racers]
@@ -223,7 +225,7 @@ class _Track:
         steps = (budget * total - judging) / training
         if steps < 1:
             least = math.ceil((judging + training) / total * 10) / 10
-            raise AuditionError(
+            raise NoRaceError(
                 f"a budget of {budget:g} epochs of {total} rows is too small for {racers} racers "
                 f"(contenders times rates): give {least:g} or more"
             )
@@ -368,25 +370,38 @@ def _first(rows: list[int], share: float) -> list[int]:
     return rows[: math.ceil(share * len(rows))]
 
 
-def _splits(labels: Sequence[float], seed: int) -> list[tuple[list[int], list[int]]]:
-    """Rows that train and rows that judge, for each fold."""
-    order = list(range(len(labels)))
+def _splits(rows: Sequence[Any], seed: int) -> list[tuple[list[int], list[int]]]:
+    """Rows that train and rows that judge, for each fold; those of a group never part."""
+    order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     folds, parts = (HALVES, HALVES) if len(order) <= FOLDED else (1, FIFTHS)
-    by_label = sorted(order, key=lambda row: labels[row])
+    by_label = sorted(_groups(rows, order), key=lambda group: rows[group[0]].label)
     splits = []
     for fold in range(folds):
-        held = set(by_label[fold::parts])
+        held = {row for group in by_label[fold::parts] for row in group}
         splits.append(([i for i in order if i not in held], [i for i in order if i in held]))
     return splits
 
 
+def _groups(rows: Sequence[Any], order: Sequence[int]) -> list[list[int]]:
+    """Rows that belong together, in an order of all rows."""
+    found: dict[object, list[int]] = {}
+    for row in order:
+        group = getattr(rows[row], "group", None)
+        found.setdefault((row,) if group is None else group, []).append(row)
+    return list(found.values())
+
+
 def _check_rows(batches: Rows) -> None:
     rows = batches.rows
-    if len(rows) < FEWEST:
-        raise AuditionError(f"an audition needs {FEWEST} rows at least, but there are {len(rows)}")
+    apart = len(_groups(rows, range(len(rows))))
+    if apart < FEWEST:
+        grouped = " that belong to different groups" if apart < len(rows) else ""
+        raise NoRaceError(
+            f"an audition needs {FEWEST} rows at least{grouped}, but there are {apart}"
+        )
     labels = next(iter(batches.part([0]))).get("labels")
     if labels is not None and labels.ndim == 1 and len({row.label for row in rows}) == 1:
-        raise AuditionError(
+        raise NoRaceError(
             f"every row has the label {rows[0].label:g}: there is nothing to be learnt from them"
         )

@@ -28,12 +28,22 @@ class Prior:
     first: str = "value"
 
 
-# From the study's earlier cells: docs/selection.md. Where nothing was studied, the spread is wide.
+# Fitted to the study's cells by benchmarks/study_prior.py; where nothing was studied, the spread is
+# wide.
 PRIORS = {
     "encoder": Prior(
-        {"mlp_up": 0.07, "query": -0.07}, 0.03, "7 cells of an encoder at 300 examples", "mlp_up"
+        {
+            "mlp_up": 0.05,
+            "attention_norm": 0.01,
+            "attention_output": 0.01,
+            "value": -0.01,
+            "query": -0.06,
+        },
+        0.02,
+        "10 cells of an encoder with 250 examples and more",
+        "mlp_up",
     ),
-    "other": Prior({"query": -0.05, "key": -0.05}, 0.2, "one decoder", "value"),
+    "other": Prior({}, 0.2, "no study"),
 }
 
 
@@ -57,35 +67,50 @@ class Choice:
         return self.confidence >= SURE
 
 
-def automatic(gains: Gains, family: str, budget: int | None = None) -> Choice:
+def automatic(
+    gains: Gains, family: str, budget: int | None = None, merging: Collection[str] = ()
+) -> Choice:
     """The term to train; or a set within a budget, from the frontier, by its gain alone.
 
     Args:
         family: a key of ``PRIORS``; another one has the widest prior.
         budget: number of parameters that the biases may have, at most.
+        merging: terms that merge into the plain model.
 
     Raises:
         SelectionError: no set is small enough.
     """
     if budget is not None:
         return _affordable(gains, budget)
-    return weighed(gains, PRIORS.get(family, PRIORS["other"]))
+    return weighed(gains, PRIORS.get(family, PRIORS["other"]), merging)
 
 
-def weighed(gains: Gains, prior: Prior) -> Choice:
+def weighed(gains: Gains, prior: Prior, merging: Collection[str] = ()) -> Choice:
     """The term whose gain is largest once the prior is weighed in.
 
     Both are normal: the gain of a term, less the mean of all, with its paired error, and the
-    prior.
+    prior. A tie, of terms that are behind by less than the error and by ``MARGIN`` at most, goes
+    to a term that merges, then to the smallest one.
     """
     posterior = {t: _above_mean(gains, t, prior) for t in gains.ranking}
-    first = max(posterior, key=lambda t: posterior[t].mean)
+    largest = max(posterior, key=lambda t: posterior[t].mean)
+    tied = [t for t in posterior if _ties(posterior[largest], posterior[t])]
+    first = max(
+        tied,
+        key=lambda t: (_name(t) in merging, -gains.elements.get(t, 0), posterior[t].mean),
+    )
     doubts = (
         1 - (rival - posterior[first]).cdf(MARGIN) for t, rival in posterior.items() if t != first
     )
     confidence = max(0.0, 1 - sum(doubts))
     said = f"its gain is {gains.values[first]:.3f} ± {gains.errors[first]:.3f}"
-    if first != gains.best:
+    if first != largest:
+        why = (
+            "merges" if _name(largest) not in merging and _name(first) in merging else "is smaller"
+        )
+        said += f", that of '{largest}' {gains.values[largest]:.3f} is no larger for certain, and "
+        said += f"'{first}' {why}"
+    elif first != gains.best:
         best = gains.best
         said += f", that of '{best}' {gains.values[best]:.3f} ± {gains.errors[best]:.3f}"
         said += f", but {prior.evidence} speak for '{first}'"
@@ -125,6 +150,15 @@ def _affordable(gains: Gains, budget: int) -> Choice:
     return Choice(name, gains.confidence, f"{reason}; it has {size:,} ({gains.examples} examples)")
 
 
+def _ties(first: NormalDist, rival: NormalDist) -> bool:
+    """Whether a rival is behind by no more than the error of that, and by a margin at most."""
+    return first.mean - rival.mean <= min(MARGIN, (first - rival).stdev)
+
+
+def _name(entry: str) -> str:
+    return entry.partition("@")[0]
+
+
 def _above_mean(gains: Gains, term: str, prior: Prior) -> NormalDist:
     """What a term explains more than the mean of all terms."""
     told = gains.values[term] - fmean(gains.values.values())
@@ -132,7 +166,7 @@ def _above_mean(gains: Gains, term: str, prior: Prior) -> NormalDist:
     errors = [error for _, error in gains.leads.values()] or [gains.errors[term]]
     error = gains.leads[term][1] if term in gains.leads else fmean(errors)
     error = max(error / 2**0.5, 1e-9)
-    mean = prior.means.get(term.partition("@")[0], 0.0)
+    mean = prior.means.get(_name(term), 0.0)
     precision, known = error**-2, prior.spread**-2
     return NormalDist(
         (told * precision + mean * known) / (precision + known), (precision + known) ** -0.5

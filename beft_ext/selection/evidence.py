@@ -16,10 +16,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from beft_ext.gains import GainError, Regression, equal_rows
+from beft_ext.gains import GainError, Regression, together
 from beft_ext.models import Bias, head_parameters
 from beft_ext.models.offload import device_of
 from beft_ext.parallel import Ranks
+from beft_ext.selection.equations import Equations, joined, number_of
 from beft_ext.tap import Tap
 from beft_ext.training.counted import try_on, untried
 from beft_ext.training.lockstep import Lockstep, Want
@@ -30,30 +31,31 @@ from beft_ext.training.parts import parts_of
 Observe = Callable[[nn.Module, Batch], Observed]
 
 BANDS = 3  # of layers, each with Gram matrices of its own
-CERTAIN = 1e-4  # a class is taken to be no more certain than this, or its example would rule all
 LEAST_COLUMNS = 64  # of a folded bias: fewer tell nothing
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a pass over N examples left.
+    """What a pass over examples left: N rows, one of each example, or two that are one group.
 
     Attributes:
         regression: what is to be explained.
+        owners: the number of each row's example, rising.
         grams: ``K`` ``(N, N)``, float64, by term and band of layers (first, last).
         elements: number of a term's elements in a band.
         head: ``K`` of the task head, where it is made of linear layers.
     """
 
     regression: Regression
+    owners: Tensor
     grams: dict[str, dict[tuple[int, int], Tensor]]
     elements: dict[str, dict[tuple[int, int], int]]
     head: Tensor | None
 
     @property
     def examples(self) -> int:
-        """Number of examples, N."""
-        return len(self.regression.targets)
+        """Number of examples."""
+        return len(self.owners.unique())
 
     def of_term(self, term: str) -> Tensor:
         """``K`` of all layers of a term."""
@@ -79,12 +81,17 @@ class Collector:
         observe: the losses of a batch's examples.
         examples: at most, N.
         memory: bytes that the rows may take; where they need more, biases are folded.
-        seed: of the folding.
-        ranks: each reads batches of its own. Their rows lie in the order of the steps and, within
-            a step, of the ranks, as if one process had read the batches of a step as one.
+        seed: of the folding, and of the directions that are drawn of many classes.
+        ranks: each reads batches of its own. Examples are numbered in the order of the steps and,
+            within a step, of the ranks, as if one process had read the batches of a step as one.
+        groups: key of the batches, not the model's, whose values say which examples belong
+            together; None where there is none.
+        each: rows that an example is expected to take.
+        parts: that a batch is read in.
     Attributes:
-        total: examples that all ranks have read; ``rows`` of them lie in this rank's slab.
-        taken: of each step, how many examples each rank took.
+        total: examples that all ranks have read.
+        rows: of this rank's slab, that are filled.
+        owners: the number of the example that each is of.
     """
 
     model: nn.Module
@@ -95,19 +102,21 @@ class Collector:
     memory: float
     seed: int
     ranks: Ranks
+    groups: str | None = None
+    each: int = 1
     parts: int = 1
     rows: int = 0
     total: int = 0
-    taken: list[list[int]] = field(default_factory=list)
-    seen: list[Observed] = field(default_factory=list)
-    keys: list[object] = field(default_factory=list)
+    owners: list[int] = field(default_factory=list)
+    asked: list[Equations] = field(default_factory=list)
+    keys: list[tuple[object, object]] = field(default_factory=list)
     located: set[bool] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.biases = [bias for bias, _ in self.tap.leaves()]
-        share = -(-self.examples // self.ranks.size)
-        self.columns = fitting(self.biases, share, self.memory)
-        self.tap.keep_rows(share, self.columns, self.seed)
+        share = -(-self.examples // self.ranks.size) * self.each
+        kind, self.columns = fitting(self.biases, share, self.memory)
+        self.tap.keep_rows(share, self.columns, self.seed, kind)
         self.heads = _HeadRows.all_of(self.model)
         self.lockstep = Lockstep(self.model, self.ranks)
 
@@ -134,12 +143,14 @@ class Collector:
             first = self.total + sum(taken[: self.ranks.rank])
             self._read(batch or {}, taken[self.ranks.rank], first)
             self.total += sum(taken)
-            self.taken.append(taken)
         return True
 
     def _read(self, batch: Batch, size: int, first: int) -> None:
         """Read ``size`` examples of a batch; the first of them is number ``first`` of all."""
-        inputs = on_device(batch if size else {}, device_of(self.model))
+        batch, own = apart(batch if size else {}, self.groups)
+        if own is not None and len(own) < size:
+            raise GainError(f"'{self.groups}' has {len(own)} values for {size} examples")
+        inputs = on_device(batch, device_of(self.model))
         offsets = offsets_of(inputs)
         if offsets is not None and size < len(offsets) - 1:
             raise GainError(
@@ -151,36 +162,56 @@ class Collector:
         self._settle(inputs, size, offsets)
         if size == 0:
             return self._along()
+        groups: Sequence[object] = [None] * size if own is None else own
         for part in parts_of(inputs, self.parts):
             count = size if offsets is not None else rows_of(part)
-            self._read_part(part, count, first, offsets)
-            first += count
+            self._read_part(part, count, first, offsets, groups)
+            first, groups = first + count, groups[count:]
 
-    def _read_part(self, inputs: Batch, size: int, first: int, offsets: Tensor | None) -> None:
+    def _read_part(
+        self,
+        inputs: Batch,
+        size: int,
+        first: int,
+        offsets: Tensor | None,
+        groups: Sequence[object],
+    ) -> None:
         self._locate(inputs, size, offsets)
+        keys = _keys(inputs, size, offsets)
+        done, number = 0, 1
+        while done < number:
+            number = self._differentiate(inputs, size, offsets, first, keys, done)
+            self.keys += zip(keys, groups, strict=False)
+            done += 1
+
+    def _differentiate(
+        self,
+        inputs: Batch,
+        size: int,
+        offsets: Tensor | None,
+        first: int,
+        keys: Sequence[object],
+        which: int,
+    ) -> int:
+        """Keep the rows of one equation of each example; how many of them an example has."""
         self.tap.step(size, 1.0, offsets, row=self.rows)
         for head in self.heads:
             head.batch = size if offsets is None else 0
-        seen, function = self._observed(inputs)
-        if len(function) != size:
-            raise GainError(f"a batch of {size} examples has {len(function)} losses")
-        for name, value in (("loss", seen.losses), ("output", function)):
-            if not bool(value.isfinite().all()):
-                at = first + int((~value.isfinite()).nonzero()[0])
-                raise GainError(f"the {name} of example {at} is not finite: check the data")
+        with torch.enable_grad():
+            seen = self.observe(self.model, inputs)
+            if len(seen.losses) != size:
+                raise GainError(f"a batch of {size} examples has {len(seen.losses)} losses")
+            _require_finite_of(first, "loss", seen.losses)
+            asked = Equations.of(seen, keys, self.seed, which)
+            _require_finite_of(first, "output", asked.output)
         self.lockstep.begin_backward()
-        function.sum().backward()
+        asked.output.sum().backward()
         for _, leaf in self.tap.leaves():
             leaf.grad = None
         self.rows += size
-        self.seen.append(seen.detached())
-        self.keys += _keys(inputs, size, offsets)
-
-    def _observed(self, inputs: Batch) -> tuple[Observed, Tensor]:
-        """What is seen of a batch, and the function of each example that gradients are taken of."""
-        with torch.enable_grad():
-            seen = self.observe(self.model, inputs)
-        return seen, seen.losses if seen.outputs is None else seen.outputs
+        self.asked.append(asked.kept())
+        self.owners += range(first, first + size)
+        return number_of(seen)
 
     def _settle(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
         """Find out of a sharded model, with the other ranks, what this rank's batch calls for."""
@@ -201,8 +232,13 @@ class Collector:
         self.tap.rest()
         for head in self.heads:
             head.batch = 0
-        device, leaves = device_of(self.model), [leaf for _, leaf in self.tap.leaves()]
-        self.lockstep.along(lambda given: self._observed(on_device(given, device))[1].sum(), leaves)
+        leaves = [leaf for _, leaf in self.tap.leaves()]
+        for _ in range(self.each):
+            self.lockstep.along(self._losses, leaves)
+
+    def _losses(self, batch: Batch) -> Tensor:
+        with torch.enable_grad():
+            return self.observe(self.model, on_device(batch, device_of(self.model))).losses.sum()
 
     def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
         self.tap.rest()
@@ -213,23 +249,22 @@ class Collector:
 
     def evidence(self) -> Evidence:
         """Of what was read so far. Raises GainError where no gain can be told from it."""
-        order, seen, keys = self._of_all()
-        weights, targets, prior = weighed(seen)
-        kept = (torch.cat([s.counts for s in seen]) > 0).nonzero().flatten().cpu()
-        if len(kept) < 3:
-            raise GainError(f"a gain needs at least 3 examples, but only {len(kept)} have a label")
-        regression = Regression(
-            targets[kept], prior[kept], equal_rows([keys[i] for i in kept.tolist()])
-        )
-        right = _joined([s.right for s in seen])
+        owners, asked, keys = self._of_all()
+        targets, prior, counts, right = joined(asked)
+        order = owners.argsort(stable=True)  # an example's rows side by side
+        kept = order[counts[order] > 0]
+        if (count := len(owners[kept].unique())) < 3:
+            raise GainError(f"a gain needs at least 3 examples, but only {count} have a label")
+        texts, groups = zip(*(keys[i] for i in kept.tolist()), strict=True)
+        regression = Regression(targets[kept], prior[kept], together(texts, groups))
         if right is not None and len(right[kept].unique()) == 1:
             raise GainError(
                 f"every example has the label {int(right[kept][0])}: there is nothing to tell apart"
             )
-        weights, places = weights[kept], order.argsort()[kept]
-        own = [i for i, rank in enumerate(self._readers()) if rank == self.ranks.rank]
-        labelled = torch.isin(torch.tensor(own), kept)
-        numbers = torch.tensor(own)[labelled]
+        labelled = (
+            torch.cat([e.counts for e in self.asked]) > 0 if self.asked else torch.zeros(0) > 0
+        )
+        numbers = torch.tensor(self.owners)[labelled]
         parts: dict[str, dict[tuple[int, int], Tensor]] = {}
         elements: dict[str, dict[tuple[int, int], int]] = {}
         cuts = {
@@ -246,12 +281,11 @@ class Collector:
             sizes[band] = sizes.get(band, 0) + bias.width
 
         def whole(mine: Tensor) -> Tensor:
-            """``K`` from each rank's rows of it, weighted."""
-            found = torch.cat(list(self.ranks.rows(mine)))[places][:, places]
-            return found * weights * weights[:, None]
+            """``K`` from each rank's rows of it."""
+            return torch.cat(list(self.ranks.rows(mine)))[kept][:, kept]
 
         grams = {name: {b: whole(k) for b, k in own.items()} for name, own in parts.items()}
-        return Evidence(regression, grams, elements, self._head(whole))
+        return Evidence(regression, owners[kept], grams, elements, self._head(whole))
 
     def _head(self, whole: Callable[[Tensor], Tensor]) -> Tensor | None:
         """``K`` of the task head; None where not all of it was heard."""
@@ -260,34 +294,38 @@ class Collector:
             return None
         return whole(torch.stack([self._against_all(h.all_rows()) for h in heard]).sum(0))
 
-    def _readers(self) -> list[int]:
-        """The rank that read each example, in their order."""
-        return [r for step in self.taken for r, count in enumerate(step) for _ in range(count)]
-
-    def _of_all(self) -> tuple[Tensor, list[Observed], list[object]]:
-        """The numbers of the examples, one rank's after another's; and what was seen of each batch
-        and tells each example apart, in the examples' order."""
-        readers = torch.tensor(self._readers())
-        if self.ranks.size == 1:
-            return torch.arange(len(readers)), self.seen, self.keys
-        told = self.ranks.gather(([s.on_host() for s in self.seen], self.keys))
-        seen, keys = ([iter(part) for part in parts] for parts in zip(*told, strict=True))
-        in_order = [next(keys[r]) for r in readers.tolist()]
-        return readers.argsort(stable=True), list(self._in_order(seen)), in_order
-
-    def _in_order(self, seen: Sequence[Iterator[Observed]]) -> Iterator[Observed]:
-        """What was seen of the batches, each rank's in their order, as the examples lie."""
-        for step in self.taken:
-            for rank, count in enumerate(step):
-                while count > 0:  # a batch was read in parts
-                    part = next(seen[rank])
-                    yield part
-                    count -= len(part.losses)
+    def _of_all(self) -> tuple[Tensor, list[Equations], list[tuple[object, object]]]:
+        """Of all rows, one rank's after another's: the numbers of their examples, what each batch
+        asks, and what tells each example apart."""
+        told = self.ranks.gather((self.owners, self.asked, self.keys))
+        owners, asked, keys = (
+            list(itertools.chain.from_iterable(parts)) for parts in zip(*told, strict=True)
+        )
+        return torch.tensor(owners), asked, keys
 
     def _against_all(self, rows: Tensor) -> Tensor:
         """Inner products of this rank's rows with those of all ranks, one rank's after another's,
         ``(n, N)`` in float64 on the host; computed in the rows' dtype, which has room for them."""
         return torch.cat([(rows @ other.T).double().cpu() for other in self.ranks.rows(rows)], 1)
+
+
+def apart(batch: Batch, groups: str | None) -> tuple[Batch, list[object] | None]:
+    """What the model is given, and what each example belongs to, where ``groups`` is a key of the
+    batch that says it. Raises GainError where the batch lacks it."""
+    if groups is None or not batch:
+        return batch, None
+    if groups not in batch:
+        raise GainError(f"the batches have no '{groups}', which says what belongs together")
+    values = batch[groups]
+    own: list[object] = values.tolist() if isinstance(values, Tensor) else list(values)
+    return {k: v for k, v in batch.items() if k != groups}, own
+
+
+def _require_finite_of(first: int, what: str, values: Tensor) -> None:
+    """first: number of the first example."""
+    if not bool(values.isfinite().all()):
+        at = first + int((~values.isfinite()).nonzero()[0])
+        raise GainError(f"the {what} of example {at} is not finite: check the data")
 
 
 def _require_finite(squares: Tensor, bias: Bias, numbers: Tensor) -> None:
@@ -308,58 +346,36 @@ def _examples(batch: Batch) -> int:
     return rows_of(batch) if batch else 0
 
 
-def fitting(biases: Sequence[Bias], examples: int, memory: float) -> int | None:
-    """Columns into which biases must be folded for their rows to fit; None where all do.
+def fitting(
+    biases: Sequence[Bias], rows: int, memory: float
+) -> tuple[torch.dtype | None, int | None]:
+    """As what numbers rows must be kept to fit, None for their own, and into how many columns
+    biases must be folded besides, None where they need not.
 
     Raises GainError where not even narrow ones do.
     """
-    size = 4.0 * examples
-    if size * sum(b.width for b in biases) <= memory:
-        return None
-    low, high = 0, max(b.width for b in biases)
+    widths = [b.width for b in biases]
+    low, high = 0, max(widths)
+
+    def needed(columns: int, size: float = 1.0) -> float:
+        """Bytes of whole numbers of that size, the rows' scales included."""
+        return rows * sum(size * min(width, columns) + 4.0 for width in widths)
+
+    if 4.0 * rows * sum(widths) <= memory:
+        return None, None
+    for kind in (torch.int16, torch.int8):
+        if needed(high, kind.itemsize) <= memory:
+            return kind, None
     while low < high:  # the widest that fits
         middle = (low + high + 1) // 2
-        fits = size * sum(min(b.width, middle) for b in biases) <= memory
-        low, high = (middle, high) if fits else (low, middle - 1)
+        low, high = (middle, high) if needed(middle) <= memory else (low, middle - 1)
     if low < LEAST_COLUMNS:
-        needed = size * sum(min(b.width, LEAST_COLUMNS) for b in biases)
         raise GainError(
-            f"{examples} examples' gradients of {len(biases)} biases need "
-            f"{math.ceil(needed / 2**20)} MiB even when folded, but {memory / 2**20:.0f} MiB are "
-            "allowed: read fewer examples or allow more memory"
+            f"{rows} rows of gradients of {len(biases)} biases need "
+            f"{math.ceil(needed(LEAST_COLUMNS) / 2**20)} MiB even when folded, but "
+            f"{memory / 2**20:.0f} MiB are allowed: read fewer examples or allow more memory"
         )
-    return low
-
-
-def weighed(seen: Sequence[Observed]) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the rows ``(N,)``, targets ``(N,)`` and the prior ``(N, C - 1)``, float64.
-
-    Of numbers and of classes in the Gauss-Newton form, of the right class's log-odds; of tokens
-    by the root of their count. docs/definitions.md.
-    """
-    residuals = _joined([s.residuals for s in seen])
-    if residuals is not None:
-        return torch.ones_like(residuals), -residuals, torch.ones_like(residuals)[:, None]
-    right = _joined([s.right for s in seen])
-    probabilities = _joined([s.probabilities for s in seen])
-    losses = torch.cat([s.losses.double().cpu() for s in seen])
-    counts = torch.cat([s.counts.double().cpu() for s in seen])
-    if right is None or probabilities is None:
-        roots = counts.clamp(min=1).rsqrt()
-        return roots, losses * roots, losses.new_zeros(len(losses), 0)
-    told = probabilities.gather(1, right.long().clamp(min=0)[:, None])[:, 0]
-    told = told.clamp(CERTAIN, 1 - CERTAIN)
-    weights = (told / (1 - told)).sqrt()
-    hot = nn.functional.one_hot(right.long().clamp(min=0), probabilities.shape[1])
-    return weights, 1 / weights, ((probabilities - hot) * weights[:, None])[:, 1:]
-
-
-def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
-    """Of all batches; None where one has none, or batches have options of unlike number."""
-    found = [p.double().cpu() for p in parts if p is not None]
-    if len(found) < len(parts) or len({p.shape[1:] for p in found}) > 1:
-        return None
-    return torch.cat(found)
+    return torch.int8, low
 
 
 def _keys(inputs: Batch, size: int, offsets: Tensor | None) -> list[object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import NormalDist
@@ -13,12 +13,13 @@ from torch import nn
 
 from beft_ext import parallel
 from beft_ext.gains import Gain, GainError, Gram, beyond_chance, gain, lead, learning_curve
-from beft_ext.models import BiasMap
+from beft_ext.models import Bias, BiasMap
 from beft_ext.models.modes import quiet
 from beft_ext.models.wrappers import joint, whole
 from beft_ext.parallel import Ranks
 from beft_ext.selection.candidates import added, candidates_of, dead_of
-from beft_ext.selection.evidence import Collector, Evidence, Observe
+from beft_ext.selection.equations import number_of
+from beft_ext.selection.evidence import Collector, Evidence, Observe, apart
 from beft_ext.selection.gain_result import MARGIN, SURE, Gains
 from beft_ext.selection.result import SelectionError
 from beft_ext.selection.run import (
@@ -35,8 +36,10 @@ from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import (
     Batch,
     Loss,
+    first_rows,
     model_loss,
     offsets_of,
+    on_device,
     rows_of,
 )
 from beft_ext.training.observed import Observed, model_observe
@@ -57,6 +60,7 @@ def measure_gains(
     biases: BiasMap | None = None,
     examples: int = EXAMPLES,
     memory: float = 2**31,
+    groups: str | None = None,
     parts: int = 1,
     seed: int = 0,
 ) -> Gains:
@@ -82,14 +86,18 @@ def measure_gains(
         examples: to read, at most.
         memory: bytes that the gradients may take in a process. Where they need more, biases are
             folded.
+        groups: key of the batches whose values, one an example, say which examples belong
+            together (a passage, a user); the model is not given it. A group is left out as a
+            whole. Equal texts are left out together in any case.
         parts: that each batch is read in, one after another, in less memory.
-        seed: of the folding, the sign flips and the learning curve.
+        seed: of the folding, the directions that are drawn of many classes, the sign flips and
+            the learning curve.
     Returns:
         The gains of terms, bands of layers and sets, with their errors.
     Raises:
         GainError: the examples tell nothing (fewer than 3 that differ, all labels the same); a
             loss or gradient is not finite (the message names the example); the gradients do not
-            fit the memory.
+            fit the memory; the batches lack ``groups``.
         LossError: the batches have no labels or no tensor; or the losses of single examples
             cannot be told from the model's loss.
         SelectionError: an empty loader; batches that are no mappings; an unknown term; a bias of
@@ -113,20 +121,22 @@ def measure_gains(
         raise GainError(f"a gain needs at least 3 examples, but only {examples} are to be read")
     with parallel.meeting("measure_gains", promised) as ranks:
         names, lacking = candidates_of(model, terms, biases, every=True)
-        require_same(ranks, model, candidates=repr((names, examples, memory, seed)))
+        require_same(ranks, model, candidates=repr((names, examples, memory, groups, seed)))
         with ModelSnapshot(model), in_step(model, ranks), added(model, lacking), quiet(model):
             torch.manual_seed(seed)
             batches = BufferedLoader(loader)
             require_apart(ranks, batches.first, SelectionError)
             examples = _length(loader, examples, ranks)
-            dead = ranks.first(dead_of(model, observe, names, batches.first))
+            first, _ = apart(batches.first, groups)
+            dead = ranks.first(dead_of(model, observe, names, first))
+            each = ranks.first(_rows_of_an_example(model, observe, names, first))
             alive = {b: name for b, name in names.items() if name not in dead or terms is not None}
             if not alive:
                 raise GainError("every candidate term is dead: no bias could be trained")
             model.requires_grad_(False)
             with Tap(model, alive) as tap:
                 collector = Collector(
-                    model, tap, alive, observe, examples, memory, seed, ranks, parts
+                    model, tap, alive, observe, examples, memory, seed, ranks, groups, each, parts
                 )
                 with collector.listening():
                     named = [t for t in dead if terms is None]
@@ -186,6 +196,17 @@ def _own_length(loader: Iterable[Batch], most: int) -> int:
     if isinstance(loader, Sequence) and not any(b and offsets_of(b) is not None for b in loader):
         return sum(rows_of(b) for b in loader if b)
     return most
+
+
+@torch.no_grad()
+def _rows_of_an_example(
+    model: nn.Module, observe: Observe, names: Mapping[Bias, str], batch: Batch
+) -> int:
+    """Told by a batch's first examples."""
+    device = model.get_parameter(next(iter(names)).parameter).device
+    inputs = on_device(batch, device)
+    alone = inputs if offsets_of(inputs) is not None else first_rows(inputs, 4)
+    return number_of(observe(model, alone))
 
 
 def _looked(collector: Collector, batches: Iterator[Batch], dead: list[str], seed: int) -> Gains:

@@ -20,6 +20,10 @@ class AuditionError(BeftError, ValueError):
     """An audition that cannot be held, or a record of one that cannot be read."""
 
 
+class NoRaceError(AuditionError):
+    """Rows or a budget that allow no audition at all; nothing was trained."""
+
+
 @dataclass(frozen=True)
 class Rung:
     """One round. racers: at its start; steps: of training on each part of the rows; rows: that

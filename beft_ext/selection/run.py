@@ -50,13 +50,14 @@ def require_parts(model: nn.Module, parts: int) -> None:
 
 
 class BufferedLoader:
-    """A loader whose ``first`` batch with rows is known before the first pass.
+    """A loader whose ``first`` batch with rows is known before the first pass. without: a key of
+    its batches that is left out.
 
     Raises SelectionError where there is none, or none that a model can be called with.
     """
 
-    def __init__(self, loader: Iterable[Batch]) -> None:
-        self.loader = loader
+    def __init__(self, loader: Iterable[Batch], without: str | None = None) -> None:
+        self.loader, self.without = loader, without
         self.rest: Iterator[Batch] | None = iter(loader)
         self.begun: list[Batch] = []
         while not self.begun or not self.begun[-1]:
@@ -69,13 +70,18 @@ class BufferedLoader:
                     f"{type(batch).__name__}"
                 )
             self.begun.append(batch)
-        self.first = self.begun[-1]
+        self.first = self._given(self.begun[-1])
 
     def __iter__(self) -> Iterator[Batch]:
         if self.rest is None:
-            return iter(self.loader)
+            return map(self._given, self.loader)
         begun, self.rest = itertools.chain(self.begun, self.rest), None
-        return begun
+        return map(self._given, begun)
+
+    def _given(self, batch: Batch) -> Batch:
+        if self.without is None:
+            return batch
+        return {k: v for k, v in batch.items() if k != self.without}
 
 
 def require_same(ranks: Ranks, model: nn.Module, **facts: str) -> None:

@@ -42,6 +42,7 @@ def select(
     observe: Observe | None = None,
     terms: str | Iterable[str] | None = None,
     biases: BiasMap | None = None,
+    groups: str | None = None,
     epochs: int = 1,
     steps: int | None = None,
     lr: float = 1e-3,
@@ -87,6 +88,8 @@ def select(
             Dead terms that are named here take part in the run, but are not ranked.
         biases: the biases that the candidates come from, such as
             ``find_biases(model, names=...)``; by default those of every known projection.
+        groups: key of the batches that says which examples belong together, as for
+            ``measure_gains``; the run leaves it out.
         epochs: passes over the loader; without effect where ``steps`` is given.
         steps: number of training steps; by default ``epochs`` times the loader's length. 0 for
             the gains alone.
@@ -132,7 +135,7 @@ def select(
         step_count = 0 if gains_alone else max(ranks.gather(_step_count(loader, epochs, steps)))
         if parts < 1:
             raise SelectionError(f"a batch is read in 1 part or more, but parts is {parts}")
-        plan = repr((method, terms, steps, lr, warmup, weight_decay, max_grad_norm, seed))
+        plan = repr((method, terms, groups, steps, lr, warmup, weight_decay, max_grad_norm, seed))
         ranks.agree(SelectionError, arguments=plan)
         if method == GAIN:
             observe = observe or observed_by(loss)
@@ -144,6 +147,7 @@ def select(
                     terms=terms,
                     biases=biases,
                     parts=parts,
+                    groups=groups,
                     seed=seed,
                 )
             if gains_alone:
@@ -157,7 +161,7 @@ def select(
             torch.random.fork_rng(devices=cuda_devices(model)),
         ):
             torch.manual_seed(ranks.seed(seed))
-            batches = BufferedLoader(loader)
+            batches = BufferedLoader(loader, without=groups)
             require_apart(ranks, batches.first, SelectionError)
             dead = ranks.first(dead_of(model, loss, names, batches.first))
             alive = [b for b in names if terms is not None or names[b] not in dead]

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import torch
 from torch import Tensor
 
+GROUP = "group"
 SORTED_BATCHES = 16  # within which rows are sorted by length: enough order is left to chance
 
 
 @dataclass(frozen=True)
 class Encoded:
     """One example as tokens. length: of its longest row; parts: rows that it has in a batch, the
-    same for all examples of a batch."""
+    same for all examples of a batch; group: as ``Example.group``."""
 
     fields: Any
     label: float
     length: int
     parts: int = 1
+    group: str | Decimal | None = None
 
 
 class Batches:
@@ -65,6 +69,27 @@ class Batches:
         """Batches of some of the rows, which ``plan`` counts from 0 in the order of ``indices``."""
         rows = [self.rows[i] for i in indices]
         return Batches(rows, self.collate, self.size, seed, self._by_length)
+
+    @property
+    def grouped(self) -> str | None:
+        """``GROUP`` where rows say what they have in common."""
+        return GROUP if any(row.group is not None for row in self.rows) else None
+
+    def with_groups(self) -> Batches:
+        """The same batches, with a number of what each row belongs to at the key ``GROUP``,
+        ``(B,)``; no model takes it."""
+        if not self.grouped:
+            return self
+        names: dict[object, int] = {}
+        numbers = {
+            id(row): names.setdefault((i,) if row.group is None else row.group, len(names))
+            for i, row in enumerate(self.rows)
+        }
+        found = copy.copy(self)
+        found.collate = lambda rows: (
+            self.collate(rows) | {GROUP: torch.tensor([numbers[id(row)] for row in rows])}
+        )
+        return found
 
     def shared(self, rank: int, ranks: int) -> Batches:
         """The part of every batch that is one rank's: together they are the batch, in its order."""

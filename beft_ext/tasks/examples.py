@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import TypeVar
 
 from beft_ext.tasks.cells import DataError
@@ -15,7 +16,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class Example:
     """One row, in words. label: class, choice or number; right: every choice that is right. A
-    row without a label has the last three as they are here."""
+    row without a label has these and the answers as they are here. group: what it has in common
+    with other rows; None where the task or the row does not say."""
 
     text: str
     pair: str | None
@@ -24,6 +26,7 @@ class Example:
     label: float = 0.0
     right: tuple[int, ...] = ()
     answers: tuple[str, ...] = ()
+    group: str | Decimal | None = None
 
 
 def subset(examples: Sequence[T], size: int | None, seed: int) -> list[T]:

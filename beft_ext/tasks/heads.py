@@ -85,7 +85,7 @@ class HeadObjective(Objective):
             pairs = example.options if self.task.kind == "choice" else (example.pair,)
             parts = [self._tokens(example.text, pair) for pair in pairs]
             length = max(len(p["input_ids"]) for p in parts)
-            rows.append(Encoded(parts, example.label, length, len(parts)))
+            rows.append(Encoded(parts, example.label, length, len(parts), example.group))
         return rows
 
     def _tokens(self, text: str, pair: str | None) -> dict[str, list[int]]:

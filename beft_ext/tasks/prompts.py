@@ -194,7 +194,7 @@ class PromptObjective(Objective):
             prompt = prompt[-room:]
         encoded = Prompt(self.bos + prompt or [self.reading.start], options)
         parts = len(options) if ranked else 1
-        return Encoded(encoded, example.label, len(encoded.prompt) + after, parts)
+        return Encoded(encoded, example.label, len(encoded.prompt) + after, parts, example.group)
 
     def _continuation(self, prompt: list[int], text: str, option: str) -> list[int]:
         """Tokens of ``option`` after ``text``, whose own are ``prompt``."""

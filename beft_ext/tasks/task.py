@@ -14,6 +14,7 @@ from beft_ext.tasks.cells import (
     labels,
     number,
     shown,
+    text,
     texts,
 )
 from beft_ext.tasks.classes import REGRESSION, classes_in
@@ -37,6 +38,8 @@ class Task:
     prompt: template of what a language model reads. options: one template per class or choice
         of what it may say next, or the name of a column that holds the list.
     answers: column with the text or texts that a generated answer is held against.
+    group: column of what rows have in common, such as a passage or a user: rows with the same value
+        are left out together where one is to say what was learnt from the others.
     metrics: the first one decides; by default the kind's usual one.
     learn: a language model learns to rank the 'options', or by teacher forcing to say the right
         one ('answer').
@@ -53,6 +56,7 @@ class Task:
     prompt: str = ""
     options: tuple[str, ...] | str = ()
     answers: str = ""
+    group: str = ""
     metrics: tuple[str, ...] = ()
     learn: str = "options"
     hub: tuple[str, str | None] | None = None
@@ -141,6 +145,9 @@ class Task:
 
     def _example(self, row: Row) -> Example:
         asked = self._question(row)
+        if self.group:
+            shared = key(text(row, self.group))
+            asked = replace(asked, group=None if shared == "" else shared)
         if self.kind == "generation":
             return replace(asked, answers=texts(row, self.answers, alone=True))
         if self.kind == "regression":

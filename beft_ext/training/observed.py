@@ -6,7 +6,7 @@ labels allow, the one whose mean it is.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,38 +25,35 @@ class Observed:
         losses: ``(B,)``, each the sum over the example's labels that count; in fp32 at least.
         counts: ``(B,)``, how many these are: 1 for a class, 0 for an example that is left out.
             ``losses.sum() / counts.sum()`` is the batch's loss.
-        probabilities, right: ``(B, C)`` of classes or options, and ``(B,)`` the right ones.
+        logs, right: log-probabilities ``(B, C)`` of classes or options, and ``(B,)`` the right
+            ones.
+        probabilities: ``(B, C)``.
         outputs, residuals: ``(B,)`` of a regression: predictions, and these less the targets.
     """
 
     losses: Tensor
     counts: Tensor
-    probabilities: Tensor | None = None
+    logs: Tensor | None = None
     right: Tensor | None = None
     outputs: Tensor | None = None
     residuals: Tensor | None = None
+
+    @property
+    def probabilities(self) -> Tensor | None:
+        """``(B, C)``; None where there are no classes."""
+        return None if self.logs is None else self.logs.exp()
 
     @property
     def means(self) -> Tensor:
         """``(B,)``: each example's loss, a mean over its labels; 0 where none counts."""
         return self.losses / self.counts.clamp(min=1)
 
-    def detached(self) -> Observed:
-        """The same facts, without autograd's graph."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Observed(**{k: None if v is None else v.detach() for k, v in values.items()})
-
-    def on_host(self) -> Observed:
-        """The same facts on the CPU."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Observed(**{k: None if v is None else v.cpu() for k, v in values.items()})
-
     @classmethod
     def of_classes(cls, scores: Tensor, right: Tensor) -> Observed:
         """Cross-entropy of ``(B, C)`` logits or scores against the right ones ``(B,)``."""
         logs = scores.log_softmax(-1, dtype=_wide(scores))
         losses = nll_loss(logs, right, reduction="none")
-        return cls(losses, right.ne(IGNORED_LABEL).to(losses), logs.exp(), right)
+        return cls(losses, right.ne(IGNORED_LABEL).to(losses), logs, right)
 
 
 def model_observe(model: nn.Module, batch: Batch) -> Observed:

@@ -164,6 +164,42 @@ def test_the_peers_squares_are_the_taps(peer, package):
         torch.testing.assert_close(squares, want[name], rtol=1e-3, atol=1e-9)
 
 
+@pytest.mark.parametrize(("peer", "package"), [("torch.func vmap", "torch"), ("Opacus", "opacus")])
+def test_the_peers_rows_are_the_slabs(peer, package):
+    import peers
+    import workloads
+
+    pytest.importorskip(package, reason=f"{package} is not installed: pip install '.[bench]'")
+    inputs = batch()
+    del inputs["attention_mask"]
+    want = peers.ROWS["ours"](workloads.classifier(TINY, "cpu"), inputs)()
+    found = peers.ROWS[peer](workloads.classifier(TINY, "cpu"), inputs)()
+    assert found.keys() == want.keys()
+    for name, rows in found.items():
+        torch.testing.assert_close(rows, want[name], rtol=1e-3, atol=1e-6)
+
+
+def test_projected_rows_have_the_products_of_whole_ones_on_average():
+    """Inner products of four examples, within five standard errors of a random projection."""
+    import peers
+    import workloads
+
+    inputs = batch()
+    del inputs["attention_mask"]
+    rows = peers.ROWS["ours"](workloads.classifier(TINY, "cpu"), inputs)()
+    whole = torch.cat(list(rows.values()), 1)
+    want, sizes = whole @ whole.T, whole.square().sum(1)
+    names = [name for name in peers.ROWS if "to 2048" in name]
+    assert len(names) == 2
+    for name in names:
+        if "TRAK" in name:
+            pytest.importorskip("trak", reason="traker is not installed: pip install '.[bench]'")
+        found = peers.ROWS[name](workloads.classifier(TINY, "cpu"), inputs)()["projected"]
+        scale = peers.PROJECTED if "TRAK" in name else 1  # TRAK leaves its length as it comes
+        error = (2 * torch.outer(sizes, sizes) / peers.PROJECTED).sqrt()
+        assert ((found @ found.T / scale - want).abs() <= 5 * error + 1e-6).all()
+
+
 @pytest.mark.parametrize("peer", ["torch for-loop", "torch foreach", "torch fused", "bitsandbytes"])
 def test_the_peers_optimizers_step_as_ours(peer):
     import bench_optimizer

@@ -27,7 +27,7 @@ def gains(rows, targets, elements):
 
     count = len(targets)
     regression = Regression(targets, targets.new_zeros(count, 0), torch.arange(count))
-    evidence = Evidence(regression, {"x": {(0, 0): rows @ rows.T}}, {}, None)
+    evidence = Evidence(regression, regression.groups, {"x": {(0, 0): rows @ rows.T}}, {}, None)
     return mock.Mock(spec=Gains, evidence=evidence, ranking=["x"], elements={"x": elements})
 
 
@@ -96,6 +96,43 @@ def test_the_studys_prior_never_saw_the_task():
     strange = [cell("a", LARGE, model="n", x=0.0, y=9.0)]
     found = prior_without([*own, *others, *strange], own[0])
     assert found.means == pytest.approx({"x": 0.15, "y": -0.15})
+
+
+def test_the_prior_that_is_shipped_is_that_of_the_committed_cells():
+    from study_prior import cells, fitted
+
+    from beft_ext.selection.choice import PRIORS
+
+    for family, prior in PRIORS.items():
+        own = cells(family)
+        means, spread = fitted(own)
+        assert dict(prior.means) == means and prior.spread == spread
+        assert prior.evidence.startswith(f"{len(own)} cells of " if own else "no study")
+        assert not means or prior.first == next(iter(means))
+
+
+def test_a_prior_is_fitted_to_tasks_whatever_number_of_cells_they_have():
+    from study_prior import FEWEST, WIDEST, fitted
+
+    def cell(task, x, y, draw=0):
+        gain = {"values": {"x": x, "y": y}}
+        return {**PLACE, "task": task, "draw": draw, "gain": gain}
+
+    cells = [cell("a", 0.4, 0.0), cell("a", 0.2, 0.0, draw=1), cell("b", 0.5, 0.0)]
+    assert fitted(cells) == ({"x": 0.2, "y": -0.2}, WIDEST)
+    assert len({c["task"] for c in cells}) < FEWEST
+    means, spread = fitted([*cells, cell("c", 0.2, 0.0)])
+    assert means == {"x": 0.17, "y": -0.17}  # of 0.15, 0.25 and 0.1
+    assert spread == pytest.approx((0.0058333 * 4 / 3) ** 0.5, abs=0.005)
+    assert fitted([]) == ({}, WIDEST)
+
+
+def test_what_folding_moves_and_reorders():
+    from study_fold import moved, reordered
+
+    line = {"whole": {"a": 0.3, "b": 0.2, "c": 0.1}, "folded": {"a": 0.31, "b": 0.12, "c": 0.13}}
+    assert moved(line) == pytest.approx(0.08) and reordered(line) == pytest.approx(0.1)
+    assert reordered({"whole": {"a": 0.3, "b": 0.2}, "folded": {"a": 0.2, "b": 0.1}}) == 0
 
 
 def test_rivals_of_the_gain_are_told_from_the_gram_matrix_as_from_the_gradients():

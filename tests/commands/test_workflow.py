@@ -89,7 +89,7 @@ def test_resuming_what_is_done_changes_nothing(tiny_folder, tuned):
         (["tune", "--lr", "nan"], "--lr"),
         (["tune", "--batch-size", "0"], "--batch-size"),
         (["tune", "--lr", "auto", "--audition-budget", "nan"], "--audition-budget"),
-        (["tune", "--lr", "auto", "--terms", "value", "--audition-budget", "0.1"], "give 0.3"),
+        (["select", "--group-by", "user"], "row 1: no column 'user'"),
         (["evaluate", "--adapter", "nowhere"], "nowhere"),
         (["merge", "--adapter", "nowhere"], "nowhere"),
     ],
@@ -105,7 +105,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tiny_folder, tmp_path, capsys, ar
 
 def test_a_rate_is_raced_once_and_kept(tiny_folder, tmp_path, capsys, monkeypatch):
     args = ["tune", "--model", tiny_folder, *FILES, "--train-size", "64", "--epochs", "1"]
-    args += ["--terms", "query,value", "--out", str(tmp_path), "--lr", "auto"]
+    args += ["--terms", "query,value", "--out", str(tmp_path)]  # --lr auto
     assert main(args) == 0
     raced = json.loads((tmp_path / "audition.json").read_text())
     assert raced["best"] == "query+value" and raced["epochs"] <= 3
@@ -120,15 +120,57 @@ def test_a_rate_is_raced_once_and_kept(tiny_folder, tmp_path, capsys, monkeypatc
         raise AssertionError("raced again")
 
     before = (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes()
-    for work in ("workflow.audition", "tuning.measure_gains"):
+    for work in ("workflow.audition", "workflow.measure_gains"):
         monkeypatch.setattr(f"beft_ext.commands.{work}", again)
     assert main([*args, "--resume"]) == 0
     assert (tmp_path / "adapter" / "adapter_model.safetensors").read_bytes() == before
     monkeypatch.undo()
     # The checkpoint is of the rate that was chosen: another one is another run.
     other = next(r for r in raced["rates"]["query+value"] if r != raced["rate"])
-    assert main([*args[:-1], str(other), "--resume"]) == 2
+    assert main([*args, "--lr", str(other), "--resume"]) == 2
     assert f"its lr is {raced['rate']}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "more", "reason"),
+    [
+        (64, ["--audition-budget", "0.1"], "a budget of 0.1 epochs of 64 rows is too small for 3"),
+        (6, [], "a budget of 3 epochs of 6 rows is too small for 3 racers"),
+        (2, [], "an audition needs 4 rows at least, but there are 2"),
+    ],
+)
+def test_where_no_rate_can_be_raced_the_first_one_trains(
+    tiny_folder, tmp_path, capsys, rows, more, reason
+):
+    """Where even the gains tell nothing, of two rows, that is the usual rate."""
+    args = ["tune", "--model", tiny_folder, *FILES, "--train-size", str(rows), "--epochs", "1"]
+    args += ["--terms", "value", "--out", str(tmp_path), *more]
+    assert main(args) == 0
+    (said,) = (x for x in capsys.readouterr().out.splitlines() if "no rates are raced" in x)
+    assert said.startswith("'value' trains at ") and reason in said
+    rate = float(said.split()[3].rstrip(","))
+    assert rate == 1e-3 if rows == 2 else 1e-4 <= rate <= 1e-2
+    assert not (tmp_path / "audition.json").exists()
+    assert main([*args, "--resume"]) == 0
+
+
+def test_rows_of_one_user_are_left_out_together(tiny_folder, tmp_path, capsys):
+    from safetensors.torch import load_file
+
+    texts = [f"{'gb'[i % 2]} {'abcdefgh'[i // 5]}{'vwxyz'[i % 5]}" for i in range(40)]
+    rows = [f"{text},{i % 2},u{i // 5}" for i, text in enumerate(texts)]
+    (tmp_path / "rows.csv").write_text("\n".join(["sentence,label,user", *rows, ""]))
+    args = ["--model", tiny_folder, "--train-file", str(tmp_path / "rows.csv")]
+    for column, count in (("user", 8), (None, 40)):
+        out = tmp_path / str(column)
+        more = ["--group-by", column] if column else []
+        assert main(["select", *args, *more, "--steps", "0", "--out", str(out)]) == 0
+        groups = load_file(out / "gains.safetensors")["groups"]
+        assert len(groups.unique()) == count and len(groups) == 40
+        task = json.loads((out / "selection.json").read_text())["task"]
+        assert task.get("group") == column
+    args += ["--validation-split", "0.2", "--group-by", "user", "--epochs", "1", "--terms", "auto"]
+    assert main(["tune", *args, "--out", str(tmp_path / "out")]) == 0
 
 
 def test_validation_rows_do_not_race(tiny_folder, tmp_path, monkeypatch):

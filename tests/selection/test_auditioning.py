@@ -1,6 +1,7 @@
 """audition: the right racer wins, in pairs and within its budget, and nothing else is changed."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -12,6 +13,7 @@ from beft_ext.models import state as records
 from beft_ext.selection import (
     Audition,
     AuditionError,
+    NoRaceError,
     Racer,
     audition,
     made_by,
@@ -239,7 +241,7 @@ def test_a_racer_trains_as_tune_would(tmp_path):
     contenders = {"value": terms_of(tiny("bert"), "value")}
     found = audition(contenders, rows(), (1e-1,), recipe=recipe, budget=100)
     judged, rising = [], count()
-    for train, held in _splits([row.label for row in rows().rows], seed=0):
+    for train, held in _splits(rows().rows, seed=0):
         model = tiny("bert")
         prepare(model, "value")
         # A metric that rises: the last epoch's parameters are kept.
@@ -248,6 +250,20 @@ def test_a_racer_trains_as_tune_would(tmp_path):
         with torch.no_grad():
             judged += [losses_of(model, b).double() for b in rows().part(held)]
     assert found.racers[0].loss == pytest.approx(float(torch.cat(judged).mean()), rel=1e-12)
+
+
+def test_rows_of_a_group_train_together_or_judge_together():
+    made = [replace(row, group=f"user {i // 5}") for i, row in enumerate(rows(60).rows)]
+    for size, parts in ((60, 2), (12 * 60, 1)):
+        some = [replace(r, group=f"{r.group}, {i}") for i in range(size // 60) for r in made]
+        splits = _splits(some, seed=0)
+        assert len(splits) == parts
+        for train, held in splits:
+            assert sorted(train + held) == list(range(size)) and held
+            assert not {some[i].group for i in train} & {some[i].group for i in held}
+    one = Batches([replace(row, group="me") for row in made], collate, SIZE)
+    with pytest.raises(NoRaceError, match="4 rows at least that belong to different groups"):
+        audition(ONE, one, budget=8.0)
 
 
 def test_a_racer_does_not_feel_those_before_it():

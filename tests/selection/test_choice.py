@@ -95,6 +95,35 @@ def test_confidence_is_a_probability(values, error, spread):
     assert choice.sure == (choice.confidence >= SURE)
 
 
+TIED = {"mlp_down": 0.33, "value": 0.32, "query": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("error", "sizes", "merging", "term"),
+    [
+        (0.05, {"mlp_down": 4, "value": 4}, ["mlp_down", "value"], "mlp_down"),  # the larger gain
+        (0.05, {"mlp_down": 4, "value": 4}, ["value"], "value"),
+        (0.05, {"mlp_down": 9, "value": 4}, ["mlp_down", "value"], "value"),
+        (0.05, {"mlp_down": 4, "value": 9}, ["value"], "value"),
+        (0.05, {"mlp_down": 9, "value": 4}, ["mlp_down"], "mlp_down"),
+        (0.002, {"mlp_down": 9, "value": 4}, ["value"], "mlp_down"),  # no tie
+    ],
+)
+def test_a_tie_goes_to_what_merges_and_then_to_the_smaller(error, sizes, merging, term):
+    tied = replace(gains(error, **TIED), elements={"query": 1} | sizes)
+    choice = weighed(tied, Prior({}, 1e6, "nothing"), merging)
+    assert choice.term == term
+    if term == "value":
+        why = "is smaller" if "mlp_down" in merging else "merges"
+        assert "that of 'mlp_down' 0.330 is no larger for certain" in choice.reason
+        assert f"and 'value' {why} (" in choice.reason
+
+
+def test_a_lead_beyond_the_margin_is_no_tie_however_large_the_error():
+    wide = replace(gains(5.0, a=0.2 + 1.01 * MARGIN, b=0.2), elements={"a": 9, "b": 1})
+    assert weighed(wide, Prior({}, 1e6, "nothing"), ["b"]).term == "a"
+
+
 def test_a_term_without_a_rival_is_sure():
     choice = automatic(gains(0.1, value=0.3), "encoder")
     assert (choice.term, choice.confidence) == ("value", 1.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ import transformers as hf
 from conftest import batch, tiny
 
 from beft_ext import measure_gains, prepare, select
-from beft_ext.gains import GainError, Gram, Regression, gain
+from beft_ext.gains import GainError, Gram, Regression, gain, together
 from beft_ext.models import find_biases
 from beft_ext.selection import SelectionError, read_selection
-from beft_ext.selection.evidence import LEAST_COLUMNS, bands, fitting, weighed
+from beft_ext.selection.equations import Equations
+from beft_ext.selection.evidence import LEAST_COLUMNS, bands, fitting
 from beft_ext.tasks import Batches
 from beft_ext.tasks.batches import Encoded, padded
 from beft_ext.training.observed import Observed, model_observe
@@ -122,16 +124,38 @@ def test_dead_terms_are_named_and_not_ranked():
 def test_folded_gradients_give_nearly_the_same_gains():
     model, loader = tiny("bert"), batches(6)
     whole = measure_gains(model, loader, terms="mlp_up")
-    rows = whole.examples * 4.0 * 2 * LEAST_COLUMNS  # two layers
+    rows = whole.examples * 2 * (LEAST_COLUMNS + 4.0)  # two layers
     folded = measure_gains(model, loader, terms="mlp_up", memory=rows)
     if whole.elements["mlp_up"] > 2 * LEAST_COLUMNS:
         assert folded.folded and not whole.folded
     assert folded.values["mlp_up"] == pytest.approx(whole.values["mlp_up"], abs=0.3)
 
 
+@pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
+def test_rows_of_16_bits_give_the_same_gains_and_order(name):
+    model, loader = tiny(name), batches(16)
+    whole = measure_gains(model, loader)
+    size = 4.0 * whole.examples * sum(whole.elements.values())
+    narrow = measure_gains(model, loader, memory=0.6 * size)
+    assert not narrow.folded
+    for term, value in whole.values.items():
+        assert narrow.values[term] == pytest.approx(value, abs=0.001)
+    for first, second in pairwise(whole.ranking):
+        if whole.values[first] - whole.values[second] > 0.002:
+            assert narrow.values[first] > narrow.values[second]
+
+
 def test_what_does_not_fit_even_folded_is_refused_with_the_bytes():
     biases = list(find_biases(tiny("bert")))
-    assert fitting(biases, 100, 2**31) is None
+    width = sum(b.width for b in biases)
+    assert fitting(biases, 100, 400 * width) == (None, None)
+    assert fitting(biases, 100, 400 * width - 1) == (torch.int16, None)
+    sixteen, eight = (100 * (k * width + 4 * len(biases)) for k in (2, 1))
+    assert fitting(biases, 100, sixteen) == (torch.int16, None)
+    assert fitting(biases, 100, sixteen - 1) == (torch.int8, None)
+    assert fitting(biases, 100, eight) == (torch.int8, None)
+    with pytest.raises(GainError, match="even when folded"):  # none is wider than 64
+        fitting(biases, 100, eight - 1)
     with pytest.raises(GainError, match="need 1 MiB even when folded"):
         fitting(biases, 100, 1000)
 
@@ -158,17 +182,44 @@ def test_entries_with_layers_compete_each():
 
 def test_a_regression_is_explained_by_its_outputs_gradients():
     residuals = torch.tensor([0.5, -1.0, 2.0])
-    weights, targets, prior = weighed(
-        [Observed(residuals**2, torch.ones(3), outputs=residuals + 1, residuals=residuals)]
-    )
-    assert weights.tolist() == [1, 1, 1] and prior.tolist() == [[1], [1], [1]]
-    assert targets.tolist() == [-0.5, 1.0, -2.0]
+    seen = Observed(residuals**2, torch.ones(3), outputs=residuals + 1, residuals=residuals)
+    asked = Equations.of(seen, "abc", 0)
+    assert torch.equal(asked.output, seen.outputs) and asked.prior.tolist() == [[1], [1], [1]]
+    assert asked.targets.tolist() == [-0.5, 1.0, -2.0]
 
 
 def test_tokens_are_weighed_by_the_root_of_their_count():
-    weights, targets, prior = weighed([Observed(torch.tensor([8.0, 3.0]), torch.tensor([4.0, 1]))])
-    assert weights.tolist() == [0.5, 1.0] and targets.tolist() == [4.0, 3.0]
-    assert prior.shape == (2, 0)
+    asked = Equations.of(Observed(torch.tensor([8.0, 3.0]), torch.tensor([4.0, 1])), "ab", 0)
+    assert asked.output.tolist() == asked.targets.tolist() == [4.0, 3.0]
+    assert asked.prior.shape == (2, 0)
+
+
+def test_a_group_that_the_batches_name_is_left_out_as_a_whole():
+    """As a regression with these groups says it, whatever the values are; the model and the run
+    are not given them."""
+    model, loader = tiny("bert"), batches(6)
+    users = [["ann", "bob", "ann", None], ["eve", "eve", "dan", "bob"], *[list("wxyz")] * 4]
+    named = [b | {"user": own} for b, own in zip(loader, users, strict=True)]
+    found = measure_gains(model, named, terms="value+mlp_up", groups="user")
+    plain = measure_gains(model, loader, terms="value+mlp_up")
+    groups = together(range(24), [name for own in users for name in own])
+    assert len(groups.unique()) == 9
+    assert torch.equal(found.evidence.regression.groups, groups)
+    for term, value in found.values.items():
+        own = plain.evidence.regression
+        told = gain(
+            Gram.of(plain.evidence.of_term(term)), Regression(own.targets, own.prior, groups)
+        )
+        assert value == pytest.approx(told.value) and value != plain.values[term]
+    selection = select(model, named, terms="value+mlp_up", groups="user", steps=2)
+    assert selection.gains == found and selection.losses
+    numbered = [b | {"user": torch.arange(4)} for b in loader]
+    again = measure_gains(model, numbered, terms="value", groups="user")
+    assert len(again.evidence.regression.blocks) == 4
+    with pytest.raises(GainError, match="the batches have no 'user'"):
+        measure_gains(model, loader, groups="user")
+    with pytest.raises(GainError, match="'user' has 3 values for 4 examples"):
+        measure_gains(model, [b | {"user": [1, 2, 3]} for b in loader], groups="user")
 
 
 def test_a_pass_needs_no_more_than_is_asked_for():

@@ -1,10 +1,13 @@
 """Task heads: what batches hold, and labels that a head has no output for."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers as hf
 
 from beft_ext.tasks import DataError, HeadObjective, Task
+from beft_ext.tasks.batches import GROUP
 from beft_ext.tasks.heads import LONGEST_TEXT
 
 
@@ -47,6 +50,30 @@ def test_targets_of_a_regression_are_numbers(tokenizer):
     task = Task(text="{a}", kind="regression")
     (batch,) = HeadObjective(task, tokenizer, 2).training(examples(task, 7.5, -2), 2, seed=0)
     assert sorted(batch["labels"].tolist()) == [-2.0, 7.5]
+
+
+def test_rows_say_what_they_have_in_common(tokenizer):
+    """A number of each group, the same in all batches; a row that names none is by itself."""
+    task = Task(text="{a}", group="who")
+    owners = ["ann", "1", "", "bob", "1.0", "ann", "", 1]
+    rows = [{"a": "ab" * i, "label": i % 2, "who": w} for i, w in enumerate(owners, 1)]
+    loader = HeadObjective(task, tokenizer).training(task.examples(rows, ""), 3, seed=0)
+    assert loader.grouped == GROUP and not any(GROUP in batch for batch in loader)
+    loader.set_epoch(0)
+    order = [i for batch in loader.plan() for i in batch]
+    loader.set_epoch(0)
+    found = torch.cat([batch[GROUP] for batch in loader.with_groups()])[
+        torch.tensor(order).argsort()
+    ]
+    same = [[a == b for b in found.tolist()] for a in found.tolist()]
+    kinds = ["ann", "one", "?", "bob", "one", "ann", "!", "one"]
+    assert same == [[a == b for b in kinds] for a in kinds]
+    plain = HeadObjective(replace(task, group=""), tokenizer).training(
+        replace(task, group="").examples(rows, ""), 3, seed=0
+    )
+    assert plain.grouped is None and plain.with_groups() is plain
+    with pytest.raises(DataError, match="row 1: no column 'who'"):
+        task.examples([{"a": "b", "label": 0}], "")
 
 
 def test_texts_are_cut_to_the_usual_length_or_to_ones_own(tokenizer):
