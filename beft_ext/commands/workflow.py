@@ -17,11 +17,11 @@ from beft_ext.commands.loading import (
     Folder,
     ModelSpec,
     WorkflowError,
-    classes_of,
     goes_left_to_right,
+    outputs_of,
 )
 from beft_ext.commands.processes import own_part
-from beft_ext.commands.progress import Watched
+from beft_ext.commands.progress import watched
 from beft_ext.commands.reporting import BATCH
 from beft_ext.commands.sources import Source
 from beft_ext.files import JsonObject, whole_files
@@ -44,6 +44,7 @@ from beft_ext.selection import (
 from beft_ext.selection.measuring import EXAMPLES
 from beft_ext.tasks import Batches, Example, Objective, subset
 from beft_ext.tasks.metrics import measure
+from beft_ext.tasks.streams import Examples, Stream
 from beft_ext.training.tuning import Recipe
 
 RACE = "audition.json"
@@ -90,9 +91,15 @@ class Settings:
         clip = self.max_grad_norm
         return Recipe(self.epochs, self.lr, self.warmup, 0.0, clip, self.seed, **options)
 
-    def batches(self, objective: Objective, examples: Sequence[Example]) -> Batches:
+    def drawn(self, train: Sequence[Example] | Examples) -> Sequence[Example] | Examples:
+        """The examples that train, of all: as many as are asked for."""
+        if isinstance(train, Examples):
+            return train.subset(self.train_size, self.seed)
+        return subset(train, self.train_size, self.seed)
+
+    def batches(self, objective: Objective, examples: Sequence[Example] | Examples) -> Batches:
         """Training batches: a seeded subset in seeded order."""
-        train = subset(examples, self.train_size, self.seed)
+        train = self.drawn(examples)
         return objective.training(train, self.batch_size, self.seed, self.group_by_length)
 
 
@@ -105,15 +112,15 @@ def run_select(
     steps: int | None = None,
 ) -> Selection:
     """``beft-ext select``, up to the result."""
-    train = source.read("train")
+    train = source.training()
     if source.validation_file is not None:
         source.read("validation")  # not needed here, but better found broken before the run
-    model, objective = spec.load(source.task, classes_of(train))
+    model, objective = spec.load(source.task, outputs_of(source.task, train))
     loader = own_part(settings.batches(objective, train))
     tell(objective)
     if method == GAIN:  # the pass after it, the run, has a bar of its own
-        loader = Watched(loader, "gains", "", most=-(-EXAMPLES // loader.size))
-    return select(
+        loader = watched(loader, "gains", "", most=-(-EXAMPLES // loader.size))
+    found = select(
         model,
         loader,
         method,
@@ -128,6 +135,8 @@ def run_select(
         seed=settings.seed,
         progress=sys.stderr.isatty(),
     )
+    tell_late(objective, loader)
+    return found
 
 
 def chosen_by_gains(
@@ -137,8 +146,8 @@ def chosen_by_gains(
     without a selection, where the examples tell nothing. budget: of parameters, at most."""
     family = family_of(model)
     try:
-        watched = Watched(loader, "gains", most=-(-EXAMPLES // loader.size))
-        found = select(model, watched, observe=objective.observe, steps=0, seed=seed)
+        shown = watched(loader, "gains", most=-(-EXAMPLES // loader.size))
+        found = select(model, shown, observe=objective.observe, steps=0, seed=seed)
     except GainError as error:
         terms = [p.bias.term for p in find_projections(model)]
         return None, by_prior(terms, family, str(error))
@@ -171,7 +180,7 @@ def raced(
         return kept
     found = audition(
         {name: contender},
-        loader,
+        loader.at_hand(),
         rates_around(first()),
         loss=objective.loss,
         losses=lambda model, batch: objective.observe(model, batch).means,
@@ -191,6 +200,12 @@ def tell(objective: Objective) -> None:
         print(f"note: {count} {what}", file=sys.stderr)
 
 
+def tell_late(objective: Objective, loader: Batches) -> None:
+    """``tell`` of a stream, whose rows became tokens as they were due."""
+    if isinstance(loader, Stream):
+        tell(objective)
+
+
 def run_evaluate(
     source: Source, spec: ModelSpec, adapter: Path | None, split: str | None = None
 ) -> JsonObject:
@@ -200,7 +215,7 @@ def run_evaluate(
     examples, task = source.read(split), source.task
     held_out = objective.held_out(examples, BATCH)
     tell(objective)
-    found = objective.predict(model, Watched(held_out, "evaluation"))
+    found = objective.predict(model, watched(held_out, "evaluation"))
     return source.record() | {
         "model": spec.model,
         "adapter": None if adapter is None else str(adapter),

@@ -12,7 +12,7 @@ from beft_ext.tasks.cells import DataError
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row, in words. label: class, choice or number; right: every choice that is right. A
     row without a label has the last three as they are here."""
