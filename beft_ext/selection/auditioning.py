@@ -375,6 +375,11 @@ def _splits(labels: Sequence[float], seed: int) -> list[tuple[list[int], list[in
 
 
 def _check_rows(batches: Rows) -> None:
+    if not hasattr(batches, "part"):
+        raise AuditionError(
+            "an audition trains on some rows and judges by others: give beft_ext.tasks.Batches, "
+            f"which can be parted, and not a {type(batches).__name__}"
+        )
     rows = batches.rows
     if len(rows) < FEWEST:
         raise AuditionError(f"an audition needs {FEWEST} rows at least, but there are {len(rows)}")

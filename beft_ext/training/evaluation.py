@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from beft_ext.models.modes import quiet
 from beft_ext.training.loss import Loss, on_device, rows_of
+from beft_ext.training.recipe import TuningError
 
 LOADER_METRIC = "validation_loss"
 # A metric of the model, batches with labels, or None.
@@ -54,7 +55,7 @@ class Judge:
 
 def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: Loss) -> float:
     """Mean over all batches, in evaluation mode; a batch counts by the divisor that its loss
-    tells, one that tells none by its rows."""
+    tells, one that tells none by its rows. Raises TuningError where there is no batch."""
     device = next(model.parameters()).device
     total = count = 0.0
     with quiet(model), torch.no_grad():
@@ -66,4 +67,6 @@ def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: L
                 divisor = float(rows_of(batch))
             total += float(value.mean()) * divisor
             count += divisor
-    return total / count if count else float("nan")
+    if not count:
+        raise TuningError("evaluate gave no batch: give batches that can be read at each epoch")
+    return total / count
