@@ -97,11 +97,16 @@ class HeadObjective(Objective):
         return rows
 
     def _tokens(self, pairs: Sequence[tuple[str, str | None]]) -> list[dict[str, list[int]]]:
-        """Of each text and what stands beside it: in all pairs, or in none."""
-        if not pairs:
+        """Of each text and what stands beside it. An empty text beside is none, whatever others
+        have."""
+        paired = iter(self._together([pair for pair in pairs if pair[1]]))
+        single = iter(self._together([(text,) for text, second in pairs if not second]))
+        return [next(paired if second else single) for _, second in pairs]
+
+    def _together(self, texts: Sequence[tuple[str | None, ...]]) -> list[dict[str, list[int]]]:
+        if not texts:
             return []
-        texts, seconds = zip(*pairs, strict=True)
-        given = [list(texts)] if seconds[0] is None else [list(texts), list(seconds)]
+        given = map(list, zip(*texts, strict=True))
         found = dict(self.tokenizer(*given, truncation=True, max_length=self.longest))
         long = sum(len(ids) >= self.longest for ids in found["input_ids"])
         self._note(f"texts as long as --max-length {self.longest} or cut there", long)

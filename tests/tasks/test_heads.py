@@ -82,8 +82,8 @@ def test_what_is_observed_of_examples_is_the_loss_before_its_mean(tiny_folder, t
 
 
 def test_texts_that_are_tokenized_together_are_as_each_alone(tokenizer):
-    texts = ["a", "", "some words, or more", "ab" * 200, "é ?"]
-    for pairs in ([None] * 5, ["b", "cd", "", "ef" * 100, "x y"]):
+    texts = ["a", "", "some words, or more", "ab " * 200, "é ?"]
+    for pairs in ([None] * 5, ["b", "cd", "", "ef " * 100, "x y"]):
         task = Task(text="{a}", pair=None if pairs[0] is None else "{b}", classes=("n", "y"))
         rows = [{"a": t, "b": p or "", "label": 0} for t, p in zip(texts, pairs, strict=True)]
         objective = HeadObjective(task, tokenizer)
