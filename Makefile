@@ -74,7 +74,7 @@ mutants: $(VENV)/.installed
 
 # Each part alone: make bench PARTS=fisher. ARGS=--quick tries them without writing results;
 # PARTS=selection ARGS="--data DIR" takes real SST-2.
-PARTS ?= operators optimizer training selection fisher choices host growth rungs
+PARTS ?= operators optimizer training selection fisher choices host growth rows rungs
 ARGS ?=
 RUN_PARTS = set -e; for part in $(PARTS); do $(1) benchmarks/bench_$$part.py $(ARGS) $(2); done; \
 	$(1) benchmarks/render.py

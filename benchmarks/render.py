@@ -35,7 +35,8 @@ def compared(root: Path = ROOT) -> str:
     lines = ["## What does each adaptation method reach?"]
     for path in sorted((root / "benchmarks" / "results" / "compare").glob("*.jsonl")):
         runs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        setup = [run.pop("setup") for run in runs][0]
+        setups = [run.pop("setup") for run in runs]
+        setup = setups[0]
         metrics = list(runs[0]["metrics"])
         said = (
             f"{setup['model']}, {setup['task']}, {setup['train_size']} rows to train on, of which"

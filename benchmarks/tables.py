@@ -36,6 +36,7 @@ PARTS: dict[str, dict[str, str]] = {
         "optimizer": "What does the host add to an optimizer's step over small biases?",
     },
     "growth": {"axes": "How do time and memory of a training step grow?"},
+    "rows": {"pass": "What do many rows cost, from the file to the last batch?"},
     "rungs": {
         "sums": "What does each rung to `bias_grad_stats` bring?",
         "steps": "What does each rung to `bias_adamw_step` bring?",
@@ -77,6 +78,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Record], str]]] = {
     "bytes_per_s": ("GB/s", lambda s: f"{s['bytes_per_s'] / 1e9:.1f}"),
     "error": ("error", lambda s: f"{s['error']:.1e}"),
     "of_read": ("of a plain read", lambda s: f"{s['of_read']:.0%}"),
+    "rows_per_s": ("rows/s", lambda s: f"{s['rows_per_s']:,.0f}"),
     "tokens_per_s": ("tokens/s", lambda s: f"{s['tokens_per_s']:,.0f}"),
     "peak_bytes": ("peak memory", lambda s: f"{s['peak_bytes'] / 2**20:,.1f} MiB"),
     "loss": ("loss", lambda s: f"{s['loss']:.4f}"),

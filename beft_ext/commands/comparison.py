@@ -8,12 +8,13 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext.commands.loading import ModelSpec, WorkflowError, classes_of
+from beft_ext.commands.loading import ModelSpec, WorkflowError, outputs_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
 from beft_ext.commands.placement import USUAL
@@ -32,6 +33,7 @@ from beft_ext.models.offload import device_of
 from beft_ext.parallel import RankError, here, leads, meeting
 from beft_ext.selection import made_by
 from beft_ext.tasks import Example, Objective, PromptObjective, subset
+from beft_ext.tasks.streams import Examples
 from beft_ext.training.optim import BiasAdamW
 from beft_ext.training.preparation import prepare
 from beft_ext.training.tuning import CHECKPOINT, tune
@@ -88,7 +90,7 @@ class Comparison:
             raise WorkflowError("--seeds must be at least 1")
         if unused := [n for n in self.rates if n not in ways]:
             raise WorkflowError(f"a rate is given for '{unused[0]}', which is not compared")
-        train, validation = self.source.read("train"), self.source.read("validation")
+        train, validation = self.source.training(), self.source.read("validation")
         if self.evaluated is not None and self.evaluated < len(validation):
             validation = subset(validation, self.evaluated, seed=0)
         judging = self.source.read("test") if self.source.has_test else validation
@@ -133,15 +135,15 @@ class Comparison:
         name: str,
         way: Method,
         seed: int,
-        rows: tuple[Sequence[Example], Sequence[Example], Sequence[Example]],
+        rows: tuple[Sequence[Example] | Examples, Sequence[Example], Sequence[Example]],
         folder: Path,
     ) -> Outcome:
         """rows: those that train, that choose the epoch, and that judge in the end."""
         train, validation, judging = rows
         settings = replace(self.settings, seed=seed)
-        own = subset(train, settings.train_size, seed)
-        classes = classes_of(train, validation)
-        shots = own[: way.shots]
+        own = settings.drawn(train)
+        classes = outputs_of(self.source.task, train, validation)
+        shots = list(islice(own, way.shots))
         model, objective = replace(self.spec, seed=seed).load(self.source.task, classes, shots)
         held_out = objective.held_out(validation, BATCH)
         judges = objective.held_out(judging, BATCH)
@@ -329,7 +331,7 @@ def _told(comparison: Comparison, outcomes: Sequence[Outcome], metric: str) -> J
     guessed = metric == "accuracy" and source.task.kind == "classification"
     return {
         "title": title_of(comparison.spec.model, source.name),
-        "chance": 1 / classes_of(source.read("train")) if guessed else None,
+        "chance": 1 / outputs_of(source.task, source.training()) if guessed else None,
         "zero_shot": statistics.fmean(asked) if asked else None,
     }
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -319,7 +319,15 @@ def goes_left_to_right(config: PreTrainedConfig) -> bool:
     return causal and not any(config.model_type in names for names in others)
 
 
-def classes_of(*examples: Sequence[Example]) -> int:
+def outputs_of(task: Task, *examples: Iterable[Example]) -> int:
+    """Number of classes of a task: those that it names, or what the labels call for. 1 of a task
+    without any."""
+    if task.kind != "classification":
+        return 1
+    return len(task.classes) or classes_of(*examples)
+
+
+def classes_of(*examples: Iterable[Example]) -> int:
     """Number of classes that the labels call for; the targets of a regression call for none.
 
     Raises DataError where no head has so many.

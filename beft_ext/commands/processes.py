@@ -5,7 +5,6 @@ Rank 0 alone prints. What fails on one rank fails on all, with exit code 2 for b
 
 from __future__ import annotations
 
-import hashlib
 import os
 import signal
 from argparse import Namespace
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from beft_ext import parallel
 from beft_ext.commands.loading import WorkflowError
 from beft_ext.tasks import Batches
+from beft_ext.tasks.streams import Stream
 
 
 def _number(name: str, otherwise: int) -> int:
@@ -106,14 +106,17 @@ def own_part(loader: Batches) -> Batches:
     ranks = parallel.here()
     if ranks.size == 1:
         return loader
-    digest = hashlib.sha256(repr(loader.rows).encode()).hexdigest()
-    ranks.agree(WorkflowError, the_rows_or_the_tokenizer=digest)
+    ranks.agree(WorkflowError, the_rows_or_the_tokenizer=loader.digest())
     own = loader.shared(ranks.rank, ranks.size)
-    parts = ranks.gather(own.own(epoch=0))
-    if lacking := [rank for rank, part in enumerate(parts) if not part]:
+    if isinstance(own, Stream):  # each batch of the same rows is cut as it is read
+        numbers, lacking = "rows", list(range(loader.size, ranks.size))
+    else:
+        parts = ranks.gather(own.own(epoch=0))
+        assert sorted(row for part in parts for row in part) == list(range(len(loader.rows)))
+        numbers, lacking = str(len(loader.rows)), [r for r, part in enumerate(parts) if not part]
+    if lacking:
         raise WorkflowError(
-            f"rank {lacking[0]} has no row: {len(loader.rows)} in batches of {loader.size} are too "
+            f"rank {lacking[0]} has no row: {numbers} in batches of {loader.size} are too "
             f"few for {ranks.size} processes; start fewer, or raise --batch-size"
         )
-    assert sorted(row for part in parts for row in part) == list(range(len(loader.rows)))
     return own

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 
@@ -38,24 +39,29 @@ class Count:
             self._bar.close()
 
 
-class Watched(Batches):
+def watched(batches: Batches, *what: str, most: int | None = None) -> Batches:
     """Batches whose passes are shown.
 
     what: the passes' names, the first's first; the last name is that of all that follow. An empty
     name shows nothing. most: batches that a pass takes at most.
     """
+    found = copy.copy(batches)
+    found.taken = _Shown(list(what), most).taken
+    return found
 
-    def __init__(self, batches: Batches, *what: str, most: int | None = None) -> None:
-        vars(self).update(vars(batches))
-        self._names, self._most = list(what), most
+
+class _Shown:
+    def __init__(self, names: list[str], most: int | None) -> None:
+        self._names, self._most = names, most
         self._count: Count | None = None
 
-    def taken(self, done: int, of: int) -> None:
+    def taken(self, done: int, of: int | None) -> None:
         if done == 1:
             if self._count is not None:  # of a pass that was broken off
                 self._count.close()
             what = self._names.pop(0) if len(self._names) > 1 else self._names[0]
-            self._count = Count(what, min(of, self._most or of)) if what else None
+            known = [number for number in (of, self._most) if number is not None]
+            self._count = Count(what, min(known, default=None)) if what else None
         if self._count is not None:
             self._count.add()
             if done == of:

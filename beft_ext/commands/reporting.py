@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from beft_ext.commands.progress import Watched
+from beft_ext.commands.progress import watched
 from beft_ext.files import JsonObject
 from beft_ext.tasks import Batches, Example, Objective, Task
 from beft_ext.tasks.metrics import measure
+from beft_ext.tasks.streams import Examples
 
 BATCH = 64  # rows that a model answers at once
 BEST = "best on validation"  # not what unseen rows would give: these rows chose the epoch
@@ -34,7 +35,7 @@ class Judged:
         objective: Objective,
         split: str,
         examples: Sequence[Example],
-        train: Sequence[Example],
+        train: Sequence[Example] | Examples,
     ) -> Judged:
         """Raises DataError where a metric cannot be had of these rows."""
         batches = objective.held_out(examples, BATCH)
@@ -42,8 +43,8 @@ class Judged:
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """The task's metrics."""
-        watched = Watched(self.batches, "evaluation")
-        return self.objective.evaluate(model, watched, self.examples)
+        shown = watched(self.batches, "evaluation")
+        return self.objective.evaluate(model, shown, self.examples)
 
     def beside(self, before: Mapping[str, float]) -> dict[str, float]:
         """The deciding metric of what a training must beat, by words for it: the model as it was,
@@ -96,10 +97,11 @@ class Report:
 
 
 def _majority(
-    task: Task, train: Sequence[Example], examples: Sequence[Example]
+    task: Task, train: Sequence[Example] | Examples, examples: Sequence[Example]
 ) -> tuple[str, Mapping[str, float]] | None:
     if task.kind != "classification":
         return None
-    place = Counter(int(e.label) for e in train).most_common(1)[0][0]
+    labels = train.labels if isinstance(train, Examples) else [e.label for e in train]
+    place = int(Counter(labels).most_common(1)[0][0])
     name = task.classes[place] if place < len(task.classes) else str(place)
     return name, measure(task.metrics, [place] * len(examples), examples)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import fields
+from itertools import islice
 
 from beft_ext.commands.sources import Source
 from beft_ext.tasks import TASKS, Example, Task
@@ -31,7 +32,7 @@ def described(source: Source, rows: int) -> str:
     text = json.dumps({k: v for k, v in values.items() if v}, indent=2, ensure_ascii=False)
     if task.reshape is not None:
         text += "\nits rows are reshaped before, which --task-config cannot do"
-    parts = [_rendered(task, e) for e in source.read("train")[:rows]] if rows else []
+    parts = [_rendered(task, e) for e in islice(source.training(), rows)] if rows else []
     return "\n\n".join([text, *parts])
 
 

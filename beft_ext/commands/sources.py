@@ -17,13 +17,13 @@ from beft_ext.tasks import (
     Example,
     Task,
     named_task,
-    read_rows,
     read_task,
-    subset,
     task_record,
     task_rows,
 )
 from beft_ext.tasks.cells import Row, key, labels
+from beft_ext.tasks.rows import Rows
+from beft_ext.tasks.streams import Examples
 
 EITHER = "give either --task NAME or --train-file F"
 
@@ -125,7 +125,9 @@ class Source:
             return task
         if self.classes is not None:
             return replace(task, classes=tuple(self.classes))
-        return task.with_classes_of(*self._rows("train"))
+        rows = self._rows("train")
+        columns = None if task.reshape is not None else (task.label,)
+        return task.with_classes_in(rows.numbered(columns), rows.where)
 
     @property
     def has_test(self) -> bool:
@@ -139,23 +141,29 @@ class Source:
         """
         # What rows have in common matters where they are learnt from.
         task = self.task if split == "train" else replace(self.task, group="")
-        return task.examples(*self._rows(split))
+        every, size = Examples(task, self._rows(split)), self.parts.validation_size
+        if split != "validation" or split in self._drawn or size is None:
+            return list(every)
+        if size > len(every):
+            where = every.rows.where
+            raise WorkflowError(f"--validation-size {size}: {where} has {len(every)} rows")
+        return list(every.subset(size, self.parts.seed))
 
-    def _rows(self, split: str) -> tuple[list[Row], str]:
-        """The rows of a split, and where they are from."""
+    def training(self) -> list[Example] | Examples:
+        """The examples of 'train': a list of them, or a stream of more than are held."""
+        if self._rows("train").held is None:
+            return Examples(self.task, self._rows("train"))
+        return self.read("train")
+
+    def _rows(self, split: str) -> Rows:
+        """The rows of a split."""
         if split == "test" and self.parts.test_file is not None:
-            return read_rows(self.parts.test_file), str(self.parts.test_file)
+            return Rows.of(self.parts.test_file)
         if split == "train" or split in self._drawn:
             return self._cut[split]
-        rows, where = self._whole(split)
-        size = self.parts.validation_size
-        if split == "validation" and size is not None:
-            if size > len(rows):
-                raise WorkflowError(f"--validation-size {size}: {where} has {len(rows)} rows")
-            rows = subset(rows, size, self.parts.seed)
-        return rows, where
+        return self._whole(split)
 
-    def _whole(self, split: str) -> tuple[list[Row], str]:
+    def _whole(self, split: str) -> Rows:
         if self.name is not None:
             return task_rows(self.name, split, self.data)
         file = {"train": self.train_file, "validation": self.validation_file}.get(split)
@@ -164,7 +172,7 @@ class Source:
         if file is None:
             more = ", or --validation-split 0.1" * (split == "validation")
             raise WorkflowError(f"this needs --{split}-file F beside the other file{more}")
-        return read_rows(file), str(file)
+        return Rows.of(file)
 
     @property
     def _drawn(self) -> dict[str, float | int]:
@@ -180,29 +188,29 @@ class Source:
         return found
 
     @cached_property
-    def _cut(self) -> dict[str, tuple[list[Row], str]]:
+    def _cut(self) -> dict[str, Rows]:
         """The training rows, and what is drawn from them, by the split's name."""
         if self.parts.validation is not None and self.validation_file is not None:
             raise WorkflowError("give --validation-file or --validation-split, not both")
-        rows, where = self._whole("train")
-        cut, whole = dict[str, tuple[list[Row], str]](), len(rows)
+        rows, cut = self._whole("train"), dict[str, Rows]()
+        whole = len(rows) if self._drawn else 0
         for split, asked in self._drawn.items():
             size = asked if isinstance(asked, int) else max(1, round(asked * whole))
-            rows, drawn = drawn_from(rows, size, self.described, self.parts.seed, where)
-            cut[split] = (drawn, f"{where} (its {split} part)")
-        return cut | {"train": (rows, where)}
+            drawn = drawn_from(rows, size, self.described, self.parts.seed)
+            cut[split] = rows.part(drawn, f"{rows.where} (its {split} part)")
+            rows = rows.part(drawn, others=True)
+        return cut | {"train": rows}
 
 
-def drawn_from(
-    rows: Sequence[Row], size: int, task: Task, seed: int, where: str
-) -> tuple[list[Row], list[Row]]:
-    """The rows that stay, and ``size`` rows drawn from each class by its share, both in order.
+def drawn_from(rows: Rows, size: int, task: Task, seed: int) -> list[int]:
+    """Places of ``size`` rows, drawn from each class by its share.
 
     A row of each class stays. Raises WorkflowError where there are too few.
     """
     chance = random.Random(seed)
     groups: dict[object, list[int]] = {}
-    for i, row in enumerate(rows):
+    columns = None if task.reshape is not None else (task.label,)
+    for i, (_, row) in enumerate(rows.numbered(columns)):
         groups.setdefault(_class(row, task), []).append(i)
     candidates: list[int] = []
     for own in groups.values():
@@ -210,14 +218,11 @@ def drawn_from(
         candidates += own[1:]
     if size > len(candidates):
         raise WorkflowError(
-            f"{where}: {size} of {len(rows)} rows cannot be held back, for each class keeps one "
-            "to train on: give more rows, or hold back fewer"
+            f"{rows.where}: {size} of {len(rows)} rows cannot be held back, for each class keeps "
+            "one to train on: give more rows, or hold back fewer"
         )
     # Evenly over the candidates, which lie class by class.
-    places = ((2 * i + 1) * len(candidates) // (2 * size) for i in range(size))
-    drawn = {candidates[place] for place in places}
-    parts = ([r for i, r in enumerate(rows) if (i in drawn) == held] for held in (False, True))
-    return next(parts), next(parts)
+    return [candidates[(2 * i + 1) * len(candidates) // (2 * size)] for i in range(size)]
 
 
 def _class(row: Row, task: Task) -> object:

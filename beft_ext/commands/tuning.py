@@ -11,9 +11,9 @@ from pathlib import Path
 
 from torch import nn
 
-from beft_ext.commands.loading import ModelSpec, WorkflowError, classes_of
+from beft_ext.commands.loading import ModelSpec, WorkflowError, outputs_of
 from beft_ext.commands.processes import own_part
-from beft_ext.commands.progress import Watched
+from beft_ext.commands.progress import watched
 from beft_ext.commands.reporting import Judged, Report
 from beft_ext.commands.sources import Source
 from beft_ext.commands.workflow import (
@@ -25,6 +25,7 @@ from beft_ext.commands.workflow import (
     merging,
     raced,
     tell,
+    tell_late,
 )
 from beft_ext.errors import BeftWarning
 from beft_ext.files import JsonObject, save_json
@@ -64,8 +65,8 @@ def run_tune(
     from beft_ext.plots import draw, learning_curve, title_of
     from beft_ext.training.preparation import prepare
 
-    train, validation, task = source.read("train"), source.read("validation"), source.task
-    model, objective = spec.load(task, classes_of(train, validation))
+    train, validation, task = source.training(), source.read("validation"), source.task
+    model, objective = spec.load(task, outputs_of(task, train, validation))
     every = settings.batches(objective, train)
     loader = own_part(every)
     chooser = judged = Judged.of(objective, "validation", validation, train)
@@ -96,7 +97,7 @@ def run_tune(
     print(judged.start(before))
     progress = tune(
         model,
-        loader if sys.stderr.isatty() else Watched(loader, "training steps of this epoch"),
+        loader if sys.stderr.isatty() else watched(loader, "training steps of this epoch"),
         lambda m: chooser.measure(m)[task.metric],
         out,
         recipe,
@@ -107,6 +108,7 @@ def run_tune(
         progress=sys.stderr.isatty(),
         report=_print_epoch,
     )
+    tell_late(objective, loader)
     best = max(record[task.metric] for record in progress.history)
     report = Report(judged, before, judged.measure(model), best)
     about |= {"data": source.words(len(train), len(validation)), "evaluation": report.record()}
@@ -127,8 +129,7 @@ def _warn_of_dead(
     model: nn.Module, objective: Objective, loader: Batches, terms: Sequence[str]
 ) -> None:
     """Say which of the terms cannot learn anything, before hours are spent on them."""
-    alike = [row for row in loader.rows if row.parts == loader.rows[0].parts]  # fit in a batch
-    batch = on_device(loader.collate(alike[:4]), device_of(model))
+    batch = on_device(loader.collate(loader.few(4)), device_of(model))
     biases = pick([p.bias for p in find_projections(model)], terms)
     model.eval()
     try:

@@ -17,12 +17,12 @@ from beft_ext.commands.loading import (
     Folder,
     ModelSpec,
     WorkflowError,
-    classes_of,
     goes_left_to_right,
+    outputs_of,
 )
 from beft_ext.commands.placement import USUAL, Placement, shard_size
 from beft_ext.commands.processes import own_part
-from beft_ext.commands.progress import Watched
+from beft_ext.commands.progress import watched
 from beft_ext.commands.reporting import BATCH
 from beft_ext.commands.sources import Source
 from beft_ext.files import JsonObject, whole_files
@@ -49,6 +49,7 @@ from beft_ext.selection import (
 from beft_ext.selection.measuring import EXAMPLES
 from beft_ext.tasks import Batches, Example, Objective, subset
 from beft_ext.tasks.metrics import measure
+from beft_ext.tasks.streams import Examples, Stream
 from beft_ext.training.tuning import Recipe
 
 RACE = "audition.json"
@@ -97,9 +98,15 @@ class Settings:
         own = (self.epochs, self.lr, self.warmup, 0.0, clip, self.seed)
         return Recipe(*own, parts=self.gradient_accumulation, **options)
 
-    def batches(self, objective: Objective, examples: Sequence[Example]) -> Batches:
+    def drawn(self, train: Sequence[Example] | Examples) -> Sequence[Example] | Examples:
+        """The examples that train, of all: as many as are asked for."""
+        if isinstance(train, Examples):
+            return train.subset(self.train_size, self.seed)
+        return subset(train, self.train_size, self.seed)
+
+    def batches(self, objective: Objective, examples: Sequence[Example] | Examples) -> Batches:
         """Training batches: a seeded subset in seeded order."""
-        train = subset(examples, self.train_size, self.seed)
+        train = self.drawn(examples)
         return objective.training(train, self.batch_size, self.seed, self.group_by_length)
 
 
@@ -112,15 +119,15 @@ def run_select(
     steps: int | None = None,
 ) -> Selection:
     """``beft-ext select``, up to the result."""
-    train = source.read("train")
+    train = source.training()
     if source.validation_file is not None:
         source.read("validation")  # not needed here, but better found broken before the run
-    model, objective = spec.load(source.task, classes_of(train))
+    model, objective = spec.load(source.task, outputs_of(source.task, train))
     loader = own_part(settings.batches(objective, train)).with_groups()
     tell(objective)
     if method == GAIN:  # the pass after it, the run, has a bar of its own
-        loader = Watched(loader, "gains", "", most=-(-EXAMPLES // loader.size))
-    return select(
+        loader = watched(loader, "gains", "", most=-(-EXAMPLES // loader.size))
+    found = select(
         model,
         loader,
         method,
@@ -137,6 +144,8 @@ def run_select(
         seed=settings.seed,
         progress=sys.stderr.isatty(),
     )
+    tell_late(objective, loader)
+    return found
 
 
 def chosen_by_gains(
@@ -152,10 +161,10 @@ def chosen_by_gains(
     that batches are read in."""
     family = family_of(model)
     try:
-        watched = Watched(loader.with_groups(), "gains", most=-(-EXAMPLES // loader.size))
+        shown = watched(loader.with_groups(), "gains", most=-(-EXAMPLES // loader.size))
         found = select(
             model,
-            watched,
+            shown,
             observe=objective.observe,
             groups=loader.grouped,
             steps=0,
@@ -206,7 +215,7 @@ def raced(
     try:
         found = audition(
             {name: contender},
-            loader,
+            loader.at_hand(),
             rates_around(center),
             loss=objective.loss,
             losses=lambda model, batch: objective.observe(model, batch).means,
@@ -256,6 +265,12 @@ def tell(objective: Objective) -> None:
         print(f"note: {count} {what}", file=sys.stderr)
 
 
+def tell_late(objective: Objective, loader: Batches) -> None:
+    """``tell`` of a stream, whose rows became tokens as they were due."""
+    if isinstance(loader, Stream):
+        tell(objective)
+
+
 def run_evaluate(
     source: Source, spec: ModelSpec, adapter: Path | None, split: str | None = None
 ) -> JsonObject:
@@ -265,7 +280,7 @@ def run_evaluate(
     examples, task = source.read(split), source.task
     held_out = objective.held_out(examples, BATCH)
     tell(objective)
-    found = objective.predict(model, Watched(held_out, "evaluation"))
+    found = objective.predict(model, watched(held_out, "evaluation"))
     return source.record() | {
         "model": spec.model,
         "adapter": None if adapter is None else str(adapter),

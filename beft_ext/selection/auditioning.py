@@ -393,6 +393,11 @@ def _groups(rows: Sequence[Any], order: Sequence[int]) -> list[list[int]]:
 
 
 def _check_rows(batches: Rows) -> None:
+    if not hasattr(batches, "part"):
+        raise AuditionError(
+            "an audition trains on some rows and judges by others: give beft_ext.tasks.Batches, "
+            f"which can be parted, and not a {type(batches).__name__}"
+        )
     rows = batches.rows
     apart = len(_groups(rows, range(len(rows))))
     if apart < FEWEST:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from statistics import NormalDist
@@ -30,7 +30,7 @@ from beft_ext.selection.run import (
 )
 from beft_ext.selection.sets import frontier
 from beft_ext.tap import Tap, require_untapped
-from beft_ext.training.data import generators
+from beft_ext.training.data import generators, length_of, set_epoch
 from beft_ext.training.joined import require_apart
 from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import (
@@ -176,8 +176,7 @@ def read_again(loader: Iterable[Batch], once: bool) -> Iterator[None]:
     yield
     for generator, state in own:
         generator.set_state(state)
-    if hasattr(loader, "set_epoch"):
-        loader.set_epoch(0)
+    set_epoch(loader, 0)
 
 
 def _length(loader: Iterable[Batch], most: int, ranks: Ranks) -> int:
@@ -191,8 +190,8 @@ def _own_length(loader: Iterable[Batch], most: int) -> int:
         return own
     # A DistributedSampler has this rank's rows alone.
     for held in (getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
-        if isinstance(held, Sized):
-            return len(held)
+        if (length := length_of(held)) is not None:
+            return length
     if isinstance(loader, Sequence) and not any(b and offsets_of(b) is not None for b in loader):
         return sum(rows_of(b) for b in loader if b)
     return most

@@ -63,7 +63,9 @@ class BufferedLoader:
         while not self.begun or not self.begun[-1]:
             batch = next(self.rest, None)
             if batch is None:
-                raise SelectionError("the loader is empty: at least one batch is needed")
+                raise SelectionError(
+                    "the loader is empty, or was read before and can be read once: it needs a batch"
+                )
             if not isinstance(batch, Mapping):
                 raise SelectionError(
                     f"a batch must be a mapping of the model's arguments, but is a "

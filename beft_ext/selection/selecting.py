@@ -28,6 +28,7 @@ from beft_ext.selection.run import (
     require_same,
 )
 from beft_ext.tap import Tap, require_untapped
+from beft_ext.training.data import length_of
 from beft_ext.training.joined import require_apart
 from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import Batch, Loss, LossError, model_loss
@@ -269,9 +270,9 @@ def _rank(values: dict[str, float], dead: list[str]) -> list[str]:
 
 def _step_count(loader: Iterable[Batch], epochs: int, steps: int | None) -> int:
     if steps is None:
-        if not hasattr(loader, "__len__"):
+        if (length := length_of(loader)) is None:
             raise SelectionError("a loader without a length needs steps=...")
-        steps = epochs * len(loader)  # type: ignore[arg-type]
+        steps = epochs * length
     if steps % 1:
         raise SelectionError(f"epochs and steps must be whole numbers, but steps are {steps}")
     if steps < 1:

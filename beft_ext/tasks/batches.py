@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+T = TypeVar("T")
+
 GROUP = "group"
 SORTED_BATCHES = 16  # within which rows are sorted by length: enough order is left to chance
+NONE_LEFT = "no example is left: every answer is longer than the model's input"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """One example as tokens. length: of its longest row; parts: rows that it has in a batch, the
     same for all examples of a batch; group: as ``Example.group``."""
@@ -34,9 +39,6 @@ class Batches:
     The orders follow from ``seed`` and the number of the pass alone (``set_epoch`` sets it);
     ``seed=None`` goes from long to short, the same each time. ``by_length`` makes batches of
     rows of like length: fewer padding tokens, batches a little less random.
-
-    share: this one's number and how many there are, where several processes read parts of the same
-    batches. A batch of which this one has no row is empty.
     """
 
     def __init__(
@@ -46,24 +48,41 @@ class Batches:
         size: int,
         seed: int | None = None,
         by_length: bool = False,
-        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.rows, self.collate = rows, collate
-        self.size, self._seed, self._by_length, self._passes = size, seed, by_length, 0
-        self._share = share
+        self.size, self.seed, self._by_length, self._passes = size, seed, by_length, 0
+        self._share = (0, 1)  # this one's number and how many there are
+        # Called when a batch of a pass was dealt with, with how many are done, of how many.
+        self.taken: Callable[[int, int | None], None] = _untold
 
     def __len__(self) -> int:
         return sum(-(-n // self.size) for n in self._counts())
 
     @property
-    def examples(self) -> int:
-        """Number of rows that this one reads in a pass."""
-        batches = (b for n in self._counts() for b in _split(list(range(n)), self.size))
+    def examples(self) -> int | None:
+        """Number of rows that this one reads in a pass; None where it is not known yet."""
+        batches = (b for n in self._counts() for b in split(range(n), self.size))
         return sum(len(self._mine(batch)) for batch in batches)
 
     def _counts(self) -> Iterable[int]:
         """Of the rows that may be in one batch."""
         return Counter(row.parts for row in self.rows).values()
+
+    def few(self, count: int) -> list[Encoded]:
+        """So many rows, or all there are, that may be in one batch."""
+        alike = (row for row in self.rows if row.parts == self.rows[0].parts)
+        return list(islice(alike, count))
+
+    def digest(self) -> str:
+        """Of the rows."""
+        counted = hashlib.sha256()
+        for row in self.rows:
+            counted.update(repr(row).encode())
+        return counted.hexdigest()
+
+    def at_hand(self) -> Batches:
+        """Batches whose ``rows`` can be parted and asked for by number."""
+        return self
 
     def part(self, indices: Sequence[int], seed: int | None = None) -> Batches:
         """Batches of some of the rows, which ``plan`` counts from 0 in the order of ``indices``."""
@@ -77,24 +96,21 @@ class Batches:
 
     def with_groups(self) -> Batches:
         """The same batches, with a number of what each row belongs to at the key ``GROUP``,
-        ``(B,)``; no model takes it."""
+        ``(B,)``, the same wherever the row is read; no model takes it."""
         if not self.grouped:
             return self
-        names: dict[object, int] = {}
-        numbers = {
-            id(row): names.setdefault((i,) if row.group is None else row.group, len(names))
-            for i, row in enumerate(self.rows)
-        }
         found = copy.copy(self)
         found.collate = lambda rows: (
-            self.collate(rows) | {GROUP: torch.tensor([numbers[id(row)] for row in rows])}
+            self.collate(rows) | {GROUP: torch.tensor([_number_of(row) for row in rows])}
         )
         return found
 
     def shared(self, rank: int, ranks: int) -> Batches:
-        """The part of every batch that is one rank's: together they are the batch, in its order."""
-        share = (rank, ranks)
-        return Batches(self.rows, self.collate, self.size, self._seed, self._by_length, share)
+        """The part of every batch that is one rank's: together they are the batch, in its order. A
+        batch of which a rank has no row is empty."""
+        found = copy.copy(self)
+        found._share, found._passes = (rank, ranks), 0
+        return found
 
     def own(self, epoch: int) -> list[int]:
         """Numbers of the rows that this one reads in a pass."""
@@ -103,11 +119,11 @@ class Batches:
         self.set_epoch(epoch)
         return found
 
-    def _mine(self, indices: list[int]) -> list[int]:
+    def _mine(self, batch: Sequence[T]) -> list[T]:
         """Of one batch; the earlier ranks have one more where it cannot be divided evenly."""
         rank, ranks = self._share
-        first, last = (-(-len(indices) * r // ranks) for r in (rank, rank + 1))
-        return indices[first:last]
+        first, last = (-(-len(batch) * r // ranks) for r in (rank, rank + 1))
+        return list(batch[first:last])
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass is number ``epoch``, as with torch's DistributedSampler."""
@@ -120,33 +136,37 @@ class Batches:
             yield self.collate([self.rows[i] for i in mine]) if mine else {}
             self.taken(done, len(plan))
 
-    def taken(self, done: int, of: int) -> None:
-        """Called when a batch of a pass was dealt with; who shows progress does it here."""
-
     def plan(self) -> list[list[int]]:
         """Numbers of the rows of each batch of the next pass."""
         generator = torch.Generator()
         order = list(range(len(self.rows)))
-        if self._seed is not None:
-            generator.manual_seed(self._seed * 1_000_003 + self._passes)
+        if self.seed is not None:
+            generator.manual_seed(self.seed * 1_000_003 + self._passes)
             order = torch.randperm(len(order), generator=generator).tolist()
             self._passes += 1
-        window = len(order) if self._seed is None else SORTED_BATCHES * self.size
+        window = len(order) if self.seed is None else SORTED_BATCHES * self.size
         groups: dict[int, list[int]] = {}
         for i in order:
             groups.setdefault(self.rows[i].parts, []).append(i)
         batches: list[list[int]] = []
         for group in groups.values():
-            if self._by_length or self._seed is None:
-                group = [i for part in _split(group, window) for i in self._longest_first(part)]
-            batches += _split(group, self.size)
-        if self._seed is not None and (self._by_length or len(groups) > 1):
+            if self._by_length or self.seed is None:
+                group = [i for part in split(group, window) for i in self._longest_first(part)]
+            batches += split(group, self.size)
+        if self.seed is not None and (self._by_length or len(groups) > 1):
             shuffled = torch.randperm(len(batches), generator=generator).tolist()
             batches = [batches[i] for i in shuffled]
         return batches
 
     def _longest_first(self, indices: list[int]) -> list[int]:
         return sorted(indices, key=lambda i: -self.rows[i].length)
+
+
+def _number_of(row: Encoded) -> int:
+    """Of its group; of itself where it has none."""
+    group = row.group.normalize() if isinstance(row.group, Decimal) else row.group
+    own = repr(row.fields if group is None else (group,))
+    return int.from_bytes(hashlib.sha256(own.encode()).digest()[:7])
 
 
 def padded(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Tensor:
@@ -157,5 +177,10 @@ def padded(rows: Sequence[Sequence[int]], value: int, left: bool = False) -> Ten
     return torch.tensor([[*f, *r] if left else [*r, *f] for r, f in pairs])
 
 
-def _split(items: list[int], size: int) -> list[list[int]]:
-    return [items[i : i + size] for i in range(0, len(items), size)]
+def split(items: Sequence[T], size: int) -> list[list[T]]:
+    """The items, so many at a time."""
+    return [list(items[i : i + size]) for i in range(0, len(items), size)]
+
+
+def _untold(done: int, of: int | None) -> None:
+    """Nobody is told how far a pass is."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from beft_ext.tasks.cells import DataError, Row, shown, text, texts
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.rows import find_file, hub_rows, read_rows
+from beft_ext.tasks.rows import Rows, find_file, hub_rows
 from beft_ext.tasks.task import Task
 
 YES_NO, NO_YES = ("Yes", "No"), ("No", "Yes")
@@ -25,17 +25,17 @@ def load_task(name: str, split: str, folder: Path | None = None) -> list[Example
     Raises:
         DataError: for an unknown task, a missing file or package, or a hub out of reach.
     """
-    return named_task(name).examples(*task_rows(name, split, folder))
+    rows = task_rows(name, split, folder)
+    return list(named_task(name).made(rows.numbered(), rows.where))
 
 
-def task_rows(name: str, split: str, folder: Path | None = None) -> tuple[list[Row], str]:
-    """The rows of one split of a named task, and where they are from; see ``load_task``."""
+def task_rows(name: str, split: str, folder: Path | None = None) -> Rows:
+    """The rows of one split of a named task; see ``load_task``."""
     task = named_task(name)
     if folder is not None:
-        path = find_file(folder / name, split)
-        return read_rows(path), str(path)
+        return Rows.of(find_file(folder / name, split))
     assert task.hub is not None
-    return hub_rows(*task.hub, task.splits.get(split, split)), f"the hub's {name}"
+    return hub_rows(*task.hub, task.splits.get(split, split), f"the hub's {name}")
 
 
 def named_task(name: str) -> Task:

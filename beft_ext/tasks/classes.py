@@ -11,7 +11,7 @@ MOST_CLASSES = 10_000
 REGRESSION = "for numbers that are to be predicted, give --kind regression"
 
 
-def classes_in(rows: Iterable[Row], column: str, where: str) -> tuple[str, ...]:
+def classes_in(rows: Iterable[tuple[int, Row]], column: str, where: str) -> tuple[str, ...]:
     """Names of the classes, in their order: whole numbers by size, before words by letters.
 
     What is one class in a cell (``key``) is one here: ``1``, ``1.0`` and ``"1"``; ``true`` and
@@ -19,6 +19,7 @@ def classes_in(rows: Iterable[Row], column: str, where: str) -> tuple[str, ...]:
     number, or by its word.
 
     Args:
+        rows: with their numbers, for messages.
         column: with the labels.
         where: the file's name, for messages.
     Raises:
@@ -26,7 +27,7 @@ def classes_in(rows: Iterable[Row], column: str, where: str) -> tuple[str, ...]:
             capitals or spaces alone; for fewer than two classes, or more than 10,000.
     """
     found: dict[str | Decimal, str] = {}
-    for number, row in enumerate(rows, 1):
+    for number, row in rows:
         try:
             written = _label(row, column)
         except DataError as error:

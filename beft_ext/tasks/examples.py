@@ -13,7 +13,7 @@ from beft_ext.tasks.cells import DataError
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One row, in words. label: class, choice or number; right: every choice that is right. A
     row without a label has these and the answers as they are here. group: what it has in common

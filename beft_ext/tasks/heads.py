@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from beft_ext.models.offload import device_of
-from beft_ext.tasks.batches import Batches, Encoded
+from beft_ext.tasks.batches import Batches, Encoded, split
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.objective import Answer, Objective
+from beft_ext.tasks.objective import AT_ONCE, Answer, Objective
 from beft_ext.tasks.reading import reading
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
@@ -57,13 +58,9 @@ class HeadObjective(Objective):
             )
         self.auto, self.model_options = _head(task, classes)
 
-    def training(
-        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = True
-    ) -> Batches:
-        return Batches(self._encode(examples), self._collate, size, seed, by_length)
-
     def questions(self, examples: Sequence[Example], size: int) -> Batches:
-        return Batches(self._encode(examples), self._collate, size)
+        rows = [row for part in split(examples, AT_ONCE) for row in self._encode(part)]
+        return Batches(rows, self._collate, size)
 
     def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Answer]:
         device = device_of(model)
@@ -73,27 +70,49 @@ class HeadObjective(Objective):
             return [Answer(value) for value in logits.view(-1).tolist()]
         return [Answer.of(scores) for scores in logits.cpu()]
 
+    def _learnt(self, examples: Sequence[Example]) -> list[Encoded | None]:
+        return [*self._encode(examples)]
+
+    def _parts(self, example: Example) -> int:
+        return len(example.options) if self.task.kind == "choice" else 1
+
+    def _collate_learnt(self) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
+        return self._collate
+
     def _encode(self, examples: Sequence[Example]) -> list[Encoded]:
         outputs = self.model_options.get("num_labels", 1)
-        rows = []
         for example in examples:
             if self.task.kind == "classification" and example.label >= outputs:
                 raise DataError(
                     f"label {example.label:.0f} does not fit a head of {outputs} classes "
                     f"(0..{outputs - 1})"
                 )
-            pairs = example.options if self.task.kind == "choice" else (example.pair,)
-            parts = [self._tokens(example.text, pair) for pair in pairs]
+        choice = self.task.kind == "choice"
+        pairs = [(e.text, p) for e in examples for p in (e.options if choice else (e.pair,))]
+        tokens = iter(self._tokens(pairs))
+        rows = []
+        for example in examples:
+            parts = list(islice(tokens, self._parts(example)))
             length = max(len(p["input_ids"]) for p in parts)
             rows.append(Encoded(parts, example.label, length, len(parts), example.group))
         return rows
 
-    def _tokens(self, text: str, pair: str | None) -> dict[str, list[int]]:
-        texts = [text] if pair is None else [text, pair]
-        found = dict(self.tokenizer(*texts, truncation=True, max_length=self.longest))
-        if len(found["input_ids"]) >= self.longest:
-            self._note(f"texts as long as --max-length {self.longest} or cut there")
-        return self.reading.row(found)
+    def _tokens(self, pairs: Sequence[tuple[str, str | None]]) -> list[dict[str, list[int]]]:
+        """Of each text and what stands beside it. An empty text beside is none, whatever others
+        have."""
+        paired = iter(self._together([pair for pair in pairs if pair[1]]))
+        single = iter(self._together([(text,) for text, second in pairs if not second]))
+        return [next(paired if second else single) for _, second in pairs]
+
+    def _together(self, texts: Sequence[tuple[str | None, ...]]) -> list[dict[str, list[int]]]:
+        if not texts:
+            return []
+        given = map(list, zip(*texts, strict=True))
+        found = dict(self.tokenizer(*given, truncation=True, max_length=self.longest))
+        long = sum(len(ids) >= self.longest for ids in found["input_ids"])
+        self._note(f"texts as long as --max-length {self.longest} or cut there", long)
+        rows = zip(*found.values(), strict=True)
+        return [self.reading.row(dict(zip(found, row, strict=True))) for row in rows]
 
     def _collate(self, rows: Sequence[Encoded]) -> dict[str, Tensor]:
         """``(B, T)``, or ``(B, C, T)`` for choices; labels ``(B,)``."""

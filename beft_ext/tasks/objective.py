@@ -14,14 +14,16 @@ from torch import Tensor, nn
 
 from beft_ext.errors import BeftError
 from beft_ext.parallel import here
-from beft_ext.tasks.batches import Batches, Encoded
+from beft_ext.tasks.batches import NONE_LEFT, Batches, Encoded, split
 from beft_ext.tasks.examples import Example
 from beft_ext.tasks.metrics import measure
 from beft_ext.tasks.rows import DataError
+from beft_ext.tasks.streams import Examples, Stream
 from beft_ext.tasks.task import Task
 from beft_ext.training.loss import model_loss
 from beft_ext.training.observed import Observed, model_observe
 
+AT_ONCE = 1024  # examples that the tokenizer is given together
 Prediction = int | float | str  # a class or choice, a number, a text
 
 
@@ -53,11 +55,30 @@ class Objective(ABC):
         self.task = task
         self.notes: dict[str, int] = {}
 
-    @abstractmethod
     def training(
-        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = True
+        self, examples: Sequence[Example] | Examples, size: int, seed: int, by_length: bool = True
     ) -> Batches:
         """Batches to train on. Raises DataError for what cannot be trained on."""
+        if isinstance(examples, Examples):
+            made_by = (self._learnt, self._parts, self._collate_learnt())
+            return Stream(examples, *made_by, size, seed, by_length, self.notes)
+        made = (row for part in split(examples, AT_ONCE) for row in self._learnt(part))
+        rows = [row for row in made if row is not None]
+        if examples and not rows:
+            raise DataError(NONE_LEFT)
+        return Batches(rows, self._collate_learnt(), size, seed, by_length)
+
+    @abstractmethod
+    def _learnt(self, examples: Sequence[Example]) -> list[Encoded | None]:
+        """Rows to learn from; None for an example that is left out."""
+
+    @abstractmethod
+    def _parts(self, example: Example) -> int:
+        """Of a row to learn from."""
+
+    @abstractmethod
+    def _collate_learnt(self) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
+        """What makes a batch of rows to learn from."""
 
     @abstractmethod
     def questions(self, examples: Sequence[Example], size: int) -> Batches:
@@ -133,8 +154,9 @@ class Objective(ABC):
             names = ", ".join(self.task.metrics)
             raise DataError(f"metric {names} does not suit these examples: {error}") from error
 
-    def _note(self, what: str) -> None:
-        self.notes[what] = self.notes.get(what, 0) + 1
+    def _note(self, what: str, count: int) -> None:
+        if count:
+            self.notes[what] = self.notes.get(what, 0) + count
 
 
 @contextmanager

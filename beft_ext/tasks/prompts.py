@@ -7,7 +7,7 @@ token; where all options are one token long, one row serves them all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.models.offload import device_of
-from beft_ext.tasks.batches import Batches, Encoded, padded
+from beft_ext.tasks.batches import Batches, Encoded, padded, split
 from beft_ext.tasks.decoding import greedy, shared_prompt_scores
 from beft_ext.tasks.examples import Example
-from beft_ext.tasks.objective import Answer, Objective
+from beft_ext.tasks.objective import AT_ONCE, Answer, Objective
 from beft_ext.tasks.reading import reading
 from beft_ext.tasks.rows import DataError
 from beft_ext.tasks.task import Task
@@ -93,26 +93,34 @@ class PromptObjective(Objective):
         self.pad = self.reading.fill["input_ids"]
         self.shots = "".join(s.prompt + self._spoken(s) + SEPARATOR for s in shots)
 
-    def training(
-        self, examples: Sequence[Example], size: int, seed: int, by_length: bool = True
-    ) -> Batches:
-        ranked = self.task.kind != "generation" and self.task.learn == "options"
-        rows = []
-        for example in examples:
-            try:
-                rows.append(self._encode(example, ranked, self._said(example, ranked)))
-            except _TooLong:
-                self._note("examples left out: the answer is longer than the model's input")
-        if not rows:
-            raise DataError("no example is left: every answer is longer than the model's input")
-        return Batches(rows, self.options if ranked else self._spelled, size, seed, by_length)
+    @property
+    def _ranked(self) -> bool:
+        """Whether what is learnt is to rank the options."""
+        return self.task.kind != "generation" and self.task.learn == "options"
+
+    def _learnt(self, examples: Sequence[Example]) -> list[Encoded | None]:
+        ranked = self._ranked
+        said = [e.options if ranked else (self._spoken(e),) for e in examples]
+        found = self._encode(examples, ranked, said)
+        rows = [None if isinstance(row, _TooLong) else row for row in found]
+        left_out = "examples left out: the answer is longer than the model's input"
+        self._note(left_out, rows.count(None))
+        return rows
+
+    def _parts(self, example: Example) -> int:
+        return len(example.options) if self._ranked else 1
+
+    def _collate_learnt(self) -> Callable[[Sequence[Encoded]], dict[str, Tensor]]:
+        return self.options if self._ranked else self._spelled
 
     def questions(self, examples: Sequence[Example], size: int) -> Batches:
         options = self.task.kind != "generation"
-        try:
-            rows = [self._encode(e, options, e.options if options else ()) for e in examples]
-        except _TooLong as error:
-            raise DataError(f"{error} is longer than the model's input") from error
+        rows = []
+        for part in split(examples, AT_ONCE):
+            for row in self._encode(part, options, [e.options if options else () for e in part]):
+                if isinstance(row, _TooLong):
+                    raise DataError(f"{row} is longer than the model's input") from row
+                rows.append(row)
         return Batches(rows, self.options if options else self._spelled, size)
 
     def answers(self, model: nn.Module, rows: list[Encoded]) -> Sequence[Answer]:
@@ -169,43 +177,61 @@ class PromptObjective(Objective):
             "labels": padded([[-100] * len(p) + a for p, a in pairs], -100),
         }
 
-    def _said(self, example: Example, ranked: bool) -> tuple[str, ...]:
-        return example.options if ranked else (self._spoken(example),)
-
     def _spoken(self, example: Example) -> str:
         """The right continuation of the prompt."""
         if self.task.kind == "generation":
             return f" {example.answers[0]}\n"
         return example.options[int(example.label)]
 
-    def _encode(self, example: Example, ranked: bool, said: Sequence[str]) -> Encoded:
-        text = self.shots + example.prompt
-        prompt = self._ids(text.rstrip(" "))
-        options = [self._continuation(prompt, text, option) for option in said]
+    def _encode(
+        self, examples: Sequence[Example], ranked: bool, said: Sequence[Sequence[str]]
+    ) -> list[Encoded | _TooLong]:
+        """A row of each example, with what may be said after its prompt."""
+        texts = [self.shots + example.prompt for example in examples]
+        prompts = self._ids([text.rstrip(" ") for text in texts])
+        wholes = iter(self._ids([t + o for t, own in zip(texts, said, strict=True) for o in own]))
+        rows: list[Encoded | _TooLong] = []
+        for example, text, prompt, own in zip(examples, texts, prompts, said, strict=True):
+            options = [self._continuation(prompt, next(wholes), text, o) for o in own]
+            rows.append(self._row(example, ranked, prompt, own, options))
+        return rows
+
+    def _row(
+        self,
+        example: Example,
+        ranked: bool,
+        prompt: list[int],
+        said: Sequence[str],
+        options: list[list[int]],
+    ) -> Encoded | _TooLong:
         if any(not option for option in options):
             raise DataError(f"an option of '{example.prompt[-40:]}' has no token of its own")
         after = max((len(option) for option in options), default=self.new_tokens)
         room = self.longest - len(self.bos) - after
         if room < 1:
             longest = max(said, key=len, default="")[:40]
-            raise _TooLong(f"option '{longest}'" if said else f"an answer of {after} tokens")
+            return _TooLong(f"option '{longest}'" if said else f"an answer of {after} tokens")
         if len(prompt) > room:
-            self._note(f"prompts shortened to the last {room} tokens or fewer")
+            self._note(f"prompts shortened to the last {room} tokens or fewer", 1)
             prompt = prompt[-room:]
         encoded = Prompt(self.bos + prompt or [self.reading.start], options)
         parts = len(options) if ranked else 1
         return Encoded(encoded, example.label, len(encoded.prompt) + after, parts, example.group)
 
-    def _continuation(self, prompt: list[int], text: str, option: str) -> list[int]:
-        """Tokens of ``option`` after ``text``, whose own are ``prompt``."""
-        whole = self._ids(text + option)
+    def _continuation(
+        self, prompt: list[int], whole: list[int], text: str, option: str
+    ) -> list[int]:
+        """Tokens of ``option`` after ``text``, whose own are ``prompt``; whole: of both."""
         if whole[: len(prompt)] == prompt:
             return whole[len(prompt) :]
         # Its first letters and the prompt's last became one token: it speaks for itself.
-        return self._ids(text[len(text.rstrip(" ")) :] + option)
+        (alone,) = self._ids([text[len(text.rstrip(" ")) :] + option])
+        return alone
 
-    def _ids(self, text: str) -> list[int]:
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _ids(self, texts: list[str]) -> list[list[int]]:
+        if not texts:
+            return []
+        ids: list[list[int]] = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         return ids
 
 

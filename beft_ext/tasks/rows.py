@@ -2,25 +2,112 @@
 
 The same rows mean the same in every kind. A csv or tsv file knows texts alone: nothing in it is
 taken for a number or for a missing value. ``cells.py`` says what a value means.
+``Rows`` are read anew at each pass where there are too many to be held.
 """
 
 from __future__ import annotations
 
 import bz2
 import gzip
+import hashlib
 import lzma
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Callable, Collection, Iterable, Iterator
+from functools import cached_property, partial
 from io import BufferedReader
-from itertools import chain
+from itertools import chain, compress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from beft_ext.tasks.cells import DataError, Row, decoded, distinct, parse_json, reason
-from beft_ext.tasks.separated import separated
+from beft_ext.tasks.separated import needed, separated, values
 
 Open = Callable[[Path], Any]  # gives a binary file, unpacked
+Columns = Collection[str] | None  # names that are needed, None for all; others may be left out
 PIECE = 2**20  # bytes that are read at a time
+HELD, HELD_TEXT = 2**17, 2**27  # rows, and characters in them, that are held in memory
+
+
+class Rows:
+    """The rows of a file or a data set, each with its number, which counts from 1.
+
+    Up to ``HELD`` rows with ``HELD_TEXT`` characters are read once and held in memory. More are
+    read anew by every pass.
+
+    Args:
+        where: what messages call them.
+        read: gives all rows, at each call from the first.
+        digest: of what is read.
+    """
+
+    def __init__(
+        self, where: str, read: Callable[[Columns], Iterator[Row]], digest: Callable[[], str]
+    ) -> None:
+        self.where, self._read, self._digest = where, read, digest
+        self._count: int | None = None
+
+    @classmethod
+    def of(cls, path: Path) -> Rows:
+        """Of a file. It is not read yet."""
+        return cls(str(path), lambda columns: iterate_rows(path, columns), partial(_sha256, path))
+
+    def digest(self) -> str:
+        """Of the bytes that are read."""
+        return self._digest()
+
+    @cached_property
+    def held(self) -> list[Row] | None:
+        """The rows, where they are few."""
+        found, text = list[Row](), 0
+        for row in self._read(None):
+            found.append(row)
+            text += sum(len(v) for v in row.values() if isinstance(v, str))
+            if len(found) > HELD or text > HELD_TEXT:
+                return None
+        return found
+
+    def numbered(self, columns: Columns = None) -> Iterator[tuple[int, Row]]:
+        """Each row with its number. Raises DataError for a file that cannot be read."""
+        number = 0
+        for number, row in enumerate(self.held or self._read(columns), 1):
+            yield number, row
+        self._count = number
+
+    def __len__(self) -> int:
+        """How many there are; to know it takes one pass."""
+        if self._count is None:
+            for _ in self.numbered(()):
+                pass
+        assert self._count is not None
+        return self._count
+
+    def part(self, places: Iterable[int], where: str | None = None, others: bool = False) -> Rows:
+        """The rows at some places, from 0, in their order; the other rows where ``others``."""
+        mask = bytearray([others]) * len(self)
+        for place in places:
+            mask[place] = not others
+        return _Part(self, mask, where or self.where)
+
+
+class _Part(Rows):
+    """mask: 1 for each row that is one of the part's."""
+
+    def __init__(self, whole: Rows, mask: bytearray, where: str) -> None:
+        self.whole, self.mask, self.where = whole, mask, where
+
+    @cached_property
+    def held(self) -> list[Row] | None:
+        if self.whole.held is None:
+            return None
+        return list(compress(self.whole.held, self.mask))
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.whole.digest().encode() + self.mask).hexdigest()
+
+    def numbered(self, columns: Columns = None) -> Iterator[tuple[int, Row]]:
+        return compress(self.whole.numbered(columns), self.mask)
+
+    def __len__(self) -> int:
+        return sum(self.mask)
 
 
 def read_rows(path: Path | str) -> list[Row]:
@@ -36,9 +123,9 @@ def read_rows(path: Path | str) -> list[Row]:
     return list(iterate_rows(path))
 
 
-def iterate_rows(path: Path | str) -> Iterator[Row]:
+def iterate_rows(path: Path | str, columns: Columns = None) -> Iterator[Row]:
     """``read_rows`` one row after another, without the whole file in memory; a ``.json`` list and
-    a compressed parquet file are read whole."""
+    a compressed parquet file are read whole. columns: that are needed; others may be left out."""
     path = Path(path)
     kind, unpack = _kind(path)
     reader = _READERS.get(kind)
@@ -51,7 +138,7 @@ def iterate_rows(path: Path | str) -> Iterator[Row]:
         raise DataError(f"{path}: {'a folder, not a file' if path.is_dir() else 'no such file'}")
     row = None
     try:
-        for row in reader(partial(unpack or _plain, path)):
+        for row in reader(partial(unpack or _plain, path), columns):
             yield row
     except ModuleNotFoundError as error:
         raise DataError(f"{path}: {kind} needs {error.name}: pip install {error.name}") from error
@@ -71,12 +158,19 @@ def find_file(folder: Path, name: str) -> Path:
     return found[0] if found else folder / f"{name}.jsonl"
 
 
-def hub_rows(path: str, name: str | None, split: str) -> list[Row]:
+def hub_rows(path: str, name: str | None, split: str, where: str) -> Rows:
     """The rows of one split of a hub's data set; a class is given by its name.
 
     Raises:
         DataError: if ``datasets`` is not installed, or the hub cannot be reached.
     """
+    wanted = path if name is None else f"{path}, {name}"
+
+    def refused(error: Exception) -> DataError:
+        return DataError(
+            f"the hub's '{wanted}' could not be read ({reason(error)}): give --data DIR"
+        )
+
     try:
         import datasets
     except ImportError as error:
@@ -84,14 +178,23 @@ def hub_rows(path: str, name: str | None, split: str) -> list[Row]:
         raise DataError(message) from error
     try:
         found = datasets.load_dataset(path, name, split=split, trust_remote_code=False)
-        features = getattr(found, "features", None) or {}
-        named = {c: f.names for c, f in features.items() if hasattr(f, "names")}
-        return [r | {c: _class_name(r[c], names) for c, names in named.items()} for r in found]
     except Exception as error:  # the hub's client raises many unrelated types
-        wanted = path if name is None else f"{path}, {name}"
-        raise DataError(
-            f"the hub's '{wanted}' could not be read ({reason(error)}): give --data DIR"
-        ) from error
+        raise refused(error) from error
+    features = getattr(found, "features", None) or {}
+    named = {c: f.names for c, f in features.items() if hasattr(f, "names")}
+
+    def read(columns: Columns) -> Iterator[Row]:
+        rows = iter(found)
+        while True:
+            try:
+                row = next(rows, None)
+            except Exception as error:
+                raise refused(error) from error
+            if row is None:
+                return
+            yield row | {c: _class_name(row[c], names) for c, names in named.items()}
+
+    return Rows(where, read, lambda: str(getattr(found, "_fingerprint", wanted)))
 
 
 def _class_name(number: int | None, names: list[str]) -> str | None:
@@ -125,12 +228,12 @@ def _pieces(opened: Callable[[], BinaryIO]) -> Iterator[str]:
         yield decoded(data, line)
 
 
-def _separated(opened: Callable[[], BinaryIO], delimiter: str) -> Iterator[Row]:
-    return separated(lambda: _pieces(opened), delimiter)
+def _separated(opened: Callable[[], BinaryIO], columns: Columns, delimiter: str) -> Iterator[Row]:
+    return separated(lambda: _pieces(opened), delimiter, columns)
 
 
-def _json(opened: Callable[[], BinaryIO]) -> Iterator[Row]:
-    """A list of objects, or one object per line."""
+def _json(opened: Callable[[], BinaryIO], columns: Columns) -> Iterator[Row]:
+    """A list of objects, or one object per line; all columns."""
     pieces, text = _pieces(opened), ""
     while not text.strip() and (piece := next(pieces, "")):
         text += piece
@@ -153,26 +256,36 @@ def _lines(pieces: Iterable[str]) -> Iterator[Any]:
             raise DataError(f"row {number}: {error}") from error
 
 
-def _parquet(opened: Callable[[], BinaryIO]) -> Iterator[Row]:
+def _parquet(opened: Callable[[], BinaryIO], columns: Columns) -> Iterator[Row]:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     with opened() as stream:
         plain = isinstance(stream, BufferedReader)  # what is unpacked cannot be read backwards
         file = ParquetFile(stream if plain else pyarrow.BufferReader(stream.read()))
-        distinct(file.schema_arrow.names)
-        for batch in file.iter_batches(batch_size=1024, use_threads=False):
+        header = file.schema_arrow.names
+        distinct(header)
+        places = needed(header, columns)
+        kept = None if places is None else [header[i] for i in places]
+        for batch in file.iter_batches(batch_size=1024, columns=kept, use_threads=False):
             table = pyarrow.Table.from_batches([batch])
             for i, field in enumerate(table.schema):
                 if field.type in (pyarrow.float16(), pyarrow.float32()):
                     # By its shortest text: 0.1 is 0.1, as every other kind of file would have it.
                     exact = table[i].cast(pyarrow.string()).cast(pyarrow.float64())
                     table = table.set_column(i, field.name, exact)
-            yield from table.to_pylist()
+            names = table.column_names
+            for row in zip(*map(values, table.columns), strict=True):
+                yield dict(zip(names, row, strict=True))
 
 
 def _plain(path: Path) -> BinaryIO:
     return path.open("rb")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _zstd(path: Path) -> BinaryIO:
@@ -182,7 +295,7 @@ def _zstd(path: Path) -> BinaryIO:
     return stream
 
 
-_READERS: dict[str, Callable[[Callable[[], BinaryIO]], Iterator[Row]]] = {
+_READERS: dict[str, Callable[[Callable[[], BinaryIO], Columns], Iterator[Row]]] = {
     ".csv": partial(_separated, delimiter=","),
     ".tsv": partial(_separated, delimiter="\t"),
     ".json": _json,

@@ -8,23 +8,29 @@ unless its cells show it (GLUE's files have none, and words in them begin with a
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from beft_ext.tasks.cells import DataError, Row, distinct
 
 if TYPE_CHECKING:
+    from pyarrow import ChunkedArray
     from pyarrow.csv import InvalidRow
 
 _QUOTED = r'"[^"]*+(?:""[^"]*+)*"'
+_LINES = re.compile(r"[^\r\n]+")
+Places = Callable[[Sequence[str]], "list[int] | None"]  # of a header: the columns to be cut, or all
 
 
-def separated(pieces: Callable[[], Iterable[str]], delimiter: str) -> Iterator[Row]:
+def separated(
+    pieces: Callable[[], Iterable[str]], delimiter: str, columns: Collection[str] | None = None
+) -> Iterator[Row]:
     """The rows of a file; its first line names the columns.
 
     Args:
         pieces: gives the file's text in pieces that end where a line does, anew at each call.
         delimiter: a comma, or a tab.
+        columns: that are needed; see ``needed``.
     Raises:
         DataError: if a row does not fit the header, with its number; if a quote is not closed, a
             column is named twice, or the file is not UTF-8.
@@ -33,28 +39,55 @@ def separated(pieces: Callable[[], Iterable[str]], delimiter: str) -> Iterator[R
     if "\0" in start.partition("\n")[0]:
         raise DataError("its header holds NUL characters: save the file as UTF-8")
     quotes = delimiter == "," or _tabs_are_quoted(pieces)
-    header: tuple[str, ...] = ()
-    for rows in _tables(pieces(), delimiter, quotes):
-        if rows[0] != header:
-            header = rows[0]
-            distinct(header)
-        for row in rows[1:]:
+
+    def places(header: Sequence[str]) -> list[int] | None:
+        distinct(header)
+        return needed(header, columns)
+
+    for header, *rows in _tables(pieces(), delimiter, quotes, places):
+        for row in rows:
             yield dict(zip(header, row, strict=True))
 
 
-def _tables(pieces: Iterable[str], delimiter: str, quotes: bool) -> Iterator[list[tuple[str, ...]]]:
+def needed(header: Sequence[str], columns: Collection[str] | None) -> list[int] | None:
+    """Where the columns stand that hold what is asked for, by their names or before a dot, at least
+    one. None for all columns; also where one is missing, since a message lists those that are
+    there."""
+    if columns is None:
+        return None
+    found = {
+        n: [i for i, c in enumerate(header) if n == c or n.startswith(f"{c}.")] for n in columns
+    }
+    if not all(found.values()):
+        return None
+    return sorted({i for places in found.values() for i in places}) or [0]
+
+
+def values(column: ChunkedArray) -> list[Any]:
+    """A column as Python's values; texts several times faster than one at a time."""
+    import pyarrow
+
+    if column.null_count == 0 and column.type in (pyarrow.string(), pyarrow.large_string()):
+        return list(column.to_numpy(zero_copy_only=False).tolist())
+    return list(column.to_pylist())
+
+
+def _tables(
+    pieces: Iterable[str], delimiter: str, quotes: bool, places: Places = lambda header: None
+) -> Iterator[list[tuple[str, ...]]]:
     """The cells of the records that a piece ends: each time the header's first, then some rows'.
 
     Raises DataError for a record that does not fit the header, or breaks the rules of quoting.
     """
-    header, done = "", 0
+    header, done, cut = "", 0, None
     for text, count in _records(pieces, delimiter, quotes):
         if not header:
             lines = text.lstrip("\r\n")
             found = _record(delimiter, quotes).match(lines)
             end = found.end() if found else len(lines)
             header, text, count = lines[:end].rstrip("\r\n") + "\n", lines[end:], count - 1
-        yield _cut(header + text, delimiter, quotes and '"' in header + text, done)
+            cut = places(_cut(header, delimiter, quotes and '"' in header, 0, None)[0])
+        yield _cut(header + text, delimiter, quotes and '"' in header + text, done, cut)
         done += count
 
 
@@ -68,6 +101,8 @@ def _records(pieces: Iterable[str], delimiter: str, quotes: bool) -> Iterator[tu
     for piece in pieces:
         kept += piece
         place = count = 0
+        if not quotes or '"' not in kept:  # then every line is a record
+            place, count = len(kept), len(_LINES.findall(kept))
         while place < len(kept) and (found := record.match(kept, place)):
             count += bool(found.group().strip("\r\n"))
             place = found.end()
@@ -82,8 +117,11 @@ def _records(pieces: Iterable[str], delimiter: str, quotes: bool) -> Iterator[tu
         )
 
 
-def _cut(text: str, delimiter: str, quotes: bool, before: int) -> list[tuple[str, ...]]:
-    """The cells of every record, the header's first. before: rows before these.
+def _cut(
+    text: str, delimiter: str, quotes: bool, before: int, places: list[int] | None
+) -> list[tuple[str, ...]]:
+    """The cells of every record, the header's first. before: rows before these; places: of the
+    columns, or None for all.
 
     Raises DataError for one that does not fit.
     """
@@ -115,7 +153,9 @@ def _cut(text: str, delimiter: str, quotes: bool, before: int) -> list[tuple[str
             invalid_row_handler=keep,
         ),
         csv.ConvertOptions(
-            column_types={f"f{i}": pyarrow.string() for i in range(width)}, null_values=[]
+            column_types={f"f{i}": pyarrow.string() for i in range(width)},
+            null_values=[],
+            include_columns=[f"f{i}" for i in places or ()],
         ),
     )
     if misfits:
@@ -126,7 +166,7 @@ def _cut(text: str, delimiter: str, quotes: bool, before: int) -> list[tuple[str
             f"row {before + row.number - 1} does not fit the header: it has {row.actual_columns} "
             f"cells, not {row.expected_columns}{quoting}"
         )
-    return list(zip(*(c.to_pylist() for c in table.columns), strict=True))
+    return list(zip(*map(values, table.columns), strict=True))
 
 
 def _record(delimiter: str, quotes: bool) -> re.Pattern[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from functools import cached_property
@@ -17,7 +17,7 @@ from beft_ext.tasks.cells import (
     text,
     texts,
 )
-from beft_ext.tasks.classes import REGRESSION, classes_in
+from beft_ext.tasks.classes import MOST_CLASSES, REGRESSION, classes_in
 from beft_ext.tasks.examples import Example
 from beft_ext.tasks.metrics import METRICS, SUITABLE
 from beft_ext.tasks.templates import fill, parse
@@ -104,11 +104,31 @@ class Task:
 
         Raises DataError: ``where`` and what is wrong with the labels (``classes_in``).
         """
+        return self.with_classes_in(enumerate(rows, 1), where)
+
+    def with_classes_in(self, numbered: Iterable[tuple[int, Row]], where: str) -> Task:
+        """``with_classes_of`` rows with their numbers."""
         if not self.open:
             return self
+        if (reshape := self.reshape) is not None:
+            numbered = ((number, reshape(row)) for number, row in numbered)
+        return replace(self, classes=classes_in(numbered, self.label, where), closed=True)
+
+    @property
+    def columns(self) -> Collection[str] | None:
+        """Names of what examples are made of; None where rows are reshaped, which may need all."""
         if self.reshape is not None:
-            rows = map(self.reshape, rows)
-        return replace(self, classes=classes_in(rows, self.label, where), closed=True)
+            return None
+        found = {part for t in self._templates() for named, part in parse(t) if named}
+        found.add(self.answers if self.kind == "generation" else self.label)
+        found |= {self.group} if self.group else set()
+        return found | ({self.options} if isinstance(self.options, str) else set())
+
+    @property
+    def wordless(self) -> Task:
+        """The task without its texts: its examples are labels alone."""
+        options = self.options if isinstance(self.options, str) else ("",) * len(self.options)
+        return replace(self, text="", pair=None, prompt="", options=options, group="")
 
     @property
     def metric(self) -> str:
@@ -117,37 +137,42 @@ class Task:
 
     def examples(self, rows: Iterable[Row], where: str) -> list[Example]:
         """Raises DataError, with ``where`` and the row's number, for what is missing or wrong."""
-        return list(self._made(self._example, rows, where, 1))
+        return list(self.made(enumerate(rows, 1), where))
+
+    def made(self, numbered: Iterable[tuple[int, Row]], where: str) -> Iterator[Example]:
+        """``examples`` of rows with their numbers, one after another."""
+        return self._made(self._example, numbered, where)
 
     def questions(self, rows: Iterable[Row], where: str, first: int = 1) -> list[Example]:
         """``examples`` of rows whose labels are not read, or not there.
 
         first: the number of the first row in messages.
         """
-        return list(self._made(self._question, rows, where, first))
+        return list(self._made(self._question, enumerate(rows, first), where))
 
     def _made(
-        self, make: Callable[[Row], Example], rows: Iterable[Row], where: str, first: int
+        self, make: Callable[[Row], Example], numbered: Iterable[tuple[int, Row]], where: str
     ) -> Iterator[Example]:
-        for row_number, row in enumerate(rows, first):
+        for row_number, row in numbered:
             try:
                 yield make(self.reshape(row) if self.reshape else row)
             except DataError as error:
                 raise DataError(f"{where}, row {row_number}: {error}") from error
 
     def _question(self, row: Row) -> Example:
+        return Example(*self._words(row))
+
+    def _words(self, row: Row) -> tuple[str, str | None, str, tuple[str, ...]]:
+        """Text, pair, prompt and options."""
         if isinstance(self.options, str):
             options = texts(row, self.options)
         else:
             options = tuple(fill(o, row) for o in self.options)
         pair = None if self.pair is None else fill(self.pair, row)
-        return Example(fill(self.text, row), pair, fill(self.prompt, row), options)
+        return fill(self.text, row), pair, fill(self.prompt, row), options
 
     def _example(self, row: Row) -> Example:
-        asked = self._question(row)
-        if self.group:
-            shared = key(text(row, self.group))
-            asked = replace(asked, group=None if shared == "" else shared)
+        asked = Example(*self._words(row), group=self._group_of(row))
         if self.kind == "generation":
             return replace(asked, answers=texts(row, self.answers, alone=True))
         if self.kind == "regression":
@@ -155,8 +180,23 @@ class Task:
         right = self._right(row, len(asked.options) or len(self.classes))
         return replace(asked, label=right[0], right=right)
 
+    def _group_of(self, row: Row) -> str | Decimal | None:
+        shared = key(text(row, self.group)) if self.group else ""
+        return None if shared == "" else shared
+
     def _right(self, row: Row, count: int) -> tuple[int, ...]:
         """The class, or the choices that are right. count: how many there are, 0 if unknown."""
+        written = row.get(self.label)
+        if type(written) is not str:
+            return self._judged(row, count)
+        # Of many rows most say what an earlier one said.
+        if (right := self._known.get((written, count))) is None:
+            right = self._judged(row, count)
+            if len(self._known) < MOST_CLASSES:
+                self._known[written, count] = right
+        return right
+
+    def _judged(self, row: Row, count: int) -> tuple[int, ...]:
         column = shown(self.label)
         right = tuple(self._class(key(v)) for v in labels(row, self.label))
         if not right:
@@ -203,6 +243,11 @@ class Task:
     def _numbers(self) -> dict[str | Decimal, int]:
         """Each class's number, by what classes are compared by."""
         return {key(name): i for i, name in enumerate(self.classes)}
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, int], tuple[int, ...]]:
+        """Which classes or choices are right, by a label's text and the number of options."""
+        return {}
 
     def _templates(self) -> Iterator[str]:
         yield from (t for t in (self.text, self.pair, self.prompt) if t is not None)

@@ -26,7 +26,11 @@ def fill(template: str, row: Mapping[str, object]) -> str:
     Raises:
         DataError: if the template is malformed, or the row lacks a text that it names.
     """
-    return "".join(text(row, part) if named else part for named, part in parse(template))
+    pieces = parse(template)
+    if len(pieces) == 1:  # one column and nothing else, as most are
+        ((named, part),) = pieces
+        return text(row, part) if named else part
+    return "".join([text(row, part) if named else part for named, part in pieces])
 
 
 @lru_cache(maxsize=256, typed=True)

@@ -12,13 +12,14 @@ import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import count
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from beft_ext.models.wrappers import is_shard
 
@@ -32,25 +33,26 @@ States = tuple[Any, ...]  # of torch's, Python's and numpy's global generators
 class Passes:
     """One pass after another over a loader.
 
+    Args:
+        most: batches of a pass; None for all.
     Attributes:
         digest: of all batches that the present epoch has given so far.
         generators: states of the loader's own generators when the present epoch began.
     """
 
-    def __init__(self, loader: Iterable[Batch], seed: int) -> None:
-        self.loader, self.seed, self.digest = loader, seed, ""
+    def __init__(self, loader: Iterable[Batch], seed: int, most: int | None = None) -> None:
+        self.loader, self.seed, self.most, self.digest = loader, seed, most, ""
         self.generators: list[Tensor] = []
         self._stream: States = ()
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """The batches of epoch ``number``, from 0."""
-        if hasattr(self.loader, "set_epoch"):
-            self.loader.set_epoch(number)
+        set_epoch(self.loader, number)
         self.generators = [g.get_state() for g in generators(self.loader)]
         self.digest, self._stream = "", _seeded(self.seed * 1_000_003 + number)
         with self._apart():
             iterator = iter(self.loader)
-        while True:
+        for _ in count() if self.most is None else range(self.most):
             with self._apart():
                 batch = next(iterator, None)
             if batch is None:
@@ -70,8 +72,24 @@ class Passes:
             _set_states(outside)
 
 
+def length_of(loader: object) -> int | None:
+    """Batches of a pass; None where nothing says it, as of a DataLoader over an IterableDataset."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except (TypeError, NotImplementedError):
+        return None
+
+
+def set_epoch(loader: object, number: int) -> None:
+    """The next pass is number ``number``, for a loader or a data set that draws by it."""
+    for drawing in (loader, getattr(loader, "dataset", None)):
+        if hasattr(drawing, "set_epoch"):
+            drawing.set_epoch(number)
+            return
+
+
 def generators(loader: object) -> list[torch.Generator]:
-    """The generators that a loader and its samplers hold."""
+    """The generators that a loader, its samplers and an iterable data set hold."""
     found: dict[int, torch.Generator] = {}
     seen: set[int] = set()
     waiting = [loader]
@@ -81,7 +99,7 @@ def generators(loader: object) -> list[torch.Generator]:
         for part in getattr(thing, "__dict__", {}).values():
             if isinstance(part, torch.Generator):
                 found[id(part)] = part
-            elif isinstance(part, (DataLoader, Sampler)) and id(part) not in seen:
+            elif isinstance(part, (DataLoader, Sampler, IterableDataset)) and id(part) not in seen:
                 waiting.append(part)
     return list(found.values())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from beft_ext.parallel import here
 from beft_ext.training.joined import side_by_side
 from beft_ext.training.lockstep import Lockstep
 from beft_ext.training.loss import Batch, Loss, LossValue, on_device, rows_of, scalar
+from beft_ext.training.recipe import TuningError
 
 LOADER_METRIC = "validation_loss"
 # A metric of the model, batches with labels, or None.
@@ -58,7 +60,7 @@ class Judge:
 
 def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: Loss) -> float:
     """Mean over all batches, in evaluation mode; a batch counts by the divisor that its loss
-    tells, one that tells none by its rows."""
+    tells, one that tells none by its rows. Raises TuningError where there is no batch."""
     device = device_of(model)
     total = count = 0.0
     lockstep = Lockstep(model, here())
@@ -81,4 +83,6 @@ def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: L
                 divisor = float(rows_of(batch))
             total += float(value.mean()) * divisor
             count += divisor
-    return total / count if count else float("nan")
+    if not count and not lockstep.needed:  # of a sharded model's ranks one may have none
+        raise TuningError("evaluate gave no batch: give batches that can be read at each epoch")
+    return total / count if count else math.nan

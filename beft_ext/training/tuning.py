@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from beft_ext.files import JsonObject, digest, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
 from beft_ext.models.modes import cuda_devices, repeatable
 from beft_ext.models.offload import device_of, is_offloaded
-from beft_ext.training.data import Batch, Passes, digest_of, generators
+from beft_ext.training.data import Batch, Passes, digest_of, generators, length_of
 from beft_ext.training.evaluation import Evaluation, Judge
 from beft_ext.training.identity import machine, model_digest
 from beft_ext.training.joined import require_apart, side_by_side
@@ -47,6 +47,7 @@ def tune(
     *,
     loss: Loss = model_loss,
     metric: str = "accuracy",
+    steps: int | None = None,
     resume: bool = False,
     save_every: int = 50,
     progress: bool = False,
@@ -67,9 +68,10 @@ def tune(
     Args:
         model: a prepared model, or any other of which something requires grad; plain, under
             ``fully_shard``, or in DistributedDataParallel, of which the model inside trains.
-        loader: batches, keyword arguments of the model; must have a length. Each pass may draw a
-            new order: with torch's global generator, with a torch.Generator of the loader or
-            its sampler, or with ``set_epoch``. An empty batch is a step without rows on this rank.
+        loader: batches, keyword arguments of the model. Each pass may draw a new order: with
+            torch's global generator, with a torch.Generator of the loader, its sampler or its
+            iterable data set, or with ``set_epoch``. An empty batch is a step without rows on this
+            rank.
         evaluate: batches with labels, on which the loss judges, the smaller the better; or what
             takes the model and gives its metric, the larger the better, and may switch to
             evaluation mode. Of several ranks the first one's number counts. None: nothing is
@@ -79,6 +81,8 @@ def tune(
         loss: takes the model and a batch; by default it is the output's ``loss``. It gives a
             scalar, the losses of the examples ``(B,)``, or a scalar and its divisor.
         metric: the metric's name in the log; of batches it is ``validation_loss``.
+        steps: training steps of an epoch, by default the loader's length. A loader without one
+            needs it. A pass that has more batches is broken off there.
         resume: go on from the checkpoint in ``folder``; begin anew where that has none.
         save_every: training steps from checkpoint to checkpoint. Each epoch ends with one too.
         progress: show a bar.
@@ -87,11 +91,12 @@ def tune(
         Where the run stands at its end. The model has the parameters of the best epoch, the
         first of those that are equal; it is in the mode that the last evaluation left.
     Raises:
-        TuningError: nothing to train; a loader without a length, or one that gives more or fewer
-            batches than its length; a loss or gradient that is not finite; ``save_every`` below
-            1; ``resume`` without a folder; ``compile`` beside ``graphs``, either of them on an
-            offloaded model, ``graphs`` beside ``parts``, ``parts`` of a sharded model's batches;
-            a checkpoint that is damaged or of another run.
+        TuningError: nothing to train; a loader without a length where ``steps`` is not given, or
+            one that gives more or fewer batches; ``evaluate`` without a batch; a loss or gradient
+            that is not finite; ``save_every`` or ``steps`` below 1; ``resume`` without a folder;
+            ``compile`` beside ``graphs``, either of them on an offloaded model, ``graphs`` beside
+            ``parts``, ``parts`` of a sharded model's batches; a checkpoint that is damaged or of
+            another run.
         OptimizerError: a setting of the recipe is out of range, or what trains is sharded.
         LossError: the batches have no labels.
         RankError: a rank ended or fell silent.
@@ -110,11 +115,14 @@ def tune(
     recipe, folder = recipe or Recipe(), None if folder is None else Path(folder)
     if save_every < 1:
         raise TuningError(f"save_every must be at least 1 step, but is {save_every}")
+    if steps is not None and steps < 1:
+        raise TuningError(f"steps must be at least 1, but is {steps}")
     if resume and folder is None:
         raise TuningError("resume=True needs the folder of the run that is to go on")
     meeting = parallel.meeting("tune", wrappers.joint(model))
     with meeting as ranks, in_step(model, ranks), repeatable(recipe.deterministic):
-        run = _TuningRun(model, loader, recipe, loss, Judge.of(evaluate, metric, loss), folder)
+        judge = Judge.of(evaluate, metric, loss)
+        run = _TuningRun(model, Passes(loader, recipe.seed, steps), recipe, loss, judge, folder)
         if folder is not None and ranks.rank == 0:
             sweep(folder)
         left = None if folder is None or not resume else folder / CHECKPOINT
@@ -136,7 +144,7 @@ class _TuningRun:
     def __init__(
         self,
         model: nn.Module,
-        loader: Iterable[Batch],
+        passes: Passes,
         recipe: Recipe,
         loss: Loss,
         judge: Judge,
@@ -150,9 +158,12 @@ class _TuningRun:
         self.parameters = {n: p for n, p in self.inside.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TuningError("no parameter requires grad: call prepare first")
-        if not isinstance(loader, Sized):
-            raise TuningError("tune needs a loader with a length: a list, or a torch DataLoader")
-        self.per_epoch = max(self.ranks.gather(len(loader)))
+        length = passes.most or length_of(passes.loader)
+        if length is None:
+            raise TuningError(
+                "tune needs a loader with a length, or steps=..., the training steps of an epoch"
+            )
+        self.per_epoch = max(self.ranks.gather(length))
         self.steps = recipe.epochs * self.per_epoch
         if self.steps < 1:
             raise TuningError("nothing to train on: the loader is empty or epochs is 0")
@@ -165,7 +176,7 @@ class _TuningRun:
         )
         self.kept = set(self.inside.state_dict())  # on all ranks: a sharded model's is of all
         self.state = Progress()
-        self.passes = Passes(loader, recipe.seed)
+        self.passes = passes
         self.rest: Iterator[Batch] | None = None  # of the epoch that a checkpoint stood in
         self.training_step = self._training_step(loss)
         if self.ranks.size > 1:
@@ -239,9 +250,10 @@ class _TuningRun:
                 self.save()
         if done != self.per_epoch:
             more = "more" if done > self.per_epoch else "fewer"
+            said = "its length says" if self.passes.most is None else "steps= says"
             raise TuningError(
-                f"the loader gave {more} batches in epoch {epoch + 1} than its length says "
-                f"({self.per_epoch}): its length must be what a pass gives"
+                f"the loader gave {more} batches in epoch {epoch + 1} than {said} "
+                f"({self.per_epoch}): give the number that a pass has"
             )
 
     def _train_on(self, batch: Mapping[str, Tensor]) -> None:

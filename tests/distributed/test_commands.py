@@ -172,6 +172,31 @@ def test_several_processes_without_gloo(given, monkeypatch, capsys, tmp_path):
     )
 
 
+STREAMED = """
+import sys
+from beft_ext.commands.cli import main
+from beft_ext.tasks import rows, streams
+rows.HELD, streams.BUFFER = 8, 4
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_ranks_divide_a_stream_as_they_divide_rows_that_are_held(launch, given, tmp_path):
+    for size, name in ((1, "one"), (2, "two")):
+        more = ["--steps", "7", "--out", tmp_path / name]
+        codes, said = launch(size, "-c", STREAMED, "select", *given, *more)
+        assert codes == [0] * size, said[0][1]
+    two, one = (
+        json.loads((tmp_path / name / "selection.json").read_text()) for name in ("two", "one")
+    )
+    assert two["gains"]["values"] == pytest.approx(one["gains"]["values"], rel=1e-4, abs=1e-5)
+    assert two["gains"]["examples"] == one["gains"]["examples"] == 21
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 7
+    few = ["--batch-size", "1", "--out", tmp_path / "few"]
+    codes, said = launch(2, "-c", STREAMED, "select", *given, *few)
+    assert codes == [2, 2] and "rank 1 has no row: rows in batches of 1" in said[0][1]
+
+
 BAD = {
     "no file": (["select", "--train-file", "/no/such.csv"], "/no/such.csv"),
     "a verb of one": (["merge"], "beft-ext merge is for one process, and 2 were started"),

@@ -106,3 +106,17 @@ def test_what_is_observed_of_examples_is_the_loss_before_its_mean(tiny_folder, t
     # fp32 means of five losses of like size.
     torch.testing.assert_close(seen.means.mean(), asked.loss(loaded, batch), rtol=1e-5, atol=0)
     assert (seen.probabilities is None) == (seen.outputs is not None) == (kind == "regression")
+
+
+def test_texts_that_are_tokenized_together_are_as_each_alone(tokenizer):
+    texts = ["a", "", "some words, or more", "ab " * 200, "é ?"]
+    for pairs in ([None] * 5, ["b", "cd", "", "ef " * 100, "x y"]):
+        task = Task(text="{a}", pair=None if pairs[0] is None else "{b}", classes=("n", "y"))
+        rows = [{"a": t, "b": p or "", "label": 0} for t, p in zip(texts, pairs, strict=True)]
+        objective = HeadObjective(task, tokenizer)
+        together = objective.training(task.examples(rows, ""), 2, seed=0).rows
+        for row, text, pair in zip(together, texts, pairs, strict=True):
+            given = [text] if pair is None else [text, pair]
+            alone = tokenizer(*given, truncation=True, max_length=LONGEST_TEXT)
+            assert row.fields == [objective.reading.row(dict(alone))]
+        assert objective.notes == {f"texts as long as --max-length {LONGEST_TEXT} or cut there": 1}

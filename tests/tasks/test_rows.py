@@ -422,7 +422,7 @@ def test_what_the_hub_says_is_one_line(hub):
     for error, said in ((OSError(""), "OSError"), (ValueError("gone\nfor good"), "gone")):
         hub.holds = error
         with pytest.raises(DataError, match=rf"^the hub's 'a, b' could not be read \({said}\): "):
-            hub_rows("a", "b", "train")
+            hub_rows("a", "b", "train", "here")
 
 
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
@@ -431,7 +431,7 @@ def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     for name in ("pyarrow", "datasets"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(DataError, match=r"needs datasets: pip install 'beft-ext\[data\]'"):
-        hub_rows("a", None, "train")
+        hub_rows("a", None, "train", "here")
     rows = [{"a": "t", "y": 1}]
     for kind in ("csv", "tsv", "parquet"):
         with pytest.raises(DataError, match=rf"x.{kind}: .{kind} needs pyarrow: pip install pyar"):
@@ -451,7 +451,7 @@ def test_a_data_set_of_datasets_itself(monkeypatch):
     rows = [{"q": "a", "answers": {"text": ["x"]}, "label": 1}, {"q": "b", "answers": None}]
     made = datasets.Dataset.from_list([{"label": None, **r} for r in rows], features=features)
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **k: made)
-    found = hub_rows("x", None, "train")
+    found = [row for _, row in hub_rows("x", None, "train", "here").numbered()]
     assert [r["label"] for r in found] == ["yes", None]
     answer = Task(text="{q}", kind="generation", answers="answers.text")
     assert answer.examples(found[:1], "")[0].answers == ("x",)
