@@ -64,7 +64,6 @@ class Settings:
 
     train_size: int | None = None
     batch_size: int = 16
-    gradient_accumulation: int = 1
     epochs: int = 1
     lr: float = 1e-3
     warmup: float = 0.0
@@ -72,6 +71,7 @@ class Settings:
     group_by_length: bool = True
     seed: int = 0
     budget: float | None = None
+    gradient_accumulation: int = 1
 
     @classmethod
     def of(cls, arguments: Namespace) -> Settings:

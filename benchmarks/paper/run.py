@@ -133,7 +133,7 @@ def _trained(name: str, cell: Cell, place: Place, seed: int) -> store.Record:
     """One run by ``Comparison``: metrics, parameters, seconds, peak, kept, failure."""
     hyper = place.hyper(cell.hyper)
     lr = hyper.lr or 1.0  # of methods that do not train nothing is asked
-    settings = Settings(hyper.rows, hyper.batch, hyper.epochs, lr, group_by_length=False)
+    settings = Settings(hyper.rows, hyper.batch, epochs=hyper.epochs, lr=lr, group_by_length=False)
     spec = ModelSpec(place.asked(cell), max_length=hyper.max_length)
     comparison = Comparison(
         Source(cell.task, place.data),
