@@ -81,16 +81,20 @@ def llama(
 
 
 def rows_bytes(shape: Shape, examples: int, ranks: int = 1, memory: float = MEMORY) -> int:
-    """The slab: each example's gradients, folded where they do not fit; of one rank."""
+    """The slab: each example's gradients, of one rank. Where they do not fit they are whole numbers
+    of few bits, and folded where these do not either."""
     share = -(-examples // ranks)
-    columns = fitting(shape.biases, share, memory)
-    if columns is None:
+    kind, columns = fitting(shape.biases, share, memory)
+    if kind is None:
         return SINGLE * share * shape.elements
-    rows = sum(min(w, columns) for w in shape.widths.values())
-    # A fold has a sign of each element, and an order of these and of what fills its last piece.
-    folded = [w for w in shape.widths.values() if w > columns]
-    signs, order = sum(folded), sum(w + -w % columns for w in folded)
-    return shape.layers * (SINGLE * (share * rows + signs) + WHOLE * order)
+    widths = shape.widths.values()
+    kept = [w if columns is None else min(w, columns) for w in widths]
+    found = share * (kind.itemsize * sum(kept) + SINGLE * len(kept))  # a scale of each row
+    if columns is not None:
+        # A fold has a sign of each element, and an order of these and of what fills its last piece.
+        folded = [w for w in widths if w > columns]
+        found += SINGLE * sum(folded) + WHOLE * sum(w + -w % columns for w in folded)
+    return shape.layers * found
 
 
 def statistics_bytes(shape: Shape) -> int:
@@ -129,7 +133,7 @@ def step_bytes(shape: Shape, tokens: int) -> int:
 
 def gathered_bytes(shape: Shape, examples: int, ranks: int, memory: float = MEMORY) -> int:
     """For the Gram matrices, once, to one rank: the rows of all others."""
-    columns = fitting(shape.biases, -(-examples // ranks), memory)
+    _, columns = fitting(shape.biases, -(-examples // ranks), memory)
     widths = (w if columns is None else min(w, columns) for w in shape.widths.values())
     return SINGLE * examples * shape.layers * sum(widths) * (ranks - 1) // ranks
 
@@ -264,7 +268,7 @@ the weights:
 | part | bytes |
 | --- | --- |
 | gains: rows of examples, on the GPU | `4 n P`, or `memory` ({size(MEMORY)}) where that is less: \
-biases are folded |
+16 or 8 bits, then folded |
 | gains: Gram matrices, on the host | `8 N (3 T (n + N) + T N)` |
 | sums and sums of squares | `8 P` |
 | the run: gradients, optimizer | `s P + 12 P`; `s P + 16 P` in half precision |
@@ -277,7 +281,7 @@ parallel, a rank exchanges `8 P (R - 1) / R` bytes a step, and once, for the Gra
 `4 N P (R - 1) / R` or less; sharded, `2 s W (R - 1) / R` a step more.
 
 {shape.name} in bf16 on one GPU, {examples:,} examples: weights {size(shape.size * shape.weights)};
-rows {size(rows)} (folded, for whole they would be {size(whole)}); sums, gradients and state
+rows {size(rows)} (whole they would be {size(whole)}); sums, gradients and state
 {size(run)}; Gram matrices {size(grams)} on the host.
 
 **Computed, not measured.** A selection of {examples:,} examples of {plan.tokens} tokens (the gains,

@@ -41,18 +41,22 @@ def nbytes(tensors):
 
 
 def of_slab(slab):
-    own = [] if slab.whole is None else [slab.whole]
-    return own + [t for s in slab.sketches.values() for t in (s.rows, s.order, s.sign)]
+    own = [slab.whole]
+    for kept in slab.kept.values():
+        own += [kept.table, kept.scales]
+        own += [] if kept.fold is None else [kept.fold.order, kept.fold.sign]
+    return [t for t in own if t is not None]
 
 
 SHAPES = [(opt, 3, 64), (opt, 6, 32), (llama, 3, 64), (llama, 4, 128)]
 
 
 @pytest.mark.parametrize("kind, layers, width", SHAPES)
-@pytest.mark.parametrize("examples, folded", [(24, False), (48, False), (48, True)])
-def test_bytes_of_a_selection(kind, layers, width, examples, folded):
+@pytest.mark.parametrize("examples, share", [(24, 1.0), (48, 1.0), (48, 0.6), (48, 0.25)])
+def test_bytes_of_a_selection(kind, layers, width, examples, share):
+    """share: of the bytes that the rows would take."""
     config, shape = kind(layers, width)
-    memory = (0.85 if folded else 1.0) * 4 * examples * shape.elements
+    memory = share * 4 * examples * shape.elements
     torch.manual_seed(0)
     model = hf.AutoModelForSequenceClassification.from_config(config).eval()
     names, lacking = candidates_of(model, "+".join(shape.widths), None, every=True)
@@ -72,7 +76,7 @@ def test_bytes_of_a_selection(kind, layers, width, examples, folded):
             state = nbytes(t for flat in run.optimizer._flats for t in (flat.state,))
             grads = nbytes(leaf.grad for _, leaf in tap.leaves())
             head = [p for p in model.parameters() if p.requires_grad]
-    assert (collector.columns is not None) == folded
+    assert (collector.columns is not None) == (share == 0.25)
     assert rows == pytest.approx(scale.rows_bytes(shape, examples, memory=memory), rel=0.05)
     assert sums == pytest.approx(scale.statistics_bytes(shape), rel=0.05)
     bands = [k for own in evidence.grams.values() for k in own.values()]
