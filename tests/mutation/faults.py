@@ -142,8 +142,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/slab.py": (
         ("test_slab.py",),
         [
-            ("b.width <= columns for b in biases", "True for b in biases"),
-            (" * self.sign\n", "\n"),
+            ("columns < bias.width", "True"),
+            ("rows * self.sign, (", "rows, ("),
             ("[:, self.order]", ""),
             ("seed * 1_000_003 + bias.layer", "bias.layer"),
             ("self.whole[row : row + len(grads)] = grads", "self.whole[: len(grads)] = grads"),
@@ -154,7 +154,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/gains.py": (
         ("test_gains.py",),
         [
-            ("among - a_q[:, block] @ half[:, block].mT", "among"),
+            ("among - a_q[ridge, places] @ half[ridge, places].mT", "among"),
             (" - (a_q * half).sum(-1)  #", "  #"),
             ("a_t - half @ (q.T @ a_t)", "a_t"),
             (".argmin())\n    ridge", ".argmax())\n    ridge"),
@@ -168,14 +168,18 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/selection/evidence.py": (
         ("selection/test_measuring.py",),
         [
-            ("1 / weights, ((probabilities", "weights, ((probabilities"),
-            ("(probabilities - hot) * weights[:, None])", "(probabilities - hot))"),
-            ("function = seen.losses if seen.outputs is None else seen.outputs",
-             "function = seen.losses"),
-            ("        self.rows += size\n", "        self.rows += len(seen.losses) - 1\n"),
-            ("(told / (1 - told)).sqrt()", "told / (1 - told)"),
-            ("roots, losses * roots", "roots, losses"),
+            ("        self.rows += size\n", "        self.rows += size - 1\n"),
             ("row[own.bool()]", "row"),
+            ("            done += 1\n", "            done += 2\n"),
+        ],
+    ),
+    "beft_ext/selection/equations.py": (
+        ("selection/test_equations.py", "selection/test_measuring.py"),
+        [
+            ("weight[:, None] * (p - hot)", "(p - hot)"),
+            ("(told / (1 - told)).sqrt()", "told / (1 - told)"),
+            ("(logs.shape[1] - 2) ** 0.5", "1.0"),
+            ("double().cpu() * roots", "double().cpu()"),
         ],
     ),
     "beft_ext/layouts.py": (
@@ -272,7 +276,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/training/data.py": (
         TUNING,
         [
-            ("            self.loader.set_epoch(number)", "            pass"),
+            ("        set_epoch(self.loader, number)", "        pass"),
             ("_seeded(self.seed * 1_000_003 + number)", "_seeded(self.seed)"),
             ("            _set_states(outside)", "            pass"),
             ("            self._stream = _states()\n", ""),
@@ -352,7 +356,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("        torch.random.fork_rng(devices=cuda_devices(model)),\n", ""),
             ("                weight_decay=weight_decay,\n", ""),
             ("warmup=warmup,\n", ""),
-            ("steps = epochs * len(loader)", "steps = len(loader)"),
+            ("steps = epochs * length", "steps = length"),
             ("if t not in dead and not", "if not"),
             ("scores.fisher(squares, examples)", "scores.fisher(squares, run.done)"),
             ("elif values[\"beft\"] > 1", "elif values[\"beft\"] > 2"),
@@ -370,7 +374,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/selection/candidates.py": (
         SELECTION,
         [
-            ("            module.bias = None  #", "            pass  #"),
+            ("            model.get_submodule(path).bias = None", "            pass"),
             ("    model.eval()\n", ""),
             ("[b for b in lack if b in names]", "lack"),
         ],
@@ -379,7 +383,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         SELECTION,
         [
             ("(*trained, *model.buffers())", "trained"),
-            ("            parameter.grad = grad\n", ""),
+            ("required, parameter.grad = self.required", "required, _ = self.required"),
             (".grad_norm * clipped", ".grad_norm"),
             ("itertools.chain(self.begun, self.rest)", "self.rest"),
             ('state[leaf].get("master", leaf)', "leaf"),
@@ -388,7 +392,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("grad_norm**2 / bias.width", "grad_norm**2"),
             ("        self.schedule.step()\n", ""),
             ("        self.model.train()\n", ""),
-            ("self.tap.step(size, scale or 1.0,", "self.tap.step(size, float(size),"),
+            ("self.tap.step(size, example_offsets=offsets)", "self.tap.step(size)"),
         ],
     ),
     "beft_ext/selection/dead.py": (
@@ -403,14 +407,14 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
     "beft_ext/selection/choice.py": (
         ("selection/test_choice.py",),
         [
-            ('(gains, PRIORS.get(family, PRIORS["other"]))', '(gains, PRIORS["encoder"])'),
+            ('(gains, PRIORS.get(family, PRIORS["other"]), ', '(gains, PRIORS["encoder"], '),
             (".cdf(MARGIN)", ".cdf(0.0)"),
             ("max(0.0, 1 - sum(doubts))", "1 - sum(doubts)"),
             (" - fmean(gains.values.values())", ""),
             ("error / 2**0.5", "error"),
-            ('term.partition("@")[0]', "term"),
+            ('entry.partition("@")[0]', "entry"),
             ("mean * known", "mean"),
-            ("    if first != gains.best:", "    if False:"),
+            ("    elif first != gains.best:", "    elif False:"),
         ],
     ),
     "beft_ext/models/find.py": (
@@ -450,8 +454,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ("        setattr(model.config, flag, value)\n    for path, parameter",
              "        pass\n    for path, parameter"),
-            ("dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()",
-             "dtype = torch.get_default_dtype()"),
+            ("dtype = next(dtypes, torch.get_default_dtype())", "dtype = torch.get_default_dtype()"),
             ("output.bias.double() + constant", "output.bias.double() - constant"),
             ("    source.bias = None\n", ""),
             ("any(_holds(model, n, modules) for n in classes)", "True"),
@@ -483,7 +486,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             (".split(\".\")[: package.count(\".\") + 1] == package.split(\".\")",
              ".startswith(package)"),
             ('        if "_orig_mod" in model._modules:', "        if False:"),
-            ("        if parameter.is_meta:", "        if False:"),
+            ("if parameter.is_meta and not has_place(model, name):", "if False:"),
             ('not adapted and _from(layers[-1], "peft")', "False"),
         ],
     ),
