@@ -454,7 +454,8 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         [
             ("        setattr(model.config, flag, value)\n    for path, parameter",
              "        pass\n    for path, parameter"),
-            ("dtype = next(dtypes, torch.get_default_dtype())", "dtype = torch.get_default_dtype()"),
+            ("dtype = next(dtypes, torch.get_default_dtype())",
+             "dtype = torch.get_default_dtype()"),
             ("output.bias.double() + constant", "output.bias.double() - constant"),
             ("    source.bias = None\n", ""),
             ("any(_holds(model, n, modules) for n in classes)", "True"),
