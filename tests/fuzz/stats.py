@@ -25,7 +25,8 @@ def inputs(draw: Draw):  # type: ignore[no-untyped-def]
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Whether a compiler takes it to write to; it refuses others in its own words."""
-    if tensor.layout is not torch.strided or tensor.is_neg():
+    odd = tensor.is_neg() or tensor.is_conj() or tensor._is_zerotensor()
+    if tensor.layout is not torch.strided or odd:
         return False
     return all(step or size < 2 for step, size in zip(tensor.stride(), tensor.shape, strict=True))
 
