@@ -39,10 +39,10 @@ def compared(root: Path = ROOT) -> str:
         setup = setups[0]
         metrics = list(runs[0]["metrics"])
         said = (
-            f"{setup['model']}, {setup['task']}, {setup['train_size']} rows to train on, of which"
+            f"{setup['model']}, {setup['task']}, {setup['train_size']} training rows. Other rows "
         )
         said += (
-            f" a part chose the epoch of {setup['epochs']}; measured on rows that no choice saw."
+            f"chose among {setup['epochs']} epochs, and others again judge, which no choice saw."
         )
         lines += [said, table(summarize([Outcome(**run) for run in runs], metrics), metrics)]
     return "\n\n".join(lines)
@@ -52,7 +52,10 @@ def document(root: Path = ROOT) -> str:
     drawn = [path for path, _ in tables.records(root) if path.stem in plots.PLOTS]
     images = [f"![{path.stem}, {path.parent.name}]({plots.name(path)})" for path in drawn]
     return (
-        "\n\n".join([HEAD.rstrip(), *images]) + "\n" + tables.whole(root) + f"\n{compared(root)}\n"
+        "\n\n".join([HEAD.rstrip(), *images])
+        + "\n"
+        + tables.whole(root)
+        + f"\n\n{compared(root)}\n"
     )
 
 
