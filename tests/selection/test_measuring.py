@@ -132,16 +132,16 @@ def test_folded_gradients_give_nearly_the_same_gains():
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "llama"])
-def test_rows_of_16_bits_give_the_same_gains_and_order(name):
+def test_rows_of_16_bits_move_no_gain_by_more_than_a_hundredth(name):
     model, loader = tiny(name), batches(16)
     whole = measure_gains(model, loader)
     size = 4.0 * whole.examples * sum(whole.elements.values())
     narrow = measure_gains(model, loader, memory=0.6 * size)
     assert not narrow.folded
     for term, value in whole.values.items():
-        assert narrow.values[term] == pytest.approx(value, abs=0.001)
+        assert narrow.values[term] == pytest.approx(value, abs=0.01)
     for first, second in pairwise(whole.ranking):
-        if whole.values[first] - whole.values[second] > 0.002:
+        if whole.values[first] - whole.values[second] > 0.02:
             assert narrow.values[first] > narrow.values[second]
 
 
