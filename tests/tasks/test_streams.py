@@ -27,6 +27,7 @@ from beft_ext.tasks import (
     streams,
     subset,
 )
+from beft_ext.tasks.batches import GROUP
 from beft_ext.tasks.rows import Rows
 from beft_ext.tasks.streams import Examples, mixed
 
@@ -101,6 +102,18 @@ def test_a_stream_gives_the_examples_of_a_list(few_are_held, tmp_path, kind):
     assert isinstance(found, Examples)
     assert list(found) == list(found) == listed(path) and len(found) == COUNT
     assert found.labels.tolist() == [e.label for e in found]
+
+
+def test_rows_of_a_stream_say_what_they_have_in_common(few_are_held, tokenizer, tmp_path):
+    rows = [row | {"other": f"user {i % 5}"} for i, row in enumerate(ROWS)]
+    source = Source(train_file=write(tmp_path, rows=rows), group="other")
+    loader = HeadObjective(source.task, tokenizer).training(source.training(), 4, seed=0)
+    order = [i for batch in drawn(loader) for i in batch]
+    assert loader.grouped == GROUP and GROUP not in next(iter(loader))
+    loader.set_epoch(0)
+    found = torch.cat([batch[GROUP] for batch in loader.with_groups()]).tolist()
+    number = dict(zip((i % 5 for i in order), found, strict=True))
+    assert len(set(number.values())) == 5 and found == [number[i % 5] for i in order]
 
 
 def test_few_rows_are_a_list(tmp_path):
