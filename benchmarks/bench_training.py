@@ -2,7 +2,8 @@
 
 Two loads: steps of 16 x 128 tokens without padding, and a pass over sentences of the shipped
 set, padded as each way pads. Tokens that are not padding a second, peak memory, and the loss
-after the same number of steps. Writes benchmarks/results/<device>/training.json.
+after the same number of steps. And ours where upper layers alone train. Writes
+benchmarks/results/<device>/training.json.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import torch
 import transformers
 from harness import measure, settings, show, write
 from torch import Tensor
-from ways import WAYS, Training, Way
+from ways import WAYS, Training, Way, ours
 from workloads import BATCH, batch, chosen, classifier, padded_to
 
 from beft_ext.commands import demo
@@ -54,6 +55,10 @@ def training(which: Way, config: dict[str, int], batches: Batches, device: str) 
     return Training(which, classifier(config, device), batches)
 
 
+def from_layer(first: int, layers: int) -> str:
+    return f"value@{first}-{layers - 1}"
+
+
 def compared(
     makers: Mapping[str, Any], tokens: int, steps: int, arguments: argparse.Namespace, rounds: int
 ) -> dict[str, dict[str, Any]]:
@@ -89,6 +94,15 @@ def main() -> None:
         results["step"][name] = compared(makers, tokens, 1, arguments, rounds)
         show(f"step of {name}", results["step"][name])
     name, config = next(iter(models.items()))
+    layers = config["num_hidden_layers"]
+    makers = {
+        terms: functools.partial(
+            training, Way(functools.partial(ours, terms=terms)), config, [batch(device)], device
+        )
+        for terms in (from_layer(layers * k // 6, layers) for k in (0, 2, 4, 5))
+    }
+    results["layers"] = {name: compared(makers, tokens, 1, arguments, arguments.rounds)}
+    show(f"layers of {name}", results["layers"][name])
     count = 2 * BATCH if arguments.quick else SENTENCES
     makers = {
         which: functools.partial(

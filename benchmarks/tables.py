@@ -16,6 +16,7 @@ PARTS: dict[str, dict[str, str]] = {
     "optimizer": {"step": "What does one optimizer step over all biases cost?"},
     "training": {
         "step": "What does a training step of the value bias cost (16 x 128 tokens)?",
+        "layers": "What does a step cost where upper layers alone train?",
         "pass": "What does a pass over sentences cost, padded as each way pads?",
     },
     "selection": {

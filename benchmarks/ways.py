@@ -51,8 +51,8 @@ def lora(model: nn.Module) -> Ready:
     return adamw(get_peft_model(model, config))
 
 
-def ours(model: nn.Module) -> Ready:
-    prepare(model, "value")
+def ours(model: nn.Module, terms: str = "value") -> Ready:
+    prepare(model, terms)
     return model, BiasAdamW(model, lr=RATE)
 
 
