@@ -74,6 +74,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         require_unsharded({b.parameter: model.get_parameter(b.parameter) for b in biases}, TapError)
         self.sites: list[Site] = []
         self._model, self._step = model, Step(self.sites)
+        self._located: set[bool] = set()  # in packed batches, and in others
         self._taken = offload.take(model, (b.parameter for b in biases))
         self._hooks: list[Any] = [*offload.rereading(model)]
         self._listeners: list[Listener] = []
@@ -203,6 +204,12 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         for site in self.sites:
             site.finish_step(self._step.row)
 
+    def unlocated(self, batch: int, example_offsets: Tensor | None = None) -> bool | None:
+        """Whether a batch is packed, where the examples of its kind are still to be located; None
+        where they are known. Arguments as of ``step``."""
+        packed = example_offsets is not None
+        return packed if batch > 1 and packed not in self._located else None
+
     def locate(
         self,
         forward: Callable[[Mapping[Any, Any]], object],
@@ -274,8 +281,10 @@ class Tap(AbstractContextManager["Tap"], state.Record):
 
         with quiet(self._model):
             found = locate(changes, influence, batch, example_offsets)
+        packed = example_offsets is not None
+        self._located.add(packed)
         for (listener, use), place in found.items():
-            listener.layouts[example_offsets is not None, use] = place
+            listener.layouts[packed, use] = place
 
     def _locate_from_call(self) -> None:
         """From the call of the outermost module that the step's forward began with."""

@@ -28,13 +28,7 @@ from beft_ext.models.offload import device_of
 from beft_ext.models.wrappers import sharded
 from beft_ext.selection.contenders import Contender, rates_around
 from beft_ext.selection.racers import Audition, AuditionError, NoRaceError, Racer, Rung, paired
-from beft_ext.training.loss import (
-    Batch,
-    Loss,
-    model_loss,
-    on_device,
-    rows_of,
-)
+from beft_ext.training.loss import Batch, Loss, model_loss, on_device, rows_of
 from beft_ext.training.observed import model_observe
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.steps import EagerStep
@@ -42,6 +36,8 @@ from beft_ext.training.tuning import Recipe
 
 Losses = Callable[[nn.Module, Batch], Tensor]
 Entry = tuple[str, float]
+Split = tuple[list[int], list[int]]  # rows that train, and rows that judge
+Tick = Callable[[], object]  # called after each step
 
 FOLDED = 500
 HALVES, FIFTHS = 2, 5
@@ -244,7 +240,7 @@ class _Track:
         contenders: Mapping[str, Contender],
         entries: Sequence[Entry],
         rung: Rung,
-        tick: Callable[[], object],
+        tick: Tick,
     ) -> dict[Entry, Tensor | str]:
         """The held-out losses of each racer, float64, or why it has none.
 
@@ -262,7 +258,7 @@ class _Track:
         contenders: Mapping[str, Contender],
         entries: Sequence[Entry],
         rung: Rung,
-        tick: Callable[[], object],
+        tick: Tick,
     ) -> dict[Entry, Tensor | str]:
         found: dict[Entry, Tensor | str] = {}
         for name, contender in contenders.items():
@@ -273,39 +269,20 @@ class _Track:
                 start = _Start(model, name)
                 for rate in rates:
                     try:
-                        parts = [
-                            self._fold(model, start, rate, rung, split, tick)
-                            for split in self.splits
-                        ]
+                        parts = [self._fold(start, rate, rung, s, tick) for s in self.splits]
                         found[name, rate] = torch.cat(parts)
                     except _Diverged as reason:
                         found[name, rate] = str(reason)
         return found
 
-    def _fold(
-        self,
-        model: nn.Module,
-        start: _Start,
-        rate: float,
-        rung: Rung,
-        split: tuple[list[int], list[int]],
-        tick: Callable[[], object],
-    ) -> Tensor:
+    def _fold(self, start: _Start, rate: float, rung: Rung, split: Split, tick: Tick) -> Tensor:
         start.again()
         torch.manual_seed(self.seed)
-        self._train(model, start.device, rate, rung.steps, split[0], tick)
-        return self._judge(model, start.device, _first(split[1], rung.share))
+        self._train(start, rate, rung.steps, split[0], tick)
+        return self._judge(start, _first(split[1], rung.share))
 
-    def _train(
-        self,
-        model: nn.Module,
-        device: torch.device,
-        rate: float,
-        steps: int,
-        rows: list[int],
-        tick: Callable[[], object],
-    ) -> None:
-        recipe = self.recipe
+    def _train(self, start: _Start, rate: float, steps: int, rows: list[int], tick: Tick) -> None:
+        recipe, model = self.recipe, start.model
         optimizer = BiasAdamW(
             model, lr=rate, weight_decay=recipe.weight_decay, max_grad_norm=recipe.max_grad_norm
         )
@@ -313,7 +290,7 @@ class _Track:
         model.train()
         for number, batch in enumerate(islice(self._batches(rows), steps)):
             factor = rate_factor(number, steps, recipe.warmup, recipe.decay)
-            loss, norm = step(on_device(batch, device), rate * factor)
+            loss, norm = step(on_device(batch, start.device), rate * factor)
             self.epochs += rows_of(batch) / len(self.batches.rows)
             tick()
             for what, value in (("loss", loss), ("gradient", norm)):
@@ -326,13 +303,13 @@ class _Track:
             yield from part
 
     @torch.no_grad()
-    def _judge(self, model: nn.Module, device: torch.device, rows: list[int]) -> Tensor:
+    def _judge(self, start: _Start, rows: list[int]) -> Tensor:
         part = self.batches.part(rows)
         found = torch.empty(len(rows), dtype=torch.float64)
-        model.eval()
+        start.model.eval()
         for places, batch in zip(part.plan(), part, strict=True):
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.recipe.bf16):
-                losses = self.losses(model, on_device(batch, device))
+            with torch.autocast(start.device.type, torch.bfloat16, enabled=self.recipe.bf16):
+                losses = self.losses(start.model, on_device(batch, start.device))
             if losses.shape != (len(places),):
                 raise AuditionError(
                     f"losses gave the shape {tuple(losses.shape)} for {len(places)} examples: "
@@ -357,7 +334,7 @@ class _Start:
                 f"contender '{name}' is sharded, and racers are divided among the processes, each "
                 "with a whole model: give the rate, or race a smaller model"
             )
-        self.device = device_of(model)
+        self.model, self.device = model, device_of(model)
         self.values = [(t, t.detach().clone()) for t in (*trained, *model.buffers())]
 
     @torch.no_grad()
@@ -370,8 +347,8 @@ def _first(rows: list[int], share: float) -> list[int]:
     return rows[: math.ceil(share * len(rows))]
 
 
-def _splits(rows: Sequence[Any], seed: int) -> list[tuple[list[int], list[int]]]:
-    """Rows that train and rows that judge, for each fold; those of a group never part."""
+def _splits(rows: Sequence[Any], seed: int) -> list[Split]:
+    """For each fold; rows of a group never part."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
     folds, parts = (HALVES, HALVES) if len(order) <= FOLDED else (1, FIFTHS)

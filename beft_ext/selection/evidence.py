@@ -21,10 +21,10 @@ from beft_ext.models import Bias
 from beft_ext.models.offload import device_of
 from beft_ext.parallel import Ranks
 from beft_ext.selection.equations import Equations, joined, number_of
+from beft_ext.selection.examples import Examples, apart, number_of_examples
 from beft_ext.selection.head_rows import HeadRows
 from beft_ext.tap import Tap
-from beft_ext.training.counted import try_on, untried
-from beft_ext.training.lockstep import Lockstep, Want
+from beft_ext.training.lockstep import Lockstep
 from beft_ext.training.loss import Batch, first_rows, offsets_of, on_device, rows_of
 from beft_ext.training.observed import Observed
 from beft_ext.training.parts import parts_of
@@ -111,7 +111,6 @@ class Collector:
     owners: list[int] = field(default_factory=list)
     asked: list[Equations] = field(default_factory=list)
     keys: list[tuple[object, object]] = field(default_factory=list)
-    located: set[bool] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.biases = [bias for bias, _ in self.tap.leaves()]
@@ -119,7 +118,7 @@ class Collector:
         kind, self.columns = fitting(self.biases, share, self.memory)
         self.tap.keep_rows(share, self.columns, self.seed, kind)
         self.heads = HeadRows.all_of(self.model)
-        self.lockstep = Lockstep(self.model, self.ranks)
+        self.lockstep = Lockstep(self.model, self.ranks, examples=self._locate)
 
     @contextmanager
     def listening(self) -> Iterator[None]:
@@ -134,7 +133,7 @@ class Collector:
         """Read until there are ``count`` examples; False where the batches ran out before."""
         while self.total < count:
             batch = next(batches, None)
-            sizes = self.ranks.gather(None if batch is None else _examples(batch))
+            sizes = self.ranks.gather(None if batch is None else number_of_examples(batch))
             if all(size is None for size in sizes):
                 return False
             left = self.examples - self.total
@@ -160,77 +159,49 @@ class Collector:
             )
         if offsets is None and size:
             inputs = first_rows(inputs, size)
-        self._settle(inputs, size, offsets)
+        self.tap.rest()
+        self.lockstep.settle(inputs, examples=self.tap.unlocated(size, offsets))
         if size == 0:
             return self._along()
         groups: Sequence[object] = [None] * size if own is None else own
         for part in parts_of(inputs, self.parts):
             count = size if offsets is not None else rows_of(part)
-            self._read_part(part, count, first, offsets, groups)
+            self._read_part(Examples(part, count, first, offsets), groups)
             first, groups = first + count, groups[count:]
 
-    def _read_part(
-        self,
-        inputs: Batch,
-        size: int,
-        first: int,
-        offsets: Tensor | None,
-        groups: Sequence[object],
-    ) -> None:
-        self._locate(inputs, size, offsets)
-        keys = _keys(inputs, size, offsets)
+    def _read_part(self, part: Examples, groups: Sequence[object]) -> None:
+        if self.tap.unlocated(part.size, part.offsets) is not None:
+            self._locate(part.inputs)
         done, number = 0, 1
         while done < number:
-            number = self._differentiate(inputs, size, offsets, first, keys, done)
-            self.keys += zip(keys, groups, strict=False)
+            number = self._differentiate(part, done)
+            self.keys += zip(part.keys, groups, strict=False)
             done += 1
 
-    def _differentiate(
-        self,
-        inputs: Batch,
-        size: int,
-        offsets: Tensor | None,
-        first: int,
-        keys: Sequence[object],
-        which: int,
-    ) -> int:
+    def _differentiate(self, part: Examples, which: int) -> int:
         """Keep the rows of one equation of each example; how many of them an example has."""
-        self.tap.step(size, 1.0, offsets, row=self.rows)
+        size = part.size
+        self.tap.step(size, 1.0, part.offsets, row=self.rows)
         for head in self.heads:
-            head.batch = size if offsets is None else 0
+            head.batch = size if part.offsets is None else 0
         with torch.enable_grad():
-            seen = self.observe(self.model, inputs)
+            seen = self.observe(self.model, part.inputs)
             if len(seen.losses) != size:
                 raise GainError(f"a batch of {size} examples has {len(seen.losses)} losses")
-            _require_finite_of(first, "loss", seen.losses)
-            asked = Equations.of(seen, keys, self.seed, which)
-            _require_finite_of(first, "output", asked.output)
+            part.require_finite("loss", seen.losses)
+            asked = Equations.of(seen, part.keys, self.seed, which)
+            part.require_finite("output", asked.output)
         self.lockstep.begin_backward()
         asked.output.sum().backward()
         for _, leaf in self.tap.leaves():
             leaf.grad = None
         self.rows += size
         self.asked.append(asked.kept())
-        self.owners += range(first, first + size)
+        self.owners += range(part.first, part.first + size)
         return number_of(seen)
-
-    def _settle(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
-        """Find out of a sharded model, with the other ranks, what this rank's batch calls for."""
-        wants: list[Want] = [("output", None)] if untried(self.model) else []
-        if size > 1 and (offsets is not None) not in self.located:
-            wants.append(("examples", offsets is not None))
-        self.lockstep.settle(inputs, wants, self._find_out)
-
-    def _find_out(self, what: str, batch: Batch) -> None:
-        inputs = on_device(batch, device_of(self.model))
-        if what == "output":
-            try_on(self.model, inputs)
-        else:
-            self._locate(inputs, _examples(inputs), offsets_of(inputs))
 
     def _along(self) -> None:
         """A step in which others have rows."""
-        self.tap.rest()
         for head in self.heads:
             head.batch = 0
         leaves = [leaf for _, leaf in self.tap.leaves()]
@@ -239,14 +210,13 @@ class Collector:
 
     def _losses(self, batch: Batch) -> Tensor:
         with torch.enable_grad():
-            return self.observe(self.model, on_device(batch, device_of(self.model))).losses.sum()
+            return self.observe(self.model, batch).losses.sum()
 
-    def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
-        self.tap.rest()
-        packed = offsets is not None
-        if size > 1 and packed not in self.located:
-            self.located.add(packed)
-            self.tap.locate(lambda given: self.observe(self.model, given), inputs, size, offsets)
+    def _locate(self, inputs: Batch) -> None:
+        def run(given: Batch) -> Observed:
+            return self.observe(self.model, given)
+
+        self.tap.locate(run, inputs, number_of_examples(inputs), offsets_of(inputs))
 
     def evidence(self) -> Evidence:
         """Of what was read so far. Raises GainError where no gain can be told from it."""
@@ -310,25 +280,6 @@ class Collector:
         return torch.cat([(rows @ other.T).double().cpu() for other in self.ranks.rows(rows)], 1)
 
 
-def apart(batch: Batch, groups: str | None) -> tuple[Batch, list[object] | None]:
-    """What the model is given, and what each example belongs to, where ``groups`` is a key of the
-    batch that says it. Raises GainError where the batch lacks it."""
-    if groups is None or not batch:
-        return batch, None
-    if groups not in batch:
-        raise GainError(f"the batches have no '{groups}', which says what belongs together")
-    values = batch[groups]
-    own: list[object] = values.tolist() if isinstance(values, Tensor) else list(values)
-    return {k: v for k, v in batch.items() if k != groups}, own
-
-
-def _require_finite_of(first: int, what: str, values: Tensor) -> None:
-    """first: number of the first example."""
-    if not bool(values.isfinite().all()):
-        at = first + int((~values.isfinite()).nonzero()[0])
-        raise GainError(f"the {what} of example {at} is not finite: check the data")
-
-
 def _require_finite(squares: Tensor, bias: Bias, numbers: Tensor) -> None:
     """squares: sums of squares of the gradients of the examples that have these numbers."""
     if not bool(squares.isfinite().all()):
@@ -337,14 +288,6 @@ def _require_finite(squares: Tensor, bias: Bias, numbers: Tensor) -> None:
             f"the gradient of example {at} is not finite at '{bias.name}': check that row, or "
             "load the model in a wider dtype"
         )
-
-
-def _examples(batch: Batch) -> int:
-    """How many examples a batch has; an empty one is a step without any on this rank."""
-    offsets = offsets_of(batch) if batch else None
-    if offsets is not None:
-        return len(offsets) - 1
-    return rows_of(batch) if batch else 0
 
 
 def fitting(
@@ -377,25 +320,3 @@ def fitting(
             f"{memory / 2**20:.0f} MiB are allowed: read fewer examples or allow more memory"
         )
     return torch.int8, low
-
-
-def _keys(inputs: Batch, size: int, offsets: Tensor | None) -> list[object]:
-    """What tells examples apart: their tokens, padding left out, or all that they are."""
-    ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
-    if isinstance(ids, Tensor) and offsets is not None:
-        flat, ends = ids.flatten(), offsets.tolist()
-        return [_bytes(flat[a:b]) for a, b in itertools.pairwise(ends)]
-    if isinstance(ids, Tensor) and len(ids) == size:
-        if isinstance(mask, Tensor) and mask.shape == ids.shape:
-            return [_bytes(row[own.bool()]) for row, own in zip(ids, mask, strict=True)]
-        return [_bytes(row) for row in ids]
-    tensors = [v for k, v in inputs.items() if k != "labels" and _has_rows(v, size)]
-    return [tuple(_bytes(t[i]) for t in tensors) for i in range(size)]
-
-
-def _has_rows(value: object, size: int) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0 and len(value) == size
-
-
-def _bytes(values: Tensor) -> bytes:
-    return values.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()

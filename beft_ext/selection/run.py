@@ -17,10 +17,9 @@ from beft_ext.models.wrappers import class_of, is_shard, reshard, sharded
 from beft_ext.parallel import Ranks, here
 from beft_ext.selection.result import SelectionError
 from beft_ext.tap import Tap
-from beft_ext.training.counted import try_on, untried
 from beft_ext.training.data import digest_of
 from beft_ext.training.joined import NOTHING, Share, averaged, side_by_side
-from beft_ext.training.lockstep import Lockstep, Want
+from beft_ext.training.lockstep import Lockstep
 from beft_ext.training.loss import (
     Batch,
     Divisor,
@@ -182,8 +181,8 @@ class Run:
             if p.ndim == 1 and p.is_floating_point() and not is_shard(p)
         ]
         self.divisor = Divisor(loss, list(dict.fromkeys([*head, *vectors])))
-        self.located: set[bool] = set()  # whether examples were located in packed batches or not
-        self.lockstep = Lockstep(model, self.ranks)
+        measured = partial(self.divisor.measured, model)
+        self.lockstep = Lockstep(model, self.ranks, divisor=measured, examples=self._locate)
 
     def train(self, loader: Iterable[Batch], progress: bool) -> list[float]:
         """The loss of each step."""
@@ -230,14 +229,15 @@ class Run:
         """Of this rank's batch, which may be empty: its gradients, and what they are a mean of."""
         inputs, share = on_device(batch, device_of(self.model)), NOTHING
         self.tap.rest()  # measuring a divisor takes backwards that are no example's
-        self._settle(inputs, offsets_of(inputs))
+        unknown = self.divisor.unknown(inputs)
+        self.lockstep.settle(inputs, divisor=unknown, examples=self._unlocated(inputs))
         if inputs:
             measure = self.divisor.measure(self.model, inputs)
             work = partial(self._backward_of, measure)
             parts = parts_of(inputs, self.parts)
             share = in_parts(parts, work, self._trained(), measure is items_given)
         if share is NOTHING:
-            self.lockstep.along(self._loss_of, self._trained())
+            self.lockstep.along(lambda given: scalar(self.loss(self.model, given)), self._trained())
         return share
 
     def _backward_of(self, measure: Measure | None, inputs: Batch, unit: float | None) -> Share:
@@ -247,7 +247,8 @@ class Run:
         self.examples += size
         if scale == 0 and (self.ranks.size > 1 or self.parts > 1):  # no label: a mean over none
             return NOTHING
-        self._locate(inputs, size, offsets)
+        if self.tap.unlocated(size, offsets) is not None:
+            self._locate(inputs)
         self.tap.step(size, example_offsets=offsets)
         value = self.loss(self.model, inputs)
         if scale is None:
@@ -260,41 +261,21 @@ class Run:
         (loss if unit is None else loss * (scale / unit)).backward()
         return Share(number, scale, measure is one)
 
-    def _loss_of(self, batch: Batch) -> Tensor:
-        return scalar(self.loss(self.model, on_device(batch, device_of(self.model))))
+    def _unlocated(self, inputs: Batch) -> bool | None:
+        offsets = offsets_of(inputs)
+        return self.tap.unlocated(examples_of(inputs, offsets), offsets) if inputs else None
 
-    def _settle(self, inputs: Batch, offsets: Tensor | None) -> None:
-        """Find out of a sharded model, with the other ranks, what the step must know."""
-        wants: list[Want] = [("output", None)] if untried(self.model) else []
-        if (kind := self.divisor.unknown(inputs)) is not None:
-            wants.append(("divisor", kind))
-        packed = offsets is not None
-        if inputs and packed not in self.located and examples_of(inputs, offsets) > 1:
-            wants.append(("examples", packed))
-        self.lockstep.settle(inputs, wants, self._find_out)
-
-    def _find_out(self, what: str, batch: Batch) -> None:
-        inputs = on_device(batch, device_of(self.model))
-        if what == "output":
-            try_on(self.model, inputs)
-        elif what == "divisor":
-            self.divisor.measured(self.model, inputs)
-        else:
-            offsets = offsets_of(inputs)
-            self._locate(inputs, examples_of(inputs, offsets), offsets)
+    def _locate(self, inputs: Batch) -> None:
+        """Find where the examples lie, by the first batch of several."""
+        offsets = offsets_of(inputs)
+        size = examples_of(inputs, offsets)
+        self.tap.locate(lambda given: self.loss(self.model, given), inputs, size, offsets)
 
     def counted(self) -> tuple[int, dict[Bias, tuple[Tensor, Tensor]]]:
         """The number of examples of all ranks, and the statistics of their gradients."""
         found = self.tap.statistics()
         self.ranks.sum([t for pair in found.values() for t in pair])
         return sum(self.ranks.gather(self.examples)), found
-
-    def _locate(self, inputs: Batch, size: int, offsets: Tensor | None) -> None:
-        """Find where the examples lie, by the first batch of several."""
-        packed = offsets is not None
-        if size > 1 and packed not in self.located:
-            self.located.add(packed)
-            self.tap.locate(lambda given: self.loss(self.model, given), inputs, size, offsets)
 
     def _stop_unless(self, fine: bool, what: str) -> None:
         if not fine:

@@ -74,7 +74,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: L
         for batch in batches:
             lockstep.settle(batch)
             if not batch:
-                lockstep.along(lambda given: scalar(value_of(given)), ())
+                lockstep.along(lambda given: scalar(loss(model, given)), ())
                 continue
             value = value_of(batch)
             if isinstance(value, tuple):

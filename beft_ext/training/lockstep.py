@@ -8,17 +8,18 @@ something else, all raise that, and nobody waits within torch's own exchanges.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from beft_ext.models.offload import device_of
 from beft_ext.models.wrappers import inside, recover, sharded
 from beft_ext.parallel import BACKWARD, FORWARD, Ranks
+from beft_ext.training.counted import try_on, untried
 from beft_ext.training.loss import Batch, on_device
-
-Want = tuple[str, Hashable]  # what is to be found out, and of which kind of batches
 
 
 @contextmanager
@@ -41,41 +42,47 @@ def in_step(model: nn.Module, ranks: Ranks) -> Iterator[None]:
 class Lockstep:
     """What a rank of a sharded model does beside its own batches.
 
+    Args:
+        finding: by name, what finds something out of the model by running it on a batch.
     Attributes:
         needed: whether there are others that depend on it.
         spare: a batch that some rank had, for a rank that has none.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks) -> None:
-        self.ranks, self.needed = ranks, ranks.size > 1 and sharded(model)
-        self.spare: Batch = {}
-
-    def settle(
-        self,
-        batch: Batch,
-        wants: Sequence[Want] = (),
-        find_out: Callable[[str, Batch], object] = lambda *_: None,
+    def __init__(
+        self, model: nn.Module, ranks: Ranks, **finding: Callable[[Batch], object]
     ) -> None:
-        """Before a step: find out what any rank must.
+        self.model, self.ranks = model, ranks
+        self.needed = ranks.size > 1 and sharded(model)
+        self.spare: Batch = {}
+        self.finding = {"output": partial(try_on, model), **finding}
+
+    def settle(self, batch: Batch, **unknown: Hashable) -> None:
+        """Before a step: find out what any rank must, by the batch of the first that must.
 
         Args:
             batch: this rank's next; empty where it has none.
-            wants: what this rank must find out by it.
-            find_out: takes the name of what is wanted, and the batch of the first rank that must.
+            unknown: by name, the kind of this batch, where something is to be found out of such
+                batches; else None.
         """
         if not self.needed:
             return
+        unknown = {"output": untried(self.model) or None, **unknown}
+        wants = [(what, kind) for what, kind in unknown.items() if kind is not None]
         mine = None
         if batch and (wants or not self.spare):
-            mine = list(wants), on_device(batch, torch.device("cpu"))
-        settled: set[Want] = set()
+            mine = wants, on_device(batch, torch.device("cpu"))
+        settled = set()
         for told in self.ranks.gather(mine):
             wanted, theirs = told or ((), {})
             self.spare = self.spare or theirs
             for want in wanted:
                 if want not in settled:
                     settled.add(want)
-                    find_out(want[0], theirs)
+                    self.finding[want[0]](self._here(theirs))
+
+    def _here(self, batch: Batch) -> Batch:
+        return on_device(batch, device_of(self.model))
 
     def begin_backward(self) -> None:
         """Before the backward of a step."""
@@ -86,7 +93,7 @@ class Lockstep:
         """The forward and backward of a step without rows; ``trained`` get no gradient of it."""
         if not self.needed:
             return
-        value = run(self.spare)
+        value = run(self._here(self.spare))
         if value.requires_grad:
             self.begin_backward()
             value.backward()

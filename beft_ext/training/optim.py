@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -15,13 +13,10 @@ from beft_ext.models.wrappers import sharded, whole
 from beft_ext.training.drift import Watch
 from beft_ext.training.flat import BiasScore, Entry, Flat, OptimizerError, Work, form_of
 from beft_ext.training.joined import Averaging
+from beft_ext.training.optim_state import check_settings, checked_state, number
 from beft_ext.training.preparation import prepared_of
 
 __all__ = ["BiasAdamW", "BiasScore", "OptimizerError", "rate_factor"]
-
-SETTINGS = ("lr", "betas", "eps", "weight_decay")  # of a group, in every AdamW's state
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # of a parameter, in every AdamW's state
-OWN = ("initial", "master")  # of a parameter, in a BiasAdamW's state
 
 
 class BiasAdamW(torch.optim.Optimizer):
@@ -79,7 +74,7 @@ class BiasAdamW(torch.optim.Optimizer):
         differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        self.max_grad_norm = _number("max_grad_norm", max_grad_norm)
+        self.max_grad_norm = number("max_grad_norm", max_grad_norm)
         self.grad_norm = torch.zeros((), dtype=torch.float32, device="cpu")
         self._slices: dict[Tensor, list[Bias]] = {}
         self._flats: list[Flat] = []
@@ -96,11 +91,11 @@ class BiasAdamW(torch.optim.Optimizer):
             "differentiable": differentiable,
             "fused": fused,
         }
-        _check_settings(defaults)
+        check_settings(defaults)
         named = self._of_model(params) if isinstance(params, nn.Module) else params
         super().__init__(named, defaults)
         for group in self.param_groups:
-            _check_settings(group)
+            check_settings(group)
         self._build()
 
     def _of_model(self, model: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -132,7 +127,7 @@ class BiasAdamW(torch.optim.Optimizer):
         super().add_param_group(param_group)
         if self._flats:
             try:
-                _check_settings(self.param_groups[-1])
+                check_settings(self.param_groups[-1])
                 self._build()
             except OptimizerError:
                 del self.param_groups[-1]
@@ -232,7 +227,7 @@ class BiasAdamW(torch.optim.Optimizer):
                 torch.as_tensor(g["lr"], dtype=torch.float32).view(()) for g in self.param_groups
             ]
         for group in self.param_groups:
-            lr = 0.0 if rates is not None else _number("the learning rate", group["lr"])
+            lr = 0.0 if rates is not None else number("the learning rate", group["lr"])
             beta1, beta2 = map(float, group["betas"])
             sign = -1.0 if group["maximize"] else 1.0
             groups += (lr, beta1, beta2, float(group["eps"]), float(group["weight_decay"]), sign)
@@ -261,7 +256,7 @@ class BiasAdamW(torch.optim.Optimizer):
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
-        groups, pairs = _checked_state(self.param_groups, state_dict)
+        groups, pairs = checked_state(self.param_groups, state_dict)
         for flat in self._flats:
             for i in flat.changes():
                 self.state.pop(flat.params[i], None)
@@ -325,89 +320,3 @@ def _global_norm(work: list[Work], scale: Tensor | None) -> Tensor:
 
 def _norm_of(norms: list[Tensor]) -> Tensor:
     return torch.stack([n.to(norms[0].device, torch.float32) for n in norms]).norm()
-
-
-def _number(name: str, value: Any, below: float = math.inf) -> float:
-    """``value`` as a float. Raises OptimizerError unless it is one, in [0, below)."""
-    try:
-        number = float(value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise OptimizerError(f"{name} must be one number, but is {value!r}") from error
-    if not 0 <= number < below:
-        limit = "finite and not negative" if below == math.inf else f"in [0, {below:g})"
-        raise OptimizerError(f"{name} must be {limit}, but is {number}")
-    return number
-
-
-def _check_settings(group: Mapping[str, Any]) -> None:
-    for name in ("amsgrad", "differentiable"):
-        if group.get(name):
-            raise OptimizerError(f"{name}=True is not possible with BiasAdamW: leave it out")
-    if group.get("foreach") and group.get("fused"):
-        raise OptimizerError("foreach and fused cannot both be True: leave them out")
-    _number("the learning rate", group["lr"])
-    _number("eps", group["eps"])
-    _number("weight_decay", group["weight_decay"])
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise OptimizerError(f"betas must be two numbers, but are {betas!r}")
-    for beta in betas:
-        _number("betas", beta, below=1)
-
-
-def _checked_state(
-    own: list[dict[str, Any]], state_dict: Mapping[str, Any]
-) -> tuple[list[dict[str, Any]], list[tuple[Tensor, Mapping[str, Any]]]]:
-    """A copy of the groups' settings, and the values of each parameter, from ``state_dict``.
-
-    Raises OptimizerError where the state does not fit.
-    """
-    try:
-        saved = [dict(group) for group in state_dict["param_groups"]]
-        numbers = [list(group.pop("params")) for group in saved]
-        values = dict(state_dict["state"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise OptimizerError(
-            "this is no optimizer's state: it lacks 'param_groups' or 'state'"
-        ) from error
-    if [len(g["params"]) for g in own] != [len(n) for n in numbers]:
-        raise OptimizerError("the state's parameter groups are not those of this optimizer")
-    for group, settings in zip(own, saved, strict=True):
-        for name in SETTINGS:
-            if name not in settings:
-                raise OptimizerError(f"this is another optimizer's state: its groups lack '{name}'")
-        if settings.get("decoupled_weight_decay") is False and settings["weight_decay"]:
-            raise OptimizerError("this is Adam's state, whose weight decay is not decoupled")
-        _check_settings({**group, **settings})
-        settings.pop("param_names", None)  # scores keep this optimizer's names
-    params = [p for group in own for p in group["params"]]
-    pairs = [
-        (p, values.get(i, {})) for p, i in zip(params, (i for n in numbers for i in n), strict=True)
-    ]
-    for p, found in pairs:
-        _check_values(p, found)
-    return copy.deepcopy(saved), pairs
-
-
-def _check_values(p: Tensor, values: Any) -> None:
-    if not isinstance(values, Mapping):
-        raise OptimizerError(f"the state holds {type(values).__name__} in place of a dictionary")
-    if strange := set(values) - {*MOMENTS, *OWN}:
-        raise OptimizerError(f"this is another optimizer's state: it holds '{min(strange)}'")
-    if values and (missing := set(MOMENTS) - set(values)):
-        raise OptimizerError(f"this is another optimizer's state: it lacks '{min(missing)}'")
-    for key, value in values.items():
-        if key == "step":
-            if not _number("the state's step", value).is_integer():
-                raise OptimizerError(f"the state's step must be a whole number, but is {value}")
-            continue
-        if not isinstance(value, Tensor) or value.shape != p.shape:
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise OptimizerError(
-                f"the state is of another model: {key} has shape {found}, the parameter "
-                f"{tuple(p.shape)}"
-            )
-        if not value.is_floating_point() or not bool(value.isfinite().all()):
-            raise OptimizerError(f"the state holds a number in {key} that is not finite")
-        if key == "exp_avg_sq" and bool((value < 0).any()):
-            raise OptimizerError("the state holds a mean of squares (exp_avg_sq) below zero")

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from beft_ext.errors import BeftError, BeftWarning
-from beft_ext.models.offload import device_of
 from beft_ext.ops import dispatch
 from beft_ext.parallel import Ranks
-from beft_ext.training.counted import try_on, untried
 from beft_ext.training.joined import NOTHING, Share, averaged
-from beft_ext.training.lockstep import Lockstep, Want
+from beft_ext.training.lockstep import Lockstep
 from beft_ext.training.loss import (
     Batch,
     Divisor,
@@ -34,7 +32,6 @@ from beft_ext.training.loss import (
     items_given,
     model_loss,
     offsets_of,
-    on_device,
     one,
     scalar,
 )
@@ -178,7 +175,7 @@ class JoinedStep(EagerStep):
     ) -> None:
         super().__init__(model, optimizer, loss, bf16, parts)
         self.ranks = ranks
-        self.lockstep = Lockstep(model, ranks)
+        self.lockstep = Lockstep(model, ranks, divisor=partial(self.divisor.measured, model))
         self.divisible = not self.lockstep.needed  # the others would be left behind
 
     def work(self, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -189,30 +186,15 @@ class JoinedStep(EagerStep):
 
     def _own(self, batch: Mapping[str, Tensor]) -> Share:
         """This rank's gradients; an empty batch has none."""
-        wants: list[Want] = [("output", None)] if untried(self.model) else []
-        if (kind := self.divisor.unknown(batch)) is not None:
-            wants.append(("divisor", kind))
-        self.lockstep.settle(batch, wants, self._find_out)
+        self.lockstep.settle(batch, divisor=self.divisor.unknown(batch))
         share = self.fitted(batch, self._shares) if batch else NOTHING
         if share is NOTHING:
-            self.lockstep.along(
-                lambda given: scalar(self._forward(self._here(given))), self.trained
-            )
+            self.lockstep.along(lambda given: scalar(self._forward(given)), self.trained)
         return share
 
     def _backward(self, loss: Tensor) -> None:
         self.lockstep.begin_backward()
         loss.backward()
-
-    def _find_out(self, what: str, batch: Batch) -> None:
-        """Of a sharded model, with the other ranks."""
-        if what == "output":
-            try_on(self.model, self._here(batch))
-        else:
-            self.divisor.measured(self.model, self._here(batch))
-
-    def _here(self, batch: Batch) -> Batch:
-        return on_device(batch, device_of(self.model))
 
 
 class GraphedStep(EagerStep):

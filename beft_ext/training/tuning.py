@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from beft_ext import parallel
 from beft_ext.errors import BeftWarning
-from beft_ext.files import JsonObject, digest, save_tensors, sweep, whole_file
+from beft_ext.files import JsonObject, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
 from beft_ext.models.modes import cuda_devices, repeatable
 from beft_ext.models.offload import device_of, is_offloaded
+from beft_ext.training.checkpoint import machine, model_digest, read_checkpoint
 from beft_ext.training.data import Batch, Passes, digest_of, generators, length_of
 from beft_ext.training.evaluation import Evaluation, Judge
-from beft_ext.training.identity import machine, model_digest
 from beft_ext.training.joined import require_apart, side_by_side
 from beft_ext.training.lockstep import in_step
 from beft_ext.training.loss import Loss, model_loss
@@ -333,7 +333,7 @@ class _TuningRun:
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint; all is checked before the model changes."""
-        tensors, identity, before, record = _read(path)
+        tensors, identity, before, record = read_checkpoint(path)
         for key, value in self.identity.items():
             if identity.get(key) != value:
                 what = "" if key == "model" else f" is {identity.get(key)}, here it is {value}"
@@ -398,19 +398,3 @@ class _TuningRun:
 def _of_rank(rank: int) -> str:
     """Before the names of what a checkpoint holds of one rank."""
     return f"rank {rank}/" if rank else ""
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], JsonObject, JsonObject, JsonObject]:
-    """Tensors, run, machine and progress of a checkpoint whose bytes are those that were saved."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        if digest(path, TuningError) is None:
-            raise ValueError("it carries no digest")
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {k: file.get_tensor(k).clone() for k in file.keys()}  # noqa: SIM118
-        run, machine, progress = (json.loads(metadata[k]) for k in ("run", "machine", "progress"))
-        return tensors, run, machine, progress
-    except (SafetensorError, KeyError, ValueError, OSError) as error:
-        raise TuningError(f"{path} is no checkpoint of tune ({error}): start anew") from error

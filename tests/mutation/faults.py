@@ -92,7 +92,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("        start.again()\n", ""),
             ("        torch.manual_seed(self.seed)\n", ""),
             ("        model.train()\n", ""),
-            ("        model.eval()\n", ""),
+            ("        start.model.eval()\n", ""),
             ("found[places] = losses", "found[:] = losses"),
             ("key=lambda e: (means[e], e[1])", "key=lambda e: means[e]"),
             ("min(int(steps * 2**r), longest)", "int(steps * 2**r)"),
@@ -169,8 +169,21 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         ("selection/test_measuring.py",),
         [
             ("        self.rows += size\n", "        self.rows += size - 1\n"),
-            ("row[own.bool()]", "row"),
             ("            done += 1\n", "            done += 2\n"),
+        ],
+    ),
+    "beft_ext/selection/examples.py": (
+        ("selection/test_measuring.py",),
+        [
+            ("row[own.bool()]", "row"),
+            ("at = self.first + int(", "at = int("),
+        ],
+    ),
+    "beft_ext/selection/gain_result.py": (
+        ("selection/test_measuring.py",),
+        [
+            ("(2 * (top + 1 - bottom))", "(2 * (top - bottom))"),
+            ("min(lowest, *(first", "min(lowest, *(last"),
         ],
     ),
     "beft_ext/selection/equations.py": (
@@ -206,7 +219,14 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("                    del self.state[flat.params[i]]", "                    pass"),
             ("                if begun:", "                if False:"),
             ("            flat.scores.copy_(scores)", "            pass"),
-            ("        _number(\"betas\", beta, below=1)", "        _number(\"betas\", beta)"),
+        ],
+    ),
+    "beft_ext/training/optim_state.py": (
+        OPTIM,
+        [
+            ('        number("betas", beta, below=1)', '        number("betas", beta)'),
+            ('settings.pop("param_names", None)', "pass"),
+            ("bool((value < 0).any())", "False"),
         ],
     ),
     "beft_ext/training/flat.py": (
@@ -771,11 +791,6 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "if p.ndim == 2 and p.stride(1) == 1 and p.stride(0) >= p.shape[1]:",
         "if p.ndim == 2 and p.stride(1) == 1 and p.stride(0) >= p.shape[ 0]:",
     ): "says only whether a step goes through a copy, to the same numbers",
-    (
-        "beft_ext/training/tuning.py",
-        "best = max((h[self.metric] for h in state.history), default=-math.inf)",
-        "best = max((h[self.metric] for h in state.history), default=math.inf)",
-    ): "the first epoch is kept whatever it reaches",
 }
 
 

@@ -48,6 +48,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "training/loss": ("training/test_loss.py", "selection"),
     "training/observed": ("training/test_observed.py",),
     "training/optim": OPTIMIZER,
+    "training/optim_state": OPTIMIZER,
     "training/flat": OPTIMIZER,
     "training/preparation": ("training/test_preparation.py", "training/test_optim.py"),
     "training/tuning": ("training/test_tuning.py",),

@@ -173,6 +173,9 @@ def test_layers_and_sets_come_from_the_same_pass():
     sizes = [n for _, n, _ in found.frontier]
     assert sizes == sorted(sizes)
     assert all(n <= sum(found.elements.values()) for n in sizes)
+    times = [found.step_time(f"{term}value") for term in ("", "query@0-0+", "mlp_up@1-1+")]
+    assert times == [1, 1, 1]
+    assert found.step_time("value@1-1") == found.step_time("query@1-1+value@1-1") == 0.75
 
 
 def test_entries_with_layers_compete_each():
