@@ -121,9 +121,29 @@ class Gains:
             points = ", ".join(f"{n}: {g:.3f}" for n, g in self.curve.items())
             lines.append(f"'{self.best}' by number of examples: {points}")
         if self.frontier:
-            lines.append("sets, by number of parameters:")
-            lines += [f"{n:>12,}  {g:>6.3f}  {name}" for name, n, g in self.frontier]
+            lines.append("sets, by number of parameters, with gain and relative time of a step:")
+            lines += [
+                f"{n:>12,}  {g:>6.3f}  {self.step_time(name):>4.2f}  {name}"
+                for name, n, g in self.frontier
+            ]
         return "\n".join(lines)
+
+    def step_time(self, terms: str) -> float:
+        """About how long a training step takes, relative to one that trains the lowest layer.
+
+        A backward ends at the lowest layer that trains, and one that gives no gradients of weights
+        takes as long as the forward of the same layers.
+
+        Args:
+            terms: a set of ``frontier``.
+        """
+        every = [band for own in self.bands.values() for band in own]
+        bottom, top = min(first for first, _ in every), max(last for _, last in every)
+        lowest = top
+        for term in terms.split("+"):
+            own = self.bands.get(term) or [tuple(map(int, term.partition("@")[2].split("-")))]
+            lowest = min(lowest, *(first for first, _ in own))
+        return 1 - (lowest - bottom) / (2 * (top + 1 - bottom))
 
     def record(self) -> JsonObject:
         """For JSON; ``Gains.of`` reads it."""
