@@ -79,7 +79,7 @@ class Plan:
 
 
 ENCODER = Plan((1e-2, 3e-2), size=16, steps=80, epochs=3, most=1000)
-DECODER = Plan((1e-3, 1e-2), size=8, steps=32, epochs=2, most=200)
+DECODER = Plan((3e-4, 3e-3, 1e-2), size=8, steps=32, epochs=2, most=200)
 
 
 @dataclass(frozen=True)

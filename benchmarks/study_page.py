@@ -12,17 +12,19 @@ import study_sure
 from rivals import RIVALS
 from study import (
     CONTENDERS,
+    DECODER,
     ENCODER,
     HALVES,
     MINILM,
     RESULTS,
     SELECTING,
+    Plan,
     Record,
     finished,
     results,
 )
+from study_prior import LARGE
 from study_ways import (
-    LARGE,
     at_best_rate,
     by_size,
     chosen,
@@ -52,15 +54,17 @@ def page(records: Sequence[Record], draws: Sequence[Record]) -> str:
         "# Does the selection pick the right term?",
         "",
         f"Written by `benchmarks/study_page.py` from {len(records)} cells. In each, every living",
-        f"term trained alone with the head, at two rates ({_rates(ENCODER.rates)}), for",
-        f"{ENCODER.steps} steps of {ENCODER.size} examples or {ENCODER.epochs} epochs, whichever "
-        "is more. The last step's model",
-        f"is evaluated, on {ENCODER.most:,} validation rows at most. Cells:",
-        f"{'; '.join(_cells(records))}.",
+        "term trained alone, at each of a few rates; the last step's model is evaluated.",
+        "",
+        f"- Encoders, with a new head: {_plan(ENCODER)}.",
+        f"- Decoders, by a prompt: {_plan(DECODER)}.",
+        "",
+        *(f"- {cell}" for cell in _cells(records)),
         "",
         "```",
         "python benchmarks/study.py sst2:100 sst2:300 rte:300 --data DIR",
         "python benchmarks/study.py sentences:100 sentences:300",
+        "python benchmarks/study.py sst2:64 subj:64 --data DIR --model FOLDER --name NAME",
         "python benchmarks/study_sure.py sst2 subj trec --data DIR",
         "python benchmarks/study_fold.py --data DIR",
         "python benchmarks/study_page.py",
@@ -85,8 +89,12 @@ def page(records: Sequence[Record], draws: Sequence[Record]) -> str:
     return "\n".join(lines[:-1]) + "\n"
 
 
-def _rates(rates: Sequence[float]) -> str:
-    return ", ".join(f"{rate:g}" for rate in rates)
+def _plan(plan: Plan) -> str:
+    rates = ", ".join(f"{rate:g}" for rate in plan.rates)
+    return (
+        f"rates {rates}; {plan.steps} steps of {plan.size} examples or {plan.epochs} epochs, "
+        f"whichever is more; {plan.most:,} validation rows at most"
+    )
 
 
 def _cells(records: Sequence[Record]) -> list[str]:
@@ -134,10 +142,10 @@ def _picks(records: Sequence[Record]) -> list[str]:
 
 def _raced(records: Sequence[Record]) -> list[str]:
     lines = [
-        "`--lr auto` against the better of the two rates, named on the other half of the",
-        "validation rows, for the term with the largest gain; mean accuracy.",
+        "`--lr auto` against the best of the rates, named on the other half of the validation",
+        "rows, for the term with the largest gain; mean accuracy.",
         "",
-        _row("examples", "raced rate", "better of two", "lost, points", "raced rates"),
+        _row("examples", "raced rate", "best of the rates", "lost, points", "raced rates"),
         _row(*["---"] * 5),
     ]
     for size, own in by_size(records).items():
@@ -287,7 +295,7 @@ def _conclusion(records: Sequence[Record]) -> list[str]:
                 told.append(f"{name} {statistics.fmean(losses):.1f}")
         where = "Over all cells" if size == "all" else f"With {size} examples"
         said.append(f"- {where}, points lost: {', '.join(told)}.")
-    encoders = [r for r in records if "beft" in r["scores"]]
+    encoders = [r for r in records if r["scores"].get("beft")]
     by_beft = [picks["beft"](r)[0] for r in encoders]
     pair = sum(reached(r)["value"] >= reached(r)["query"] for r in encoders)
     said.append(
@@ -307,7 +315,7 @@ def _limits(records: Sequence[Record]) -> list[str]:
         "- A term's rate is named on validation rows, those that do not tell what is lost.",
         "- Half of sentences' validation rows are 100, of SST-2's 436, of Subj's 500, of TREC's",
         "  250, of RTE's 138: an accuracy of 0.8 has a standard error of 4.0, 1.9, 1.8, 2.5 and",
-        "  3.4 points.",
+        f"  3.4 points. Of a decoder's they are {DECODER.most // HALVES}.",
         "- RTE learns next to nothing here: its terms differ by chance.",
         *(
             ["- It is one encoder. No decoder is in the study."]

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from rivals import RIVALS
 from study import HALVES, Record
+from study_prior import LARGE
 
 from beft_ext.scores import SCORES
 from beft_ext.selection import Choice, Gains
 from beft_ext.selection.choice import PRIORS, Prior, weighed
 
 SPREAD = PRIORS["encoder"].spread
-LARGE = 300  # examples, at least, of the cells that a prior is fitted to
 Way = Callable[[Record], Sequence[str]]  # the term that is picked; of several, one by chance
 
 

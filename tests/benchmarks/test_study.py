@@ -86,7 +86,8 @@ def test_the_rate_of_a_term_is_named_by_the_other_half():
 
 
 def test_the_studys_prior_never_saw_the_task():
-    from study_ways import LARGE, prior_without
+    from study_prior import LARGE
+    from study_ways import prior_without
 
     def cell(task, size, model="m", **values):
         return {**PLACE, "model": model, "task": task, "size": size, "gain": {"values": values}}
