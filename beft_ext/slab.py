@@ -1,9 +1,9 @@
 """A slab: the gradients of single examples, kept row by row as backwards bring them.
 
-Rows that would not fit are kept as whole numbers of 16 or 8 bits, each with a scale: half or a
-quarter of the memory, and products of rows that are nearly the same. Where even that is too much, a
-sketch is kept of each bias: every element goes, with a random sign, into one of few columns.
-Products stay the same on average, and the slab itself never exists.
+Rows that would not fit are kept as whole numbers of 16, 8 or 4 bits, each with a scale: products of
+rows are nearly the same in a half, a quarter or an eighth of the memory. Where even that is too
+much, a sketch is kept of each bias: every element goes, with a random sign, into one of few
+columns. Products stay the same on average, and the slab itself never exists.
 Source: the count sketch, Charikar, Chen & Farach-Colton 2002.
 """
 
@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from beft_ext.models import Bias
 from beft_ext.ops import bias_example_grads
 
+TABLES = {16: torch.int16, 8: torch.int8, 4: torch.uint8}  # by bits; a byte holds two of 4
+
 
 class SiteSlab:
     """Rows of one parameter's gradients, for its biases.
@@ -27,7 +29,7 @@ class SiteSlab:
         examples: number of rows, N; more are made where they are needed.
         columns: width of a bias's sketch; a bias that is not wider is kept as it is.
         seed: of the sketches.
-        kind: of the whole numbers that rows, or their sketches, are kept as; None for their own
+        bits: of the whole numbers that rows, or their sketches, are kept as; None for their own
             dtype.
     """
 
@@ -38,14 +40,14 @@ class SiteSlab:
         examples: int,
         columns: int | None,
         seed: int,
-        kind: torch.dtype | None = None,
+        bits: int | None = None,
     ) -> None:
         self.whole: Tensor | None = None
         self.kept: dict[Bias, _Kept] = {}
-        if columns is None and kind is None:
+        if columns is None and bits is None:
             self.whole = like.new_zeros(examples, len(like))
         else:
-            self.kept = {b: _Kept(b, like, examples, columns, seed, kind) for b in biases}
+            self.kept = {b: _Kept(b, like, examples, columns, seed, bits) for b in biases}
 
     def take(self, row: int, dy: Tensor, offsets: Tensor | None, scale: float) -> Tensor:
         """Keep the gradients of a batch ``(B, T, H)``, or packed; returns their sum ``(P,)``.
@@ -88,26 +90,30 @@ class _Kept:
         examples: int,
         columns: int | None,
         seed: int,
-        kind: torch.dtype | None,
+        bits: int | None,
     ) -> None:
-        self.bias, self.dtype = bias, like.dtype
+        self.bias, self.dtype, self.bits = bias, like.dtype, bits
         folds = columns is not None and columns < bias.width
         self.fold = _Fold(bias, like, columns, seed) if columns and folds else None
-        width = columns if columns and folds else bias.width
+        self.width = columns if columns and folds else bias.width
+        kind = None if bits is None else TABLES[bits]
+        width = -(-self.width // 2) if bits == 4 else self.width
         self.table = like.new_zeros(examples, width, dtype=kind)
-        self.scales = None if kind is None else like.new_ones(examples, 1)
+        self.scales = None if bits is None else like.new_ones(examples, 1)
 
     def put(self, row: int, grads: Tensor) -> None:
         """Keep gradients of the whole parameter ``(B, P)``."""
         own, end = _columns(self.bias, grads).to(self.dtype), row + len(grads)
         if self.fold is not None:
             own = self.fold(own)
-        if self.scales is not None:
+        if self.scales is not None and self.bits is not None:
             # A row of zeros has any scale; what is not finite stays so by its scale.
-            scale = own.abs().amax(1, keepdim=True) / torch.iinfo(self.table.dtype).max
+            scale = own.abs().amax(1, keepdim=True) / (2 ** (self.bits - 1) - 1)
             own = (own / scale.where(scale > 0, 1)).nan_to_num().round()
             self.scales = _with_room(self.scales, end)
             self.scales[row:end] = scale
+            if self.bits == 4:
+                own = _paired(own)
         self.table = _with_room(self.table, end)
         self.table[row:end] = own.to(self.table.dtype)
 
@@ -115,7 +121,10 @@ class _Kept:
         """The first ``count`` rows."""
         if self.scales is None:
             return self.table[:count]
-        return self.table[:count].to(self.dtype) * self.scales[:count]
+        numbers = self.table[:count]
+        if self.bits == 4:
+            numbers = _apart(numbers)[:, : self.width]
+        return numbers.to(self.dtype) * self.scales[:count]
 
 
 class _Fold:
@@ -133,6 +142,17 @@ class _Fold:
     def __call__(self, rows: Tensor) -> Tensor:
         filled = nn.functional.pad(rows * self.sign, (0, self.beyond))[:, self.order]
         return filled.unflatten(1, (-1, self.columns)).sum(1)
+
+
+def _paired(numbers: Tensor) -> Tensor:
+    """Two numbers of -7 to 7 a byte, ``(B, H)`` to ``(B, (H + 1) // 2)``."""
+    even = nn.functional.pad(numbers + 8, (0, numbers.shape[1] % 2))
+    return even[:, ::2] + 16 * even[:, 1::2]
+
+
+def _apart(pairs: Tensor) -> Tensor:
+    """The numbers in ``pairs`` of ``_paired``; one more at the end where their count was odd."""
+    return torch.stack([pairs % 16, pairs // 16], 2).flatten(1).to(torch.int8) - 8
 
 
 def _with_room(rows: Tensor, count: int) -> Tensor:

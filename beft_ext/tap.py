@@ -125,7 +125,7 @@ class Tap(AbstractContextManager["Tap"], state.Record):
         examples: int,
         columns: int | None = None,
         seed: int = 0,
-        kind: torch.dtype | None = None,
+        bits: int | None = None,
     ) -> None:
         """Make a slab for the gradients of so many single examples.
 
@@ -133,10 +133,11 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             examples: rows of the slab, N.
             columns: fold each wider bias into so many columns; by default none.
             seed: of the folding.
-            kind: of the whole numbers that rows are kept as; by default in their own dtype.
+            bits: 16, 8 or 4, of the whole numbers that rows are kept as; by default rows are in
+                their own dtype.
         """
         for site in self.sites:
-            site.slab = SiteSlab(site.biases, site.grad_sum, examples, columns, seed, kind)
+            site.slab = SiteSlab(site.biases, site.grad_sum, examples, columns, seed, bits)
 
     def rows(self, bias: Bias, count: int) -> Tensor:
         """Gradients that ``keep_rows`` kept, ``(count, H)``, or their folds.

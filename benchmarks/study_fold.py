@@ -24,7 +24,7 @@ from beft_ext.selection import Gains
 
 RESULTS = CELLS.with_name("study-folded.jsonl")
 # What is kept with one of so many parts of the memory that whole gradients take.
-PARTS = {1.9: "16 bits", 3.8: "8 bits", 8: "8 bits, folded"}
+PARTS = {1.9: "16 bits", 3.8: "8 bits", 7.5: "4 bits", 16: "4 bits, folded"}
 
 
 def told(cell: Cell, memory: float) -> Gains:

@@ -268,7 +268,7 @@ the weights:
 | part | bytes |
 | --- | --- |
 | gains: rows of examples, on the GPU | `4 n P`, or `memory` ({size(MEMORY)}) where that is less: \
-16 or 8 bits, then folded |
+16, 8 or 4 bits, then folded |
 | gains: Gram matrices, on the host | `8 N (3 T (n + N) + T N)` |
 | sums and sums of squares | `8 P` |
 | the run: gradients, optimizer | `s P + 12 P`; `s P + 16 P` in half precision |

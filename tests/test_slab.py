@@ -67,13 +67,14 @@ def test_a_bias_that_fits_is_kept_as_it_is():
     assert torch.equal(kept.rows(bias, 3)[1:], grads)
 
 
-@pytest.mark.parametrize(("kind", "off"), [(torch.int8, 2e-3), (torch.int16, 1e-5)])
-def test_whole_numbers_keep_each_element_to_a_part_of_the_largest(kind, off):
-    bias = Bias("mlp_up", 0, "m", "m.bias", 0, 1000)
-    kept = SiteSlab([bias], torch.zeros(1000), 4, None, 0, kind)
-    grads = torch.randn(4, 1000) * torch.tensor([[1e-6], [1.0], [1e6], [0.0]])
+@pytest.mark.parametrize("width", [1000, 1001])
+@pytest.mark.parametrize(("bits", "off"), [(4, 4e-2), (8, 2e-3), (16, 1e-5)])
+def test_whole_numbers_keep_each_element_to_a_part_of_the_largest(bits, off, width):
+    bias = Bias("mlp_up", 0, "m", "m.bias", 0, width)
+    kept = SiteSlab([bias], torch.zeros(width), 4, None, 0, bits)
+    grads = torch.randn(4, width) * torch.tensor([[1e-6], [1.0], [1e6], [0.0]])
     kept.put(0, grads)
-    most = grads.abs().amax(1) / (2 * torch.iinfo(kind).max)
+    most = grads.abs().amax(1) / (2 * (2 ** (bits - 1) - 1))
     assert ((kept.rows(bias, 4) - grads).abs().amax(1) <= most * 1.01).all()
     products = kept.rows(bias, 4) @ kept.rows(bias, 4).T
     sizes = grads.norm(dim=1)
@@ -81,9 +82,10 @@ def test_whole_numbers_keep_each_element_to_a_part_of_the_largest(kind, off):
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
-def test_whole_numbers_do_not_hide_what_is_not_finite(wrong):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_whole_numbers_do_not_hide_what_is_not_finite(wrong, bits):
     bias = Bias("mlp_up", 0, "m", "m.bias", 0, 4)
-    kept = SiteSlab([bias], torch.zeros(4), 2, None, 0, torch.int8)
+    kept = SiteSlab([bias], torch.zeros(4), 2, None, 0, bits)
     kept.put(0, torch.tensor([[1.0, wrong, 0.0, 2.0], [1.0, 2.0, 3.0, 4.0]]))
     finite = kept.rows(bias, 2).square().sum(1).isfinite()
     assert finite.tolist() == [False, True]

@@ -23,6 +23,7 @@ from beft_ext.parallel import Ranks
 from beft_ext.selection.equations import Equations, joined, number_of
 from beft_ext.selection.examples import Examples, apart, number_of_examples
 from beft_ext.selection.head_rows import HeadRows
+from beft_ext.slab import TABLES
 from beft_ext.tap import Tap
 from beft_ext.training.lockstep import Lockstep
 from beft_ext.training.loss import Batch, first_rows, offsets_of, on_device, rows_of
@@ -115,8 +116,8 @@ class Collector:
     def __post_init__(self) -> None:
         self.biases = [bias for bias, _ in self.tap.leaves()]
         share = -(-self.examples // self.ranks.size) * self.each
-        kind, self.columns = fitting(self.biases, share, self.memory)
-        self.tap.keep_rows(share, self.columns, self.seed, kind)
+        bits, self.columns = fitting(self.biases, share, self.memory)
+        self.tap.keep_rows(share, self.columns, self.seed, bits)
         self.heads = HeadRows.all_of(self.model)
         self.lockstep = Lockstep(self.model, self.ranks, examples=self._locate)
 
@@ -290,26 +291,24 @@ def _require_finite(squares: Tensor, bias: Bias, numbers: Tensor) -> None:
         )
 
 
-def fitting(
-    biases: Sequence[Bias], rows: int, memory: float
-) -> tuple[torch.dtype | None, int | None]:
-    """As what numbers rows must be kept to fit, None for their own, and into how many columns
-    biases must be folded besides, None where they need not.
+def fitting(biases: Sequence[Bias], rows: int, memory: float) -> tuple[int | None, int | None]:
+    """In how many bits rows must be kept to fit, None for their own dtype, and into how many
+    columns biases must be folded besides, None where they need not.
 
     Raises GainError where not even narrow ones do.
     """
     widths = [b.width for b in biases]
     low, high = 0, max(widths)
 
-    def needed(columns: int, size: float = 1.0) -> float:
-        """Bytes of whole numbers of that size, the rows' scales included."""
-        return rows * sum(size * min(width, columns) + 4.0 for width in widths)
+    def needed(columns: int, bits: int = 4) -> float:
+        """Bytes of whole numbers, the rows' scales included."""
+        return rows * sum(math.ceil(bits * min(width, columns) / 8) + 4.0 for width in widths)
 
     if 4.0 * rows * sum(widths) <= memory:
         return None, None
-    for kind in (torch.int16, torch.int8):
-        if needed(high, kind.itemsize) <= memory:
-            return kind, None
+    for bits in TABLES:
+        if needed(high, bits) <= memory:
+            return bits, None
     while low < high:  # the widest that fits
         middle = (low + high + 1) // 2
         low, high = (middle, high) if needed(middle) <= memory else (low, middle - 1)
@@ -319,4 +318,4 @@ def fitting(
             f"{math.ceil(needed(LEAST_COLUMNS) / 2**20)} MiB even when folded, but "
             f"{memory / 2**20:.0f} MiB are allowed: read fewer examples or allow more memory"
         )
-    return torch.int8, low
+    return 4, low

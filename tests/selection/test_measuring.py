@@ -124,7 +124,7 @@ def test_dead_terms_are_named_and_not_ranked():
 def test_folded_gradients_give_nearly_the_same_gains():
     model, loader = tiny("bert"), batches(6)
     whole = measure_gains(model, loader, terms="mlp_up")
-    rows = whole.examples * 2 * (LEAST_COLUMNS + 4.0)  # two layers
+    rows = whole.examples * 2 * (LEAST_COLUMNS / 2 + 4.0)  # two layers
     folded = measure_gains(model, loader, terms="mlp_up", memory=rows)
     if whole.elements["mlp_up"] > 2 * LEAST_COLUMNS:
         assert folded.folded and not whole.folded
@@ -149,13 +149,14 @@ def test_what_does_not_fit_even_folded_is_refused_with_the_bytes():
     biases = list(find_biases(tiny("bert")))
     width = sum(b.width for b in biases)
     assert fitting(biases, 100, 400 * width) == (None, None)
-    assert fitting(biases, 100, 400 * width - 1) == (torch.int16, None)
-    sixteen, eight = (100 * (k * width + 4 * len(biases)) for k in (2, 1))
-    assert fitting(biases, 100, sixteen) == (torch.int16, None)
-    assert fitting(biases, 100, sixteen - 1) == (torch.int8, None)
-    assert fitting(biases, 100, eight) == (torch.int8, None)
+    assert fitting(biases, 100, 400 * width - 1) == (16, None)
+    sixteen, eight, four = (100 * (k * width / 8 + 4 * len(biases)) for k in (16, 8, 4))
+    assert fitting(biases, 100, sixteen) == (16, None)
+    assert fitting(biases, 100, sixteen - 1) == (8, None)
+    assert fitting(biases, 100, eight - 1) == (4, None)
+    assert fitting(biases, 100, four) == (4, None)
     with pytest.raises(GainError, match="even when folded"):  # none is wider than 64
-        fitting(biases, 100, eight - 1)
+        fitting(biases, 100, four - 1)
     with pytest.raises(GainError, match="need 1 MiB even when folded"):
         fitting(biases, 100, 1000)
 
