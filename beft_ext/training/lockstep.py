@@ -55,7 +55,10 @@ class Lockstep:
         self.model, self.ranks = model, ranks
         self.needed = ranks.size > 1 and sharded(model)
         self.spare: Batch = {}
-        self.finding = {"output": partial(try_on, model), **finding}
+        self.finding: dict[str, Callable[[Batch], object]] = {
+            "output": partial(try_on, model),
+            **finding,
+        }
 
     def settle(self, batch: Batch, **unknown: Hashable) -> None:
         """Before a step: find out what any rank must, by the batch of the first that must.
