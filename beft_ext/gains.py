@@ -130,8 +130,8 @@ class Gram:
         u, q = self.vectors.to(kind), regression.basis.to(kind)
         # A = I - U diag(shrunk) U^T, and A_Z = A - A Q (Q^T A Q)^-1 Q^T A.
         shrunk = (self.values / (self.values + self.ridges[:, None])).to(kind)
-        a_q = q - u @ (shrunk[:, :, None] * (u.T @ q))
-        a_t = targets - u @ (shrunk[:, :, None] * (u.T @ targets))
+        a_q = q - _weighed(u, shrunk, q)
+        a_t = targets - _weighed(u, shrunk, targets)
         half = torch.linalg.solve(q.T @ a_q, a_q.mT).mT  # A Q (Q^T A Q)^-1
         a_t = a_t - half @ (q.T @ a_t)
         own = 1 - shrunk @ u.square().T - (a_q * half).sum(-1)  # diag A_Z
@@ -143,6 +143,15 @@ class Gram:
                 among = among - a_q[ridge, places] @ half[ridge, places].mT
                 errors[ridge, places] = _inverse(among) @ a_t[ridge, places]
         return a_t, errors
+
+
+def _weighed(u: Tensor, weights: Tensor, x: Tensor) -> Tensor:
+    """``U diag(w) U^T x`` for each of several weights ``(ridges, R)``: ``(ridges, N, F)``.
+
+    One product for all of them: a batch of products would copy ``U`` for each.
+    """
+    inner = weights.T[:, :, None] * (u.T @ x)[:, None]
+    return (u @ inner.flatten(1)).unflatten(1, inner.shape[1:]).movedim(1, 0)
 
 
 def _inverse(blocks: Tensor) -> Tensor:
@@ -194,8 +203,9 @@ def gain(gram: Gram, regression: Regression) -> Gain:
     # The step is G^T A_Z t / ridge, of which K tells the length.
     step = float((gram.values.sqrt() * (gram.vectors.T @ fitted[best])).norm()) / ridge
     before = regression.prior_errors
-    squares = torch.stack([errors[best].square(), before.square()], dim=-1)
-    squares = torch.stack([squares[block].sum(0) for block in regression.blocks])
+    each = torch.stack([errors[best].square(), before.square()], dim=-1)
+    of_group = regression.groups.unique(return_inverse=True)[1]
+    squares = each.new_zeros(len(regression.blocks), 2).index_add_(0, of_group, each)
     own, prior = squares.unbind(-1)
     value = 1 - float(own.sum() / prior.sum())
     spread = (1 - value) * prior - own
