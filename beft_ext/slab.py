@@ -9,6 +9,8 @@ Source: the count sketch, Charikar, Chen & Farach-Colton 2002.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from beft_ext.models import Bias
 from beft_ext.ops import bias_example_grads
 
+LARGEST_BLOCK = 512
 TABLES = {16: torch.int16, 8: torch.int8, 4: torch.uint8}  # by bits; a byte holds two of 4
 
 
@@ -93,8 +96,11 @@ class _Kept:
         bits: int | None,
     ) -> None:
         self.bias, self.dtype, self.bits = bias, like.dtype, bits
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + bias.layer)
+        self.dither = torch.Generator(like.device).manual_seed(generator.initial_seed())
+        self.turn = _Turn(bias, like, generator) if bits == 4 else None
         folds = columns is not None and columns < bias.width
-        self.fold = _Fold(bias, like, columns, seed) if columns and folds else None
+        self.fold = _Fold(bias, like, columns, generator) if columns and folds else None
         self.width = columns if columns and folds else bias.width
         kind = None if bits is None else TABLES[bits]
         width = -(-self.width // 2) if bits == 4 else self.width
@@ -104,12 +110,15 @@ class _Kept:
     def put(self, row: int, grads: Tensor) -> None:
         """Keep gradients of the whole parameter ``(B, P)``."""
         own, end = _columns(self.bias, grads).to(self.dtype), row + len(grads)
-        if self.fold is not None:
-            own = self.fold(own)
+        for change in (self.turn, self.fold):
+            own = own if change is None else change(own)
         if self.scales is not None and self.bits is not None:
             # A row of zeros has any scale; what is not finite stays so by its scale.
             scale = own.abs().amax(1, keepdim=True) / (2 ** (self.bits - 1) - 1)
-            own = (own / scale.where(scale > 0, 1)).nan_to_num().round()
+            own = (own / scale.where(scale > 0, 1)).nan_to_num()
+            # A gradient tells its example's label. Rounded alike in all examples of a class, its
+            # error would too; rounded by chance it tells nothing.
+            own = (own + torch.rand(own.shape, generator=self.dither, device=own.device)).floor()
             self.scales = _with_room(self.scales, end)
             self.scales[row:end] = scale
             if self.bits == 4:
@@ -127,12 +136,24 @@ class _Kept:
         return numbers.to(self.dtype) * self.scales[:count]
 
 
+class _Turn:
+    """``(H,)`` turned, so that no element stands out: random signs, then blocks of Hadamard's
+    matrix. Products of rows stay the same."""
+
+    def __init__(self, bias: Bias, like: Tensor, generator: torch.Generator) -> None:
+        sign = torch.randint(2, (bias.width,), generator=generator) * 2 - 1
+        self.sign = sign.to(like)
+        self.block = _hadamard(math.gcd(bias.width, LARGEST_BLOCK), like.dtype, like.device)
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        return ((rows * self.sign).unflatten(1, (-1, len(self.block))) @ self.block).flatten(1)
+
+
 class _Fold:
     """``(H,)`` folded into ``columns``: elements in a random order, with random signs, cut into
     pieces of that width that are added up."""
 
-    def __init__(self, bias: Bias, like: Tensor, columns: int, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + bias.layer)
+    def __init__(self, bias: Bias, like: Tensor, columns: int, generator: torch.Generator) -> None:
         self.columns = columns
         self.beyond = -bias.width % columns  # zeros that fill the last piece
         order = torch.randperm(bias.width + self.beyond, generator=generator)
@@ -153,6 +174,15 @@ def _paired(numbers: Tensor) -> Tensor:
 def _apart(pairs: Tensor) -> Tensor:
     """The numbers in ``pairs`` of ``_paired``; one more at the end where their count was odd."""
     return torch.stack([pairs % 16, pairs // 16], 2).flatten(1).to(torch.int8) - 8
+
+
+@functools.cache
+def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Hadamard's matrix ``(size, size)``, orthonormal; size: a power of two."""
+    block = torch.ones(1, 1)
+    while len(block) < size:
+        block = torch.cat([torch.cat([block, block], 1), torch.cat([block, -block], 1)])
+    return (block * size**-0.5).to(device, dtype)
 
 
 def _with_room(rows: Tensor, count: int) -> Tensor:

@@ -84,12 +84,14 @@ def rows_bytes(shape: Shape, examples: int, ranks: int = 1, memory: float = MEMO
     """The slab: each example's gradients, of one rank. Where they do not fit they are whole numbers
     of few bits, and folded where these do not either."""
     share = -(-examples // ranks)
-    kind, columns = fitting(shape.biases, share, memory)
-    if kind is None:
+    bits, columns = fitting(shape.biases, share, memory)
+    if bits is None:
         return SINGLE * share * shape.elements
     widths = shape.widths.values()
     kept = [w if columns is None else min(w, columns) for w in widths]
-    found = share * (kind.itemsize * sum(kept) + SINGLE * len(kept))  # a scale of each row
+    found = share * (bits * sum(kept) // 8 + SINGLE * len(kept))  # a scale of each row
+    if bits == 4:
+        found += SINGLE * sum(widths)  # a sign of each element
     if columns is not None:
         # A fold has a sign of each element, and an order of these and of what fills its last piece.
         folded = [w for w in widths if w > columns]

@@ -45,6 +45,7 @@ def of_slab(slab):
     for kept in slab.kept.values():
         own += [kept.table, kept.scales]
         own += [] if kept.fold is None else [kept.fold.order, kept.fold.sign]
+        own += [] if kept.turn is None else [kept.turn.sign]
     return [t for t in own if t is not None]
 
 
@@ -52,7 +53,7 @@ SHAPES = [(opt, 3, 64), (opt, 6, 32), (llama, 3, 64), (llama, 4, 128)]
 
 
 @pytest.mark.parametrize("kind, layers, width", SHAPES)
-@pytest.mark.parametrize("examples, share", [(24, 1.0), (48, 1.0), (48, 0.6), (48, 0.25)])
+@pytest.mark.parametrize("examples, share", [(24, 1.0), (48, 1.0), (48, 0.6), (48, 0.25), (48, 0.125)])
 def test_bytes_of_a_selection(kind, layers, width, examples, share):
     """share: of the bytes that the rows would take."""
     config, shape = kind(layers, width)
@@ -76,7 +77,7 @@ def test_bytes_of_a_selection(kind, layers, width, examples, share):
             state = nbytes(t for flat in run.optimizer._flats for t in (flat.state,))
             grads = nbytes(leaf.grad for _, leaf in tap.leaves())
             head = [p for p in model.parameters() if p.requires_grad]
-    assert (collector.columns is not None) == (share == 0.25)
+    assert (collector.columns is not None) == (share == 0.125)
     assert rows == pytest.approx(scale.rows_bytes(shape, examples, memory=memory), rel=0.05)
     assert sums == pytest.approx(scale.statistics_bytes(shape), rel=0.05)
     bands = [k for own in evidence.grams.values() for k in own.values()]
