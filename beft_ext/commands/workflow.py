@@ -238,10 +238,10 @@ def first_rate(
     loader: Batches,
     terms: Sequence[str],
     gains: Gains | None,
-    usual: float,
+    recipe: Recipe,
 ) -> float:
     """Where the race for a rate sets out: what suits the term that needs the smallest steps, or
-    the usual rate where the examples tell nothing."""
+    the recipe's rate where the examples tell nothing."""
     if gains is None:
         try:
             gains = measure_gains(
@@ -250,13 +250,14 @@ def first_rate(
                 observe=objective.observe,
                 terms=terms,
                 groups=loader.grouped,
+                parts=recipe.parts,
             )
         except GainError:
-            return usual
+            return recipe.lr
     steps = {t.partition("@")[0]: step for t, step in gains.steps.items()}
     names = {entry.partition("@")[0] for text in terms for entry in text.split("+")}
     # A dead term has no step, and any rate suits it.
-    return min((rate_of_step(steps[n]) for n in names if steps.get(n)), default=usual)
+    return min((rate_of_step(steps[n]) for n in names if steps.get(n)), default=recipe.lr)
 
 
 def tell(objective: Objective) -> None:
