@@ -224,12 +224,15 @@ def _looked(collector: Collector, batches: Iterator[Batch], dead: list[str], see
 
 
 def _of_terms(evidence: Evidence, ranks: Ranks) -> tuple[dict[str, Gram], dict[str, Gain]]:
-    def told(term: str) -> tuple[Gram, Gain]:
-        gram = Gram.of(evidence.of_term(term))
-        return gram, gain(gram, evidence.regression)
+    """The gains of all terms, and the factors of those that this rank was asked for: they are as
+    large as all rows' products, and stay here."""
+    grams: dict[str, Gram] = {}
 
-    pairs = dict(zip(evidence.grams, ranks.map(told, evidence.grams), strict=True))
-    return {t: gram for t, (gram, _) in pairs.items()}, {t: own for t, (_, own) in pairs.items()}
+    def told(term: str) -> Gain:
+        grams[term] = Gram.of(evidence.of_term(term))
+        return gain(grams[term], evidence.regression)
+
+    return grams, dict(zip(evidence.grams, ranks.map(told, evidence.grams), strict=True))
 
 
 def _settled(found: dict[str, Gain]) -> bool:
@@ -261,14 +264,12 @@ def _gains_of(
         matrices["", (0, 0)] = evidence.head
     values = each(lambda k: gain(Gram.of(k), regression).value, matrices.values())
     alone = dict(zip(matrices, values, strict=True))
-    chances = beyond_chance(
-        list(grams.values()), list(found.values()), regression, FLIPS, seed, each
-    )
+    chances = beyond_chance(grams, found, regression, FLIPS, seed, each)
     return Gains(
         ranking=ranking,
         values={t: found[t].value for t in ranking},
         errors={t: found[t].error for t in ranking},
-        chance=dict(zip(grams, chances, strict=True)),
+        chance=chances,
         leads={t: lead(found[first], found[t]) for t in ranking[1:]},
         bands={t: {b: alone[t, b] for b in evidence.grams[t]} for t in ranking},
         steps={t: found[t].step / elements[t] ** 0.5 for t in ranking},
