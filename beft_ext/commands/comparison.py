@@ -18,7 +18,7 @@ from beft_ext.commands.loading import ModelSpec, WorkflowError, outputs_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
 from beft_ext.commands.placement import USUAL
-from beft_ext.commands.processes import own_part
+from beft_ext.commands.processes import own_part, shared_by_all
 from beft_ext.commands.reporting import BATCH, BEST
 from beft_ext.commands.sources import Source
 from beft_ext.commands.workflow import (
@@ -32,6 +32,7 @@ from beft_ext.files import JsonObject, locked, save_json, whole_file
 from beft_ext.models.offload import device_of
 from beft_ext.parallel import RankError, here, leads, meeting
 from beft_ext.selection import made_by
+from beft_ext.selection.run import require_same
 from beft_ext.tasks import Example, Objective, PromptObjective, subset
 from beft_ext.tasks.streams import Examples
 from beft_ext.training.optim import BiasAdamW
@@ -146,8 +147,9 @@ class Comparison:
         classes = outputs_of(self.source.task, train, validation)
         shots = list(islice(own, way.shots))
         model, objective = replace(self.spec, seed=seed).load(self.source.task, classes, shots)
-        held_out = objective.held_out(validation, BATCH)
-        judges = objective.held_out(judging, BATCH)
+        require_same(here(), model)
+        held_out = shared_by_all(objective.held_out(validation, BATCH))
+        judges = shared_by_all(objective.held_out(judging, BATCH))
         if not way.trains:
             if not isinstance(objective, PromptObjective):
                 raise MethodError(f"{name} asks a language model: use a decoder")

@@ -21,7 +21,7 @@ from beft_ext.commands.loading import (
     outputs_of,
 )
 from beft_ext.commands.placement import USUAL, Placement, shard_size
-from beft_ext.commands.processes import own_part
+from beft_ext.commands.processes import own_part, shared_by_all
 from beft_ext.commands.progress import watched
 from beft_ext.commands.reporting import BATCH
 from beft_ext.commands.sources import Source
@@ -47,6 +47,7 @@ from beft_ext.selection import (
     select,
 )
 from beft_ext.selection.measuring import EXAMPLES
+from beft_ext.selection.run import require_same
 from beft_ext.tasks import Batches, Example, Objective, subset
 from beft_ext.tasks.metrics import measure
 from beft_ext.tasks.streams import Examples, Stream
@@ -279,7 +280,8 @@ def run_evaluate(
     split = split or ("test" if source.has_test else "validation")
     source, model, objective = answering(source, spec, adapter)
     examples, task = source.read(split), source.task
-    held_out = objective.held_out(examples, BATCH)
+    require_same(here(), model)
+    held_out = shared_by_all(objective.held_out(examples, BATCH))
     tell(objective)
     found = objective.predict(model, watched(held_out, "evaluation"))
     return source.record() | {

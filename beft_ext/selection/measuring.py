@@ -113,13 +113,12 @@ def measure_gains(
     Source: docs/definitions.md, section 7; the kernel of gradients is that of Malladi et al. 2023
     (arXiv 2210.05643).
     """
-    promised = joint(model)
-    model = whole(model, SelectionError, copies=False, replicas=True)
-    require_untapped(model)
-    require_parts(model, parts)
     if examples < 3:
         raise GainError(f"a gain needs at least 3 examples, but only {examples} are to be read")
-    with parallel.meeting("measure_gains", promised) as ranks:
+    with parallel.meeting("measure_gains", joint(model)) as ranks:
+        model = whole(model, SelectionError, copies=False, replicas=True)
+        require_untapped(model)
+        require_parts(model, parts)
         names, lacking = candidates_of(model, terms, biases, every=True)
         require_same(ranks, model, candidates=repr((names, examples, memory, groups, seed)))
         with ModelSnapshot(model), in_step(model, ranks), added(model, lacking), quiet(model):
