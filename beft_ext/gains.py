@@ -10,7 +10,7 @@ Pure functions in float64. Definitions and letters: docs/definitions.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -231,17 +231,19 @@ def _error_of_sum(values: Tensor) -> float:
 
 
 def beyond_chance(
-    grams: Sequence[Gram],
-    gains: Sequence[Gain],
+    grams: Mapping[str, Gram],
+    gains: Mapping[str, Gain],
     regression: Regression,
     flips: int,
     seed: int,
     each: Each = map,
-) -> list[float]:
+) -> dict[str, float]:
     """For each term the probability that noise alone shows such a gain somewhere.
 
     The signs of what the prior leaves are flipped at random, group by group; a term's p is the
     share of the ``flips`` whose largest gain, over all terms and ridges, reaches the term's own.
+
+    grams: of those terms of ``gains`` that ``each`` asks this process for.
     """
     generator = torch.Generator().manual_seed(seed)
     signs = torch.randint(2, (len(regression.blocks), flips), generator=generator)
@@ -251,12 +253,12 @@ def beyond_chance(
     flipped = flipped.float()
     before = _nothing(regression).left(regression, flipped)[1][0].square().sum(0)
 
-    def largest_of(gram: Gram) -> Tensor:
-        left: Tensor = gram.left(regression, flipped)[1].square().sum(1).amin(0)
+    def largest_of(term: str) -> Tensor:
+        left: Tensor = grams[term].left(regression, flipped)[1].square().sum(1).amin(0)
         return 1 - left / before
 
-    largest = torch.stack(list(each(largest_of, grams))).amax(0)
-    return [(1 + int((largest >= g.value).sum())) / (1 + flips) for g in gains]
+    largest = torch.stack(list(each(largest_of, gains))).amax(0)
+    return {t: (1 + int((largest >= g.value).sum())) / (1 + flips) for t, g in gains.items()}
 
 
 def together(*keys: Sequence[object]) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import pickle
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -147,11 +148,11 @@ class Ranks:
 
     def _open(self, kind: int, count: int, failure: BaseException | None = None) -> list[int]:
         """Every rank's word: what it is about to exchange, or that it failed."""
-        word = torch.tensor([kind, count, int(failure is not None)], device="cpu")
-        words = self._all_gather(word)
+        said = b"" if failure is None else pickle.dumps(_said(failure))
+        word = [kind, len(said) or count, int(failure is not None)]
+        words = self._all_gather(torch.tensor(word, device="cpu"))
         if any(int(w[2]) for w in words):
-            said = b"" if failure is None else pickle.dumps(_said(failure))
-            told = self._padded(said)
+            told = self._padded(said, [int(w[1]) * int(w[2]) for w in words])
             if failure is None:
                 rank, found = next((r, f) for r, f in enumerate(told) if f)
                 raise _again(rank, *pickle.loads(found))
@@ -162,11 +163,10 @@ class Ranks:
         return [int(w[1]) for w in words]
 
     def _bytes(self, kind: int, mine: bytes) -> list[bytes]:
-        self._open(kind, len(mine))
-        return self._padded(mine)
+        return self._padded(mine, self._open(kind, len(mine)))
 
-    def _padded(self, mine: bytes) -> list[bytes]:
-        sizes = [int(n) for n in self._all_gather(torch.tensor([len(mine)], device="cpu"))]
+    def _padded(self, mine: bytes, sizes: Sequence[int]) -> list[bytes]:
+        """Every rank's bytes; sizes: their numbers."""
         room = torch.zeros(max(1, *sizes), dtype=torch.uint8, device="cpu")
         if mine:
             room[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8)
@@ -189,6 +189,7 @@ class Ranks:
         assert self._store is not None
         try:
             self._store.add(f"lost/{self.rank}", 1)
+            self._hang_up(error)
             until = time.monotonic() + CALLING
             while True:
                 silent = [r for r in range(self.size) if not self._store.add(f"lost/{r}", 0)]
@@ -203,6 +204,13 @@ class Ranks:
             f"{_named(silent)} ended, or did not answer within {patience():g} s: see what is "
             f"printed there; {PATIENCE} sets the seconds to wait"
         )
+
+    def _hang_up(self, error: RuntimeError) -> None:
+        """Close this rank's connections. Who is no neighbour of the lost one hears of it so, and
+        would else wait for as long as ``patience`` says."""
+        traceback.clear_frames(error.__traceback__)  # they hold the group
+        group, self._group = self._group, None
+        dist.destroy_process_group(group)
 
 
 _TOLD = "_beft_told"  # on an error that all ranks know of

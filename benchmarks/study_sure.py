@@ -131,8 +131,8 @@ def _sure(grams: dict[str, Gram], told: Draw, regression: Regression) -> bool:
     )
     if made.confidence < SURE:
         return False
-    chances = beyond_chance(list(grams.values()), list(told.values()), regression, FLIPS, 0)
-    return dict(zip(grams, chances, strict=True))[ranking[0]] <= 1 - SURE
+    chances = beyond_chance(grams, told, regression, FLIPS, 0)
+    return chances[ranking[0]] <= 1 - SURE
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -130,6 +130,13 @@ def benchmarks_on_the_path(monkeypatch):
         sys.modules.pop(name, None)
 
 
+def free_port():
+    """Of this machine, as text."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return str(free.getsockname()[1])
+
+
 @pytest.fixture(scope="session")
 def launch():
     """Starts the processes of one job, without a launcher: what each prints and its exit code are
@@ -137,10 +144,7 @@ def launch():
 
     def run(size, *arguments, seconds=170):
         """Exit codes, and what each rank printed to stdout and stderr."""
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = str(free.getsockname()[1])
-        common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        common = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": free_port()}
         common |= {"OMP_NUM_THREADS": "1", "BEFT_RANK_TIMEOUT": "100"}
         ranks = [
             subprocess.Popen(

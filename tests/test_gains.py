@@ -96,7 +96,7 @@ def test_noise_gains_little_and_signal_much():
     assert gain(gram, noise).value < 0.1 and gain(gram, signal).value > 0.5
     for regression, low, high in ((noise, 0.05, 1.0), (signal, 0.0, 0.011)):
         found = gain(gram, regression)
-        p = beyond_chance([gram], [found], regression, flips=99, seed=0)[0]
+        p = beyond_chance({"a": gram}, {"a": found}, regression, flips=99, seed=0)["a"]
         assert low <= p <= high
 
 
@@ -131,8 +131,8 @@ def test_flips_keep_their_share_under_noise():
     for seed in range(60):
         regression, rows = made(count=30, width=10, seed=seed)
         gram = Gram.of(rows @ rows.T)
-        p = beyond_chance([gram], [gain(gram, regression)], regression, flips=39, seed=seed)[0]
-        below += p <= 0.1
+        found = {"a": gain(gram, regression)}
+        below += beyond_chance({"a": gram}, found, regression, flips=39, seed=seed)["a"] <= 0.1
     assert below <= 6 + 3 * math.sqrt(60 * 0.1 * 0.9)
 
 

@@ -18,7 +18,7 @@ from beft_ext.commands.loading import ModelSpec, WorkflowError, outputs_of
 from beft_ext.commands.memory import peak_bytes
 from beft_ext.commands.methods import Method, MethodError, kept_bytes, method, trained
 from beft_ext.commands.placement import USUAL
-from beft_ext.commands.processes import own_part
+from beft_ext.commands.processes import own_part, shared_by_all
 from beft_ext.commands.reporting import BATCH, BEST
 from beft_ext.commands.sources import Source
 from beft_ext.commands.workflow import (
@@ -32,11 +32,13 @@ from beft_ext.files import JsonObject, locked, save_json, whole_file
 from beft_ext.models.offload import device_of
 from beft_ext.parallel import RankError, here, leads, meeting
 from beft_ext.selection import made_by
+from beft_ext.selection.run import require_same
 from beft_ext.tasks import Example, Objective, PromptObjective, subset
 from beft_ext.tasks.streams import Examples
 from beft_ext.training.optim import BiasAdamW
 from beft_ext.training.preparation import prepare
-from beft_ext.training.tuning import CHECKPOINT, tune
+from beft_ext.training.steps import EagerStep
+from beft_ext.training.tuning import CHECKPOINT, Recipe, tune
 
 RUNS = "runs.jsonl"
 
@@ -145,8 +147,9 @@ class Comparison:
         classes = outputs_of(self.source.task, train, validation)
         shots = list(islice(own, way.shots))
         model, objective = replace(self.spec, seed=seed).load(self.source.task, classes, shots)
-        held_out = objective.held_out(validation, BATCH)
-        judges = objective.held_out(judging, BATCH)
+        require_same(here(), model)
+        held_out = shared_by_all(objective.held_out(validation, BATCH))
+        judges = shared_by_all(objective.held_out(judging, BATCH))
         if not way.trains:
             if not isinstance(objective, PromptObjective):
                 raise MethodError(f"{name} asks a language model: use a decoder")
@@ -170,10 +173,10 @@ class Comparison:
                 return way.setup(again, seed)
 
             def first() -> float:
-                usual, terms = recipe.lr, [chosen] if chosen else way.terms(model)
+                terms = [chosen] if chosen else way.terms(model)
                 if not terms:
-                    return usual
-                return first_rate(model, objective, loader, terms, gains, usual)
+                    return recipe.lr
+                return first_rate(model, objective, loader, terms, gains, recipe)
 
             path, contender = folder / RACE, made_by(fresh)
             rate, _ = raced(
@@ -185,7 +188,7 @@ class Comparison:
         adapted = way.setup(model, seed)
         begun = time.perf_counter()
         loader.set_epoch(0)  # the same batch for every method
-        peak = _step_peak(adapted, objective, next(b for b in loader if b), recipe.lr)
+        peak = _step_peak(adapted, objective, next(b for b in loader if b), recipe)
         aside = time.perf_counter() - begun
         metric = self.source.task.metric
         reached: dict[float, dict[str, float]] = {}  # by the metric that decides
@@ -232,7 +235,7 @@ def rates_of(text: str) -> dict[str, float]:
 
 
 def _step_peak(
-    model: nn.Module, objective: Objective, batch: Mapping[str, Tensor], lr: float
+    model: nn.Module, objective: Objective, batch: Mapping[str, Tensor], recipe: Recipe
 ) -> int:
     """Peak memory of one training step, the optimizer's state included; nothing stays changed."""
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -243,9 +246,8 @@ def _step_peak(
     inputs = {k: v.to(device) for k, v in batch.items()}
 
     def step() -> None:
-        optimizer = BiasAdamW(model, lr=lr)
-        objective.loss(model, inputs).backward()
-        optimizer.step()
+        optimizer = BiasAdamW(model, lr=recipe.lr)
+        EagerStep(model, optimizer, objective.loss, parts=recipe.parts)(inputs, recipe.lr)
 
     model.train()
     peak = peak_bytes(step, device)

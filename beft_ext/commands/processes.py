@@ -98,6 +98,13 @@ def _connect() -> None:
         ) from error
 
 
+def shared_by_all(batches: Batches) -> Batches:
+    """Rows that all ranks have. Raises WorkflowError where one has others."""
+    if (ranks := parallel.here()).size > 1:
+        ranks.agree(WorkflowError, the_rows_or_the_tokenizer=batches.digest())
+    return batches
+
+
 def own_part(loader: Batches) -> Batches:
     """What this rank reads of every batch; all of it where there is one process.
 
@@ -106,8 +113,7 @@ def own_part(loader: Batches) -> Batches:
     ranks = parallel.here()
     if ranks.size == 1:
         return loader
-    ranks.agree(WorkflowError, the_rows_or_the_tokenizer=loader.digest())
-    own = loader.shared(ranks.rank, ranks.size)
+    own = shared_by_all(loader).shared(ranks.rank, ranks.size)
     if isinstance(own, Stream):  # each batch of the same rows is cut as it is read
         numbers, lacking = "rows", list(range(loader.size, ranks.size))
     else:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from beft_ext.commands.processes import shared_by_all
 from beft_ext.commands.progress import watched
 from beft_ext.files import JsonObject
 from beft_ext.tasks import Batches, Example, Objective, Task
@@ -37,8 +38,9 @@ class Judged:
         examples: Sequence[Example],
         train: Sequence[Example] | Examples,
     ) -> Judged:
-        """Raises DataError where a metric cannot be had of these rows."""
-        batches = objective.held_out(examples, BATCH)
+        """Raises DataError where a metric cannot be had of these rows, WorkflowError where another
+        rank has others."""
+        batches = shared_by_all(objective.held_out(examples, BATCH))
         return cls(split, examples, batches, objective, _majority(objective.task, train, examples))
 
     def measure(self, model: nn.Module) -> dict[str, float]:

@@ -7,12 +7,12 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from beft_ext.commands.loading import WorkflowError
+from beft_ext.errors import BeftError
+from beft_ext.parallel import is_told, known
+from beft_ext.training.parts import FULL, shortage_of
 
-# What torch's allocator of the host says; it has no class of error for it.
-HOST = re.compile(r"(can't allocate memory|not enough memory): you tried to allocate")
+ELSEWHERE = re.compile(r"rank [0-9]+: ")  # before what another rank said
 AMOUNT = re.compile(r"tried to allocate ([0-9.]+ ?[A-Za-z]+)", re.IGNORECASE)
 # By the name of an argument: what takes less memory when it is lower, or is given.
 LOWER = {"batch_size": "--batch-size", "max_length": "--max-length", "memory": "--memory"}
@@ -24,14 +24,16 @@ def enough_memory(arguments: Namespace) -> Iterator[None]:
     """Raises WorkflowError where there is not. arguments: of the command line."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        host = isinstance(error, MemoryError) or HOST.search(str(error)) is not None
-        if not host and not isinstance(error, torch.OutOfMemoryError):
+    except (RuntimeError, MemoryError, BeftError) as error:
+        found = shortage_of(error)
+        if found is None or f"is {FULL[0]}" in str(error):  # another rank has said it in this way
             raise
-        amount = AMOUNT.search(str(error))
+        amount, rank = AMOUNT.search(str(found)), ELSEWHERE.match(str(error))
         wanted = f" ({amount[1]} were asked for)" if amount else ""
-        place = "the host" if host else "the GPU"
-        raise WorkflowError(f"{place} is out of memory{wanted}: {_advice(arguments)}") from error
+        place = "the GPU" if FULL[0] in str(found) else "the host"
+        where = f"{rank[0] if rank else ''}{place}"
+        said = WorkflowError(f"{where} is {FULL[0]}{wanted}: {_advice(arguments)}")
+        raise (known(said) if is_told(error) else said) from error
 
 
 def _advice(arguments: Namespace) -> str:

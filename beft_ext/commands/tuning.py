@@ -84,7 +84,7 @@ def run_tune(
     recipe, race, budget = settings.recipe(**options), None, settings.budget
     if budget is not None:
         gains = None if selected is None else selected.gains
-        first = partial(first_rate, model, objective, loader, chosen, gains, recipe.lr)
+        first = partial(first_rate, model, objective, loader, chosen, gains, recipe)
         contender = terms_of(model, chosen)
         rate, race = raced(
             out / RACE, terms, contender, first, every, objective, recipe, budget, resume

@@ -21,7 +21,7 @@ from beft_ext.commands.loading import (
     outputs_of,
 )
 from beft_ext.commands.placement import USUAL, Placement, shard_size
-from beft_ext.commands.processes import own_part
+from beft_ext.commands.processes import own_part, shared_by_all
 from beft_ext.commands.progress import watched
 from beft_ext.commands.reporting import BATCH
 from beft_ext.commands.sources import Source
@@ -47,6 +47,7 @@ from beft_ext.selection import (
     select,
 )
 from beft_ext.selection.measuring import EXAMPLES
+from beft_ext.selection.run import require_same
 from beft_ext.tasks import Batches, Example, Objective, subset
 from beft_ext.tasks.metrics import measure
 from beft_ext.tasks.streams import Examples, Stream
@@ -238,10 +239,10 @@ def first_rate(
     loader: Batches,
     terms: Sequence[str],
     gains: Gains | None,
-    usual: float,
+    recipe: Recipe,
 ) -> float:
     """Where the race for a rate sets out: what suits the term that needs the smallest steps, or
-    the usual rate where the examples tell nothing."""
+    the recipe's rate where the examples tell nothing."""
     if gains is None:
         try:
             gains = measure_gains(
@@ -250,13 +251,14 @@ def first_rate(
                 observe=objective.observe,
                 terms=terms,
                 groups=loader.grouped,
+                parts=recipe.parts,
             )
         except GainError:
-            return usual
+            return recipe.lr
     steps = {t.partition("@")[0]: step for t, step in gains.steps.items()}
     names = {entry.partition("@")[0] for text in terms for entry in text.split("+")}
     # A dead term has no step, and any rate suits it.
-    return min((rate_of_step(steps[n]) for n in names if steps.get(n)), default=usual)
+    return min((rate_of_step(steps[n]) for n in names if steps.get(n)), default=recipe.lr)
 
 
 def tell(objective: Objective) -> None:
@@ -278,7 +280,8 @@ def run_evaluate(
     split = split or ("test" if source.has_test else "validation")
     source, model, objective = answering(source, spec, adapter)
     examples, task = source.read(split), source.task
-    held_out = objective.held_out(examples, BATCH)
+    require_same(here(), model)
+    held_out = shared_by_all(objective.held_out(examples, BATCH))
     tell(objective)
     found = objective.predict(model, watched(held_out, "evaluation"))
     return source.record() | {

@@ -56,12 +56,13 @@ class Part(Protocol):
 
 class Rows(Protocol):
     """Rows that can be parted: ``beft_ext.tasks.Batches``. A row has a ``label``, and may have a
-    ``group``, whose rows stay together. size: rows of a batch, at most."""
+    ``group``, whose rows stay together. size: rows of a batch, at most; digest: of all rows."""
 
     @property
     def rows(self) -> Sequence[Any]: ...
     @property
     def size(self) -> int: ...
+    def digest(self) -> str: ...
     def part(self, indices: Sequence[int], seed: int | None = None) -> Part: ...
 
 
@@ -102,16 +103,13 @@ def audition(
             to the bit on one machine.
     Returns: the racers, the best first. The random state is as it was, and models are as their
         contenders leave them, also after Ctrl-C.
-    Raises: AuditionError for no contender, rates that do not rise, or where every racer diverged;
-        NoRaceError, its kind, for fewer than four rows, labels that are all the same, or a budget
-        that is too small.
+    Raises: AuditionError for no contender, rates that do not rise, ranks with other rows or
+        arguments than each other, or where every racer diverged; NoRaceError, its kind, for fewer
+        than four rows, labels that are all the same, or a budget that is too small.
     """
     from tqdm import tqdm
 
-    grid = _grid(contenders, rates)
-    track = _Track(batches, loss, losses, recipe or Recipe(), seed)
-    rungs = track.planned(sum(map(len, grid.values())), budget)
-    total = sum(rung.racers * rung.steps for rung in rungs) * track.folds
+    grid, recipe = _grid(contenders, rates), recipe or Recipe()
     racing = order = [(name, rate) for name, own in grid.items() for rate in own]
     found: list[dict[Entry, Tensor | str]] = []
     begun = time.perf_counter()
@@ -119,15 +117,21 @@ def audition(
         parallel.meeting("audition") as ranks,
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         warnings.catch_warnings(),
-        tqdm(total=total, disable=not (progress and ranks.rank == 0), desc="audition") as bar,
     ):
         warnings.simplefilter("ignore", BeftWarning)  # whoever trains in the end is told
-        for rung in rungs:
-            found.append(track.race(contenders, racing[: rung.racers], rung, bar.update))
-            racing = _ranked(found[-1])
-            order = [*racing, *(e for e in order if e not in racing)]
-            if len(racing) == 1:
-                break
+        track = _Track(batches, loss, losses, recipe, seed)
+        rungs = track.planned(len(order), budget)
+        if ranks.size > 1:
+            plan = repr((grid, recipe, budget, seed))
+            ranks.agree(AuditionError, the_rows=batches.digest(), arguments=plan)
+        total = sum(rung.racers * rung.steps for rung in rungs) * track.folds
+        with tqdm(total=total, disable=not (progress and ranks.rank == 0), desc="audition") as bar:
+            for rung in rungs:
+                found.append(track.race(contenders, racing[: rung.racers], rung, bar.update))
+                racing = _ranked(found[-1])
+                order = [*racing, *(e for e in order if e not in racing)]
+                if len(racing) == 1:
+                    break
         racers = _placed(order, found, [track.learnt(rung) for rung in rungs])
         seconds = time.perf_counter() - begun
         cost = sum(ranks.gather(track.epochs))

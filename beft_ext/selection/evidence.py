@@ -254,7 +254,7 @@ class Collector:
 
         def whole(mine: Tensor) -> Tensor:
             """``K`` from each rank's rows of it."""
-            return torch.cat(list(self.ranks.rows(mine)))[kept][:, kept]
+            return torch.cat(list(self.ranks.rows(mine[:, kept])))[kept]
 
         grams = {name: {b: whole(k) for b, k in own.items()} for name, own in parts.items()}
         return Evidence(regression, owners[kept], grams, elements, self._head(whole))

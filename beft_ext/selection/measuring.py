@@ -48,7 +48,7 @@ LOOKS = (0.25, 0.5, 1.0)  # parts of the examples at which the pass may end
 EXAMPLES = 1000  # that are read, at most
 FIRST_LOOK = 250  # examples that a pass needs to end early
 FLIPS = 199
-PARTS = (4, 2, 1)  # of the examples, for the learning curve
+PARTS = (4, 2)  # of the examples, for the learning curve
 
 
 def measure_gains(
@@ -113,13 +113,12 @@ def measure_gains(
     Source: docs/definitions.md, section 7; the kernel of gradients is that of Malladi et al. 2023
     (arXiv 2210.05643).
     """
-    promised = joint(model)
-    model = whole(model, SelectionError, copies=False, replicas=True)
-    require_untapped(model)
-    require_parts(model, parts)
     if examples < 3:
         raise GainError(f"a gain needs at least 3 examples, but only {examples} are to be read")
-    with parallel.meeting("measure_gains", promised) as ranks:
+    with parallel.meeting("measure_gains", joint(model)) as ranks:
+        model = whole(model, SelectionError, copies=False, replicas=True)
+        require_untapped(model)
+        require_parts(model, parts)
         names, lacking = candidates_of(model, terms, biases, every=True)
         require_same(ranks, model, candidates=repr((names, examples, memory, groups, seed)))
         with ModelSnapshot(model), in_step(model, ranks), added(model, lacking), quiet(model):
@@ -224,12 +223,15 @@ def _looked(collector: Collector, batches: Iterator[Batch], dead: list[str], see
 
 
 def _of_terms(evidence: Evidence, ranks: Ranks) -> tuple[dict[str, Gram], dict[str, Gain]]:
-    def told(term: str) -> tuple[Gram, Gain]:
-        gram = Gram.of(evidence.of_term(term))
-        return gram, gain(gram, evidence.regression)
+    """The gains of all terms, and the factors of those that this rank was asked for: they are as
+    large as all rows' products, and stay here."""
+    grams: dict[str, Gram] = {}
 
-    pairs = dict(zip(evidence.grams, ranks.map(told, evidence.grams), strict=True))
-    return {t: gram for t, (gram, _) in pairs.items()}, {t: own for t, (_, own) in pairs.items()}
+    def told(term: str) -> Gain:
+        grams[term] = Gram.of(evidence.of_term(term))
+        return gain(grams[term], evidence.regression)
+
+    return grams, dict(zip(evidence.grams, ranks.map(told, evidence.grams), strict=True))
 
 
 def _settled(found: dict[str, Gain]) -> bool:
@@ -261,19 +263,18 @@ def _gains_of(
         matrices["", (0, 0)] = evidence.head
     values = each(lambda k: gain(Gram.of(k), regression).value, matrices.values())
     alone = dict(zip(matrices, values, strict=True))
-    chances = beyond_chance(
-        list(grams.values()), list(found.values()), regression, FLIPS, seed, each
-    )
+    chances = beyond_chance(grams, found, regression, FLIPS, seed, each)
     return Gains(
         ranking=ranking,
         values={t: found[t].value for t in ranking},
         errors={t: found[t].error for t in ranking},
-        chance=dict(zip(grams, chances, strict=True)),
+        chance=chances,
         leads={t: lead(found[first], found[t]) for t in ranking[1:]},
         bands={t: {b: alone[t, b] for b in evidence.grams[t]} for t in ranking},
         steps={t: found[t].step / elements[t] ** 0.5 for t in ranking},
         elements={t: elements[t] for t in ranking},
-        curve=learning_curve(evidence.of_term(first), regression, PARTS, seed, each),
+        curve=learning_curve(evidence.of_term(first), regression, PARTS, seed, each)
+        | {len(regression.blocks): found[first].value},
         head=alone.get(("", (0, 0))),
         frontier=frontier(evidence, {t: found[t].ridge for t in ranking}, seed, each),
         dead=dead,

@@ -92,8 +92,8 @@ def select(
         groups: key of the batches that says which examples belong together, as for
             ``measure_gains``; the run leaves it out.
         epochs: passes over the loader; without effect where ``steps`` is given.
-        steps: number of training steps; by default ``epochs`` times the loader's length. 0 for
-            the gains alone.
+        steps: number of training steps, the same on all ranks; by default ``epochs`` times the
+            loader's length, the longest of all ranks'. 0 for the gains alone.
         lr: learning rate after the warm-up, constant. The authors take 1e-4 to 1e-3 by task.
         warmup: fraction of the steps over which the rate rises linearly, in [0, 1].
         weight_decay: as in AdamW.
@@ -126,18 +126,15 @@ def select(
     if method != GAIN and method not in scores.SCORES:
         known = ", ".join([GAIN, *scores.SCORES])
         raise SelectionError(f"unknown method '{method}': choose one of {known}")
-    promised = joint(model)
-    model = whole(model, SelectionError, copies=False, replicas=True)
-    require_untapped(model)
-    require_parts(model, parts)
     gains_alone = method == GAIN and steps == 0
-    meeting = parallel.meeting("select", promised)
+    meeting = parallel.meeting("select", joint(model))
     with meeting as ranks, _loss_told(), repeatable(deterministic):
+        model = whole(model, SelectionError, copies=False, replicas=True)
+        require_untapped(model)
+        require_parts(model, parts)
+        plan = (method, terms, groups, epochs, lr, warmup, weight_decay, max_grad_norm, seed)
+        ranks.agree(SelectionError, steps=repr(steps), arguments=repr(plan))
         step_count = 0 if gains_alone else max(ranks.gather(_step_count(loader, epochs, steps)))
-        if parts < 1:
-            raise SelectionError(f"a batch is read in 1 part or more, but parts is {parts}")
-        plan = repr((method, terms, groups, steps, lr, warmup, weight_decay, max_grad_norm, seed))
-        ranks.agree(SelectionError, arguments=plan)
         if method == GAIN:
             observe = observe or observed_by(loss)
             with read_again(loader, gains_alone):

@@ -18,11 +18,12 @@ CHOOSING = 250  # examples by which sets are chosen, at most
 
 @dataclass(frozen=True)
 class Part:
-    """A term in a band of layers, or in all: its ``K`` in units of the term's ridge."""
+    """A term in a band of layers, or in all: its ``K`` are in units of the term's ridge."""
 
     name: str
     elements: int
-    matrix: Tensor
+    matrices: tuple[Tensor, ...]
+    ridge: float
     pieces: frozenset[tuple[str, tuple[int, int]]]
 
 
@@ -77,10 +78,17 @@ class _Half:
 
     def __init__(self, regression: Regression, rows: Tensor) -> None:
         self.rows, self.regression = rows, regression.part(rows)
+        self.blocks: dict[str, Tensor] = {}  # of the parts that were asked for
 
     def gain(self, group: list[Part]) -> float:
-        matrix = reduce(torch.add, (p.matrix for p in group))
-        return gain(Gram.of(matrix[self.rows][:, self.rows]), self.regression).value
+        matrix = reduce(torch.add, map(self._block, group))
+        return gain(Gram.of(matrix), self.regression).value
+
+    def _block(self, part: Part) -> Tensor:
+        if part.name not in self.blocks:
+            own = (k[self.rows][:, self.rows] for k in part.matrices)
+            self.blocks[part.name] = reduce(torch.add, own) / part.ridge
+        return self.blocks[part.name]
 
 
 def _parts(evidence: Evidence, ridges: Mapping[str, float]) -> list[Part]:
@@ -90,11 +98,10 @@ def _parts(evidence: Evidence, ridges: Mapping[str, float]) -> list[Part]:
         for band, matrix in by_band.items():
             name = f"{term.partition('@')[0]}@{band[0]}-{band[1]}" if len(by_band) > 1 else term
             pieces = frozenset([(term, band)])
-            parts.append(Part(name, sizes[band], matrix / ridges[term], pieces))
+            parts.append(Part(name, sizes[band], (matrix,), ridges[term], pieces))
         if len(by_band) > 1:
-            whole = evidence.of_term(term) / ridges[term]
-            pieces = frozenset((term, band) for band in by_band)
-            parts.append(Part(term, sum(sizes.values()), whole, pieces))
+            pieces, every = frozenset((term, band) for band in by_band), tuple(by_band.values())
+            parts.append(Part(term, sum(sizes.values()), every, ridges[term], pieces))
     return parts
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,7 +58,7 @@ class Judge:
 
 
 def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: Loss) -> float:
-    """Mean over all batches, in evaluation mode; a batch counts by the divisor that its loss
+    """Mean over all ranks' batches, in evaluation mode; a batch counts by the divisor that its loss
     tells, one that tells none by its rows. Raises TuningError where there is no batch."""
     device = device_of(model)
     total = count = 0.0
@@ -83,6 +82,7 @@ def mean_loss(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], loss: L
                 divisor = float(rows_of(batch))
             total += float(value.mean()) * divisor
             count += divisor
-    if not count and not lockstep.needed:  # of a sharded model's ranks one may have none
+    total, count = (sum(own) for own in zip(*here().gather((total, count)), strict=True))
+    if not count:
         raise TuningError("evaluate gave no batch: give batches that can be read at each epoch")
-    return total / count if count else math.nan
+    return total / count

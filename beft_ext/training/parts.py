@@ -12,11 +12,12 @@ from itertools import pairwise
 
 from torch import Tensor
 
+from beft_ext.errors import BeftError
 from beft_ext.training.joined import NOTHING, Share
 from beft_ext.training.loss import Batch, offsets_of, rows_between, rows_of
 
-# As torch's allocators say it.
-OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
+# As torch's allocators say it, the first that of a GPU; and Python's, as another rank tells it.
+FULL = ("out of memory", "can't allocate memory", "not enough memory", "MemoryError")
 # Of a part, its loss times its divisor over the second argument where that is given.
 PartBackward = Callable[[Batch, float | None], Share]
 
@@ -67,10 +68,13 @@ def in_parts(
     return Share(sum(s.loss * s.divisor for s in shares) / total, total, constant)
 
 
-def ran_out_of_memory(error: BaseException | None) -> bool:
-    """Whether ``error``, or one that it was raised from, is an allocator's."""
+def shortage_of(error: BaseException | None) -> BaseException | None:
+    """The allocator's error that ``error`` is or was raised from, or the ``error`` that says what
+    another rank's allocator said. None where memory did not run out."""
+    found, kinds = None, (RuntimeError, BeftError)
     while error is not None:
-        if isinstance(error, RuntimeError) and any(s in str(error) for s in OUT_OF_MEMORY):
-            return True
+        said = isinstance(error, kinds) and any(s in str(error) for s in FULL)
+        if said or isinstance(error, MemoryError):
+            found = error
         error = error.__cause__
-    return False
+    return found

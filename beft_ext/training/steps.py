@@ -36,7 +36,7 @@ from beft_ext.training.loss import (
     scalar,
 )
 from beft_ext.training.optim import BiasAdamW
-from beft_ext.training.parts import in_parts, parts_of, ran_out_of_memory
+from beft_ext.training.parts import in_parts, parts_of, shortage_of
 
 LENGTH_MULTIPLE = 32  # of tokens
 MOST_GRAPHS = 16  # graphs kept: each holds the addresses of a whole step's kernels
@@ -105,7 +105,7 @@ class EagerStep:
             try:
                 return work(batch)
             except (RuntimeError, BeftError) as error:
-                if not self.divisible or not ran_out_of_memory(error):
+                if not self.divisible or shortage_of(error) is None:
                     raise
                 if len(parts_of(batch, 2 * self.parts)) <= self.parts:
                     raise

@@ -72,17 +72,18 @@ def tune(
             torch's global generator, with a torch.Generator of the loader, its sampler or its
             iterable data set, or with ``set_epoch``. An empty batch is a step without rows on this
             rank.
-        evaluate: batches with labels, on which the loss judges, the smaller the better; or what
-            takes the model and gives its metric, the larger the better, and may switch to
-            evaluation mode. Of several ranks the first one's number counts. None: nothing is
-            judged, and the last epoch is kept.
+        evaluate: batches with labels, on which the loss judges, the smaller the better, those of
+            all ranks together; or what takes the model and gives its metric, the larger the
+            better, and may switch to evaluation mode: of several ranks the first one's number
+            counts. None: nothing is judged, and the last epoch is kept.
         folder: gets ``log.jsonl``, a line for each epoch, and the checkpoint.
         recipe: the settings.
         loss: takes the model and a batch; by default it is the output's ``loss``. It gives a
             scalar, the losses of the examples ``(B,)``, or a scalar and its divisor.
         metric: the metric's name in the log; of batches it is ``validation_loss``.
-        steps: training steps of an epoch, by default the loader's length. A loader without one
-            needs it. A pass that has more batches is broken off there.
+        steps: training steps of an epoch, the same on all ranks; by default the loader's length,
+            the longest of all ranks'. A loader without one needs it. A pass that has more batches
+            is broken off there.
         resume: go on from the checkpoint in ``folder``; begin anew where that has none.
         save_every: training steps from checkpoint to checkpoint. Each epoch ends with one too.
         progress: show a bar.
@@ -91,12 +92,12 @@ def tune(
         Where the run stands at its end. The model has the parameters of the best epoch, the
         first of those that are equal; it is in the mode that the last evaluation left.
     Raises:
-        TuningError: nothing to train; a loader without a length where ``steps`` is not given, or
-            one that gives more or fewer batches; ``evaluate`` without a batch; a loss or gradient
-            that is not finite; ``save_every`` or ``steps`` below 1; ``resume`` without a folder;
-            ``compile`` beside ``graphs``, either of them on an offloaded model, ``graphs`` beside
-            ``parts``, ``parts`` of a sharded model's batches; a checkpoint that is damaged or of
-            another run.
+        TuningError: nothing to train; a loader that is empty, or without a length where ``steps``
+            is not given, or one that gives more or fewer batches; ``evaluate`` without a batch;
+            ranks that differ in model, ``recipe`` or ``steps``; a loss or gradient that is not
+            finite; ``save_every`` or ``steps`` below 1; ``resume`` without a folder; ``compile``
+            beside ``graphs``, either of them on an offloaded model, ``graphs`` beside ``parts``,
+            ``parts`` of a sharded model's batches; a checkpoint that is damaged or of another run.
         OptimizerError: a setting of the recipe is out of range, or what trains is sharded.
         LossError: the batches have no labels.
         RankError: a rank ended or fell silent.
@@ -158,6 +159,7 @@ class _TuningRun:
         self.parameters = {n: p for n, p in self.inside.named_parameters() if p.requires_grad}
         if not self.parameters:
             raise TuningError("no parameter requires grad: call prepare first")
+        self.ranks.agree(TuningError, steps=repr(passes.most))
         length = passes.most or length_of(passes.loader)
         if length is None:
             raise TuningError(
@@ -239,6 +241,8 @@ class _TuningRun:
         done = self.state.step - epoch * self.per_epoch
         for batch in side_by_side(self.ranks, batches):
             if self.state.step == 0:
+                if not self.passes.digest:
+                    raise TuningError("the loader is empty: it needs a batch on every rank")
                 require_apart(self.ranks, batch, TuningError)
             done += 1
             if done > self.per_epoch:

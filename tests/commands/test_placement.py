@@ -76,6 +76,25 @@ def test_parts_of_a_step_change_nothing_but_rounding(tiny_folder, usual, tmp_pat
     assert all(torch.equal(again[n], want[n]) for n in want)
 
 
+@pytest.mark.parametrize("verb", ["tune", "compare"])
+def test_no_pass_of_a_race_reads_more_rows_than_a_part_has(
+    tiny_folder, tmp_path, monkeypatch, verb
+):
+    forward, rows = hf.BertForSequenceClassification.forward, []
+
+    def seen(self, input_ids=None, **kwargs):
+        if torch.is_grad_enabled():
+            rows.append(len(input_ids))
+        return forward(self, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(hf.BertForSequenceClassification, "forward", seen)
+    own = ["--terms", "value"] if verb == "tune" else ["--methods", "value", "--seeds", "1"]
+    own += ["--train-size", "48", "--epochs", "1", "--batch-size", "12"]
+    own += ["--gradient-accumulation", "4", "--out", str(tmp_path)]
+    assert main([verb, "--model", tiny_folder, *FILES, *own]) == 0
+    assert max(rows) == 3  # first guess, racers, and what is measured of a step
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "auto"])
 def test_weights_have_the_type_that_is_asked_for(tiny_folder, dtype):
     model, _ = ModelSpec(tiny_folder, placement=Placement(dtype=dtype)).load(Task("sentence"))

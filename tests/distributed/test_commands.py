@@ -1,7 +1,9 @@
 """The command line under several processes: the result of one, one voice, one exit code."""
 
+import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import free_port
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from beft_ext.commands.cli import main
 from beft_ext.training.tuning import CHECKPOINT
@@ -38,10 +42,19 @@ def given(tiny_folder, tmp_path_factory):
     return [str(a) for a in ("--model", folder / "model", *train, "--batch-size", 5)]
 
 
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+# Without a GPU it starts one process, unless it is told so.
+ACCELERATE = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2")
+ACCELERATE += ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+
+
 def test_select_finds_what_one_process_finds_and_rank_0_says_it(launch, given, tmp_path):
-    codes, said = launch(2, "-m", "beft_ext", "select", *given, "--out", tmp_path / "two")
-    assert codes == [0, 0], said[0][1]
-    assert "written to" in said[0][0] and said[1][0] == ""
+    started = TORCHRUN
+    if importlib.util.find_spec("accelerate") is not None:
+        started = (*ACCELERATE, "--main_process_port", free_port())
+    codes, said = launch(1, *started, "-m", "beft_ext", "select", *given, "--out", tmp_path / "two")
+    assert codes == [0], said[0][1]
+    assert said[0][0].count("written to") == 1
     assert main(["select", *given, "--out", str(tmp_path / "one")]) == 0
     two, one = (
         json.loads((tmp_path / name / "selection.json").read_text()) for name in ("two", "one")
@@ -52,7 +65,6 @@ def test_select_finds_what_one_process_finds_and_rank_0_says_it(launch, given, t
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4)
 
 
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 TUNE = ("--terms", "value", "--epochs", "8", "--lr", "1e-2", "--save-every", "1", "--resume")
 
 
@@ -78,9 +90,19 @@ def test_torchrun_tunes_what_one_process_tunes(given, tuned, tmp_path):
     assert [json.loads(r)["step"] for r in records] == list(range(5, 45, 5))
 
 
-def test_auto_races_and_trains_in_two_processes(launch, given, tmp_path):
-    more = ["--epochs", "1", "--lr", "auto", "--out", tmp_path]
-    codes, said = launch(2, "-m", "beft_ext", "tune", *given, *more)
+# The rows are more than are held.
+STREAMED = """
+import sys
+from beft_ext.commands.cli import main
+from beft_ext.tasks import rows, streams
+rows.HELD, streams.BUFFER = 8, 4
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_auto_races_and_trains_on_a_stream_in_two_processes(launch, given, tmp_path):
+    more = ["--epochs", "1", "--lr", "auto", "--audition-budget", "30", "--out", tmp_path]
+    codes, said = launch(2, "-c", STREAMED, "tune", *given, *more)
     assert codes == [0, 0], said[0][1]
     assert "won at" in said[0][0] and said[1][0] == ""
     written = {p.name for p in Path(tmp_path).iterdir()}
@@ -143,22 +165,6 @@ def test_a_rank_that_is_killed_is_started_again_and_ends_in_the_same_bytes(given
     assert files(tmp_path) == files(tuned[0])
 
 
-def test_ranks_that_read_other_rows_are_told_apart(launch, given, tmp_path):
-    own = (
-        "import os, sys; from beft_ext.commands.cli import main; os.chdir(sys.argv[1] + os.environ"
-    )
-    own += "['RANK']); sys.exit(main(sys.argv[2:]))"
-    rows = Path(given[3]).read_text()
-    for rank in (0, 1):
-        (tmp_path / str(rank)).mkdir()
-        (tmp_path / str(rank) / "rows.csv").write_text(rows.replace("dull", "ab"[rank]))
-    files = ["--train-file", "rows.csv", "--validation-file", "rows.csv", "--out", "out"]
-    codes, said = launch(2, "-c", own, f"{tmp_path}/", "select", *given[:2], *files)
-    assert codes == [2, 2], said
-    assert "rank 1 and rank 0 differ in the rows or the tokenizer" in said[0][1]
-    assert "beft-ext: " not in said[1][1]
-
-
 def test_several_processes_without_gloo(given, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(torch.distributed, "is_gloo_available", lambda: False)
     for name, value in (("WORLD_SIZE", "2"), ("RANK", "0")):
@@ -172,15 +178,6 @@ def test_several_processes_without_gloo(given, monkeypatch, capsys, tmp_path):
     )
 
 
-STREAMED = """
-import sys
-from beft_ext.commands.cli import main
-from beft_ext.tasks import rows, streams
-rows.HELD, streams.BUFFER = 8, 4
-sys.exit(main(sys.argv[1:]))
-"""
-
-
 def test_ranks_divide_a_stream_as_they_divide_rows_that_are_held(launch, given, tmp_path):
     for size, name in ((1, "one"), (2, "two")):
         more = ["--steps", "7", "--out", tmp_path / name]
@@ -192,24 +189,108 @@ def test_ranks_divide_a_stream_as_they_divide_rows_that_are_held(launch, given, 
     assert two["gains"]["values"] == pytest.approx(one["gains"]["values"], rel=1e-4, abs=1e-5)
     assert two["gains"]["examples"] == one["gains"]["examples"] == 21
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-4) and len(one["losses"]) == 7
-    few = ["--batch-size", "1", "--out", tmp_path / "few"]
-    codes, said = launch(2, "-c", STREAMED, "select", *given, *few)
-    assert codes == [2, 2] and "rank 1 has no row: rows in batches of 1" in said[0][1]
 
 
+# Commands one after another in the same processes, each in a folder of its rank's own, and with a
+# store of its own, as torchrun would give it.
+SEVERAL = """
+import json, os, sys
+import torch
+from beft_ext.commands.cli import main
+from beft_ext.tasks import rows, streams
+from beft_ext.training.steps import EagerStep
+
+def full(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+rank, forward, held = int(os.environ["RANK"]), EagerStep._forward, rows.HELD
+for job in json.loads(sys.argv[1]):
+    os.environ["MASTER_PORT"] = job["port"]
+    os.chdir(job["folders"][rank])
+    rows.HELD = 8 if job["how"] == "streamed" else held
+    EagerStep._forward = full if job["how"] == "full" and rank == 1 else forward
+    code = main(job["commands"][rank])
+    print("code", code, file=sys.stderr, flush=True)
+"""
+FILES = ("--train-file", "rows.csv", "--validation-file", "other.csv", "--batch-size", "5")
+USUAL = ("--model", "model", *FILES, "--out", "out")
+TRAIN = ("tune", *USUAL, "--terms", "value", "--epochs", "1")
+ROWS, MODEL = "rank 1 and rank 0 differ in the rows or the tokenizer", "differ in the model"
+AHEAD = "start all ranks with the same"
+# The command, what is other on rank 1, and the sentence.
 BAD = {
-    "no file": (["select", "--train-file", "/no/such.csv"], "/no/such.csv"),
-    "a verb of one": (["merge"], "beft-ext merge is for one process, and 2 were started"),
-    "no row": (["select", "--batch-size", "1"], "rank 1 has no row: 21 in batches of 1"),
-}
+    "no file": (["select", *USUAL, "--train-file", "none.csv"], None, "none.csv"),
+    "a verb of one": (
+        ["merge", "--model", "model", "--adapter", "none", "--out", "out"], None,
+        "beft-ext merge is for one process, and 2 were started: start it without torchrun",
+    ),
+    "no row": (["select", *USUAL, "--batch-size", "1"], None, "rank 1 has no row: 21 in batches"),
+    "no row of a stream": (
+        ["select", *USUAL, "--batch-size", "1"], "streamed", "rank 1 has no row: rows in batches of"
+    ),
+    "a device map": (
+        ["select", *USUAL, "--device-map", "auto"], None, "--device-map is for one process: start"
+    ),
+    "other arguments": (
+        ["select", *USUAL], ["--seed", "1"], f"rank 1 and rank 0 differ in the arguments: {AHEAD}"
+    ),
+    "other training rows": (["select", *USUAL], "rows.csv", f"{ROWS}: {AHEAD}"),
+    "other rows that judge": ([*TRAIN, "--lr", "1e-2"], "other.csv", f"{ROWS}: {AHEAD}"),
+    "other rows that are evaluated": (["evaluate", *USUAL[:-4], *USUAL[-2:]], "other.csv", ROWS),
+    "other rows that are compared": (
+        ["compare", *USUAL, "--methods", "value", "--seeds", "1"], "other.csv",
+        f"nothing worked; the first failure: WorkflowError: {ROWS}",
+    ),
+    "another model": (["select", *USUAL], "model", f"{MODEL}: {AHEAD}"),
+    "another model that is evaluated": (["evaluate", *USUAL[:-4], *USUAL[-2:]], "model", MODEL),
+    "another model that is raced": ([*TRAIN, "--lr", "auto"], "model", MODEL),
+    "another model that is trained": ([*TRAIN, "--lr", "1e-2"], "model", "differ in model"),
+    "memory of one rank": (
+        [*TRAIN, "--lr", "1e-2"], "full",
+        "rank 1: the GPU is out of memory (20.00 MiB were asked for): lower --batch-size (5) or",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def refused(launch, given, tmp_path_factory):
+    """Exit codes of all ranks for each of BAD, and what they printed."""
+    home, others = tmp_path_factory.mktemp("ranks"), ("rows.csv", "other.csv", "model")
+    model, rows = home / "headed", Path(given[3]).read_text()
+    shutil.copytree(given[1], model)
+    AutoModelForSequenceClassification.from_pretrained(given[1]).save_pretrained(model)
+
+    def folder(odd):
+        """With something in it that other ranks do not have."""
+        own = home / (odd or "usual")
+        if not own.exists():
+            shutil.copytree(model, own / "model")
+            for name in ("rows.csv", "other.csv"):
+                (own / name).write_text(rows.replace("dull", "odd") if name == odd else rows)
+            if odd == "model":
+                path = own / "model" / "model.safetensors"
+                tensors = load_file(path)
+                tensors[min(tensors)] += 1
+                save_file(tensors, path, {"format": "pt"})
+        return str(own)
+
+    jobs = []
+    for command, odd, _ in BAD.values():
+        second = [*command, *odd] if isinstance(odd, list) else command
+        folders = [folder(None), folder(odd if odd in others else None)]
+        how = odd if odd in ("streamed", "full") else None
+        job = {"port": free_port(), "folders": folders, "commands": [command, second], "how": how}
+        jobs.append(job)
+    codes, said = launch(2, "-c", SEVERAL, json.dumps(jobs))
+    assert codes == [0, 0], said
+    told = [re.split(r"^code (\d+)\n", err, flags=re.MULTILINE) for _, err in said]
+    return {name: [(int(own[2 * i + 1]), own[2 * i]) for own in told] for i, name in enumerate(BAD)}
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_sentence_on_rank_0_and_exit_code_2_on_all(launch, given, tmp_path, name):
-    (verb, *arguments), sentence = BAD[name]
-    own = given if verb == "select" else [*given[:2], "--adapter", tmp_path]
-    codes, said = launch(2, "-m", "beft_ext", verb, *own, *arguments, "--out", tmp_path)
-    assert codes == [2, 2], said
-    own = [line for line in said[0][1].splitlines() if line.startswith("beft-ext: ")]
-    assert len(own) == 1 and sentence in own[0]
-    assert "beft-ext: " not in said[1][1]
+def test_bad_input_is_one_sentence_on_rank_0_and_exit_code_2_on_all(refused, name):
+    (code, first), (other, second) = refused[name]
+    assert (code, other) == (2, 2), first
+    own = [line for line in first.splitlines() if line.startswith("beft-ext: ")]
+    assert len(own) == 1 and BAD[name][2] in own[0]
+    assert "beft-ext: " not in second

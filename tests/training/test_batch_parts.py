@@ -22,7 +22,7 @@ from beft_ext.errors import BeftWarning
 from beft_ext.parallel import Ranks
 from beft_ext.tasks.rows import DataError
 from beft_ext.training.loss import model_loss
-from beft_ext.training.parts import parts_of, ran_out_of_memory
+from beft_ext.training.parts import parts_of, shortage_of
 from beft_ext.training.steps import EagerStep, JoinedStep
 
 UNEVEN = [1, 7, 2, 5, 3, 0, 6]  # labels of each row
@@ -196,7 +196,25 @@ def test_what_does_not_go_together_is_refused():
     ):
         with pytest.raises(TuningError, match=why):
             tuned(model_loss, recipe=recipe)
-    assert not ran_out_of_memory(RuntimeError("shapes do not fit"))
-    assert ran_out_of_memory(
-        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")
-    )
+
+
+@pytest.mark.parametrize("own", [
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    MemoryError(),
+])  # fmt: skip
+def test_a_shortage_is_found_below_what_it_was_made_into(own):
+    outer = SelectionError("a selection cannot start")
+    outer.__cause__ = DataError("cannot read this batch")
+    assert shortage_of(outer) is None
+    outer.__cause__.__cause__ = own
+    assert shortage_of(outer) is own and shortage_of(own) is own
+
+
+def test_what_is_no_shortage_is_none():
+    other = RuntimeError("shapes do not fit")
+    other.__cause__ = ValueError("out of memory, says one who does not know")
+    assert shortage_of(other) is None and shortage_of(None) is None
+    # What another rank said is all that is known of its error.
+    told = DataError("rank 1: BertModel cannot read this batch: CUDA out of memory.")
+    assert shortage_of(told) is told
