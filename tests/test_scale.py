@@ -53,7 +53,7 @@ SHAPES = [(opt, 3, 64), (opt, 6, 32), (llama, 3, 64), (llama, 4, 128)]
 
 
 @pytest.mark.parametrize("kind, layers, width", SHAPES)
-@pytest.mark.parametrize("examples, share", [(24, 1.0), (48, 1.0), (48, 0.6), (48, 0.25), (48, 0.125)])
+@pytest.mark.parametrize("examples, share", [(24, 1.0), (48, 1.0), (48, 0.6), (48, 0.25), (48, 1 / 8)])
 def test_bytes_of_a_selection(kind, layers, width, examples, share):
     """share: of the bytes that the rows would take."""
     config, shape = kind(layers, width)
@@ -77,7 +77,7 @@ def test_bytes_of_a_selection(kind, layers, width, examples, share):
             state = nbytes(t for flat in run.optimizer._flats for t in (flat.state,))
             grads = nbytes(leaf.grad for _, leaf in tap.leaves())
             head = [p for p in model.parameters() if p.requires_grad]
-    assert (collector.columns is not None) == (share == 0.125)
+    assert (collector.columns is not None) == (share == 1 / 8)
     assert rows == pytest.approx(scale.rows_bytes(shape, examples, memory=memory), rel=0.05)
     assert sums == pytest.approx(scale.statistics_bytes(shape), rel=0.05)
     bands = [k for own in evidence.grams.values() for k in own.values()]
