@@ -53,7 +53,7 @@ SHAPES = [(opt, 3, 64), (opt, 6, 32), (llama, 3, 64), (llama, 4, 128)]
 
 
 @pytest.mark.parametrize("kind, layers, width", SHAPES)
-@pytest.mark.parametrize("examples, share", [(24, 1.0), (48, 1.0), (48, 0.6), (48, 0.25), (48, 1 / 8)])
+@pytest.mark.parametrize("examples, share", [(24, 1), (48, 1), (48, 0.6), (48, 0.25), (48, 1 / 8)])
 def test_bytes_of_a_selection(kind, layers, width, examples, share):
     """share: of the bytes that the rows would take."""
     config, shape = kind(layers, width)
