@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from beft_ext import scores
+from beft_ext import __version__, scores
 from beft_ext.errors import BeftError
 from beft_ext.files import (
     DIGEST,
@@ -155,8 +155,8 @@ class Selection:
 
         Args:
             folder: is made where it does not exist.
-            about: what else ``selection.json`` keeps, as JSON: the version and the task, whose name
-                the picture's title says.
+            about: what else ``selection.json`` keeps, as JSON: the task, whose name the picture's
+                title says.
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
         """
@@ -164,6 +164,7 @@ class Selection:
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
         record = {
             **(about or {}),
+            "version": __version__,
             "model": self.model,
             "method": self.method,
             "best": next(iter(self.ranking.get(self.method, [])), None),

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from beft_ext import parallel
+from beft_ext import __version__, parallel
 from beft_ext.errors import BeftWarning
 from beft_ext.files import JsonObject, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
@@ -328,7 +328,7 @@ class _TuningRun:
         record["parts"] = self.training_step.parts
         parts = {"run": self.identity, "machine": machine(self.device, self.ranks.size)}
         parts["progress"] = record | {"batches": "+".join(digest for _, digest in every)}
-        metadata = {k: json.dumps(v) for k, v in parts.items()}
+        metadata = {"version": __version__} | {k: json.dumps(v) for k, v in parts.items()}
         save_tensors(self.folder / CHECKPOINT, tensors, metadata)
 
     def load(self, path: Path) -> None:
