@@ -220,7 +220,9 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         "lora:TERM, low-rank:TERM, random-mask:COUNT, in-context:SHOTS",
     )
     group.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
-    group.add_argument("--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones")
+    group.add_argument(
+        "--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones (default: none)"
+    )
     add_out(parser, "for the table, the picture and a line for each run")
     parser.set_defaults(stands=_compare_stands)
 

@@ -206,6 +206,7 @@ class Comparison:
             loss=objective.loss,
             metric=metric,
             resume=True,
+            progress=True,
         )
         seconds = time.perf_counter() - start - aside
         # The first of the best epochs is kept; one of before a resumption was not heard of.

@@ -26,6 +26,7 @@ from beft_ext import parallel
 from beft_ext.errors import BeftWarning
 from beft_ext.models.offload import device_of
 from beft_ext.models.wrappers import sharded
+from beft_ext.progress import Count
 from beft_ext.selection.contenders import Contender, rates_around
 from beft_ext.selection.racers import Audition, AuditionError, NoRaceError, Racer, Rung, paired
 from beft_ext.training.loss import Batch, Loss, model_loss, on_device, rows_of
@@ -100,14 +101,13 @@ def audition(
             a third of one that trains.
         seed: of the parts, the batches' order and dropout. The same seed gives the same outcome
             to the bit on one machine.
+        progress: show how far it is, on stderr: a bar, and lines in a log file.
     Returns: the racers, the best first. The random state is as it was, and models are as their
         contenders leave them, also after Ctrl-C.
     Raises: AuditionError for no contender, rates that do not rise, or where every racer diverged;
         NoRaceError, its kind, for fewer than four rows, labels that are all the same, or a budget
         that is too small.
     """
-    from tqdm import tqdm
-
     grid = _grid(contenders, rates)
     track = _Track(batches, loss, losses, recipe or Recipe(), seed)
     rungs = track.planned(sum(map(len, grid.values())), budget)
@@ -119,11 +119,11 @@ def audition(
         parallel.meeting("audition") as ranks,
         torch.random.fork_rng(devices=range(torch.cuda.device_count())),
         warnings.catch_warnings(),
-        tqdm(total=total, disable=not (progress and ranks.rank == 0), desc="audition") as bar,
+        Count("audition", total, progress and ranks.rank == 0) as count,
     ):
         warnings.simplefilter("ignore", BeftWarning)  # whoever trains in the end is told
         for rung in rungs:
-            found.append(track.race(contenders, racing[: rung.racers], rung, bar.update))
+            found.append(track.race(contenders, racing[: rung.racers], rung, count.add))
             racing = _ranked(found[-1])
             order = [*racing, *(e for e in order if e not in racing)]
             if len(racing) == 1:
