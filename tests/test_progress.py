@@ -1,4 +1,5 @@
-"""Progress: a bar where it can be overprinted, lines in a log file, nothing where it is not asked."""
+"""Progress: a bar where it can be overprinted, lines in a log file, nothing where it is not
+asked for."""
 
 import io
 import sys
