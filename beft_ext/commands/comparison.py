@@ -334,7 +334,7 @@ def _told(comparison: Comparison, outcomes: Sequence[Outcome], metric: str) -> J
     asked = [o.metrics[metric] for o in outcomes if o.method == "zero-shot" and o.failure is None]
     guessed = metric == "accuracy" and source.task.kind == "classification"
     return {
-        "title": title_of(comparison.spec.model, source.name),
+        "title": title_of(comparison.spec.model, source.called),
         "chance": 1 / outputs_of(source.task, source.training()) if guessed else None,
         "zero_shot": statistics.fmean(asked) if asked else None,
     }

@@ -113,7 +113,10 @@ def run_tune(
     if leads():
         save_adapter(model, out / "adapter", selection=selected, audition=race, about=about)
         save_json(out / "evaluation.json", about | {"model": spec.model, "adapter": "adapter"})
-        told = {"title": title_of(spec.model, source.name, terms), "beside": chooser.beside(start)}
+        told = {
+            "title": title_of(spec.model, source.called, terms),
+            "beside": chooser.beside(start),
+        }
         path = out / "learning_curve.png"
         draw(learning_curve, progress.history, task.metric, path, **told)
     print(f"\n{report}\nthe adapter is in {out / 'adapter'}")

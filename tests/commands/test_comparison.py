@@ -55,7 +55,7 @@ def test_the_picture_says_model_guess_and_the_model_as_it_is(tiny_folder, tmp_pa
     monkeypatch.setattr(plots, "methods", lambda *_, **options: told.append(options))
     assert compare(tiny_folder, tmp_path, ["head"]) == 0
     folder = "/".join(Path(tiny_folder).parts[-2:])
-    assert told == [{"title": folder, "chance": 0.5, "zero_shot": None}]
+    assert told == [{"title": f"{folder}, train.jsonl", "chance": 0.5, "zero_shot": None}]
 
 
 def test_every_method_of_a_decoder(tiny_decoder, tmp_path):
