@@ -7,11 +7,16 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from beft_ext.files import whole_file
 from beft_ext.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
+PEERS = ("peft", "opacus", "bitsandbytes", "backpack-for-pytorch", "traker", "triton")
 Case = Callable[[], object]
 
 
@@ -161,18 +167,42 @@ def _clock(device: str) -> float | None:
     return next((float(x.split(":")[1]) for x in _cpuinfo() if x.startswith("cpu MHz")), None)
 
 
+def _commit() -> str | None:
+    """The commit that was measured, with '-dirty' where code differs; None where git is mute."""
+    if shutil.which("git") is None:
+        return None
+    git = ["git", "-C", str(ROOT)]
+    told = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
+    code = ["diff", "--quiet", "HEAD", "--", "*.py", "csrc"]
+    changed = told.stdout and subprocess.run([*git, *code], capture_output=True).returncode
+    return told.stdout[:12] + "-dirty" * bool(changed) or None
+
+
+def _peers() -> dict[str, str]:
+    """Versions of the packages that benchmarks hold beside ours, as far as they are installed."""
+    found = {}
+    for name in PEERS:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
 def write(name: str, settings: argparse.Namespace, results: Mapping[str, object]) -> None:
-    """Keep ``results`` as benchmarks/results/<device>/<name>.json, with all that they depend on;
-    not of a quick run."""
+    """Keep ``results`` as benchmarks/results/<device>/<name>.json, with when, how and on what they
+    were measured; not of a quick run."""
     if settings.quick:
         return
     device = settings.device
     record = {
+        "date": datetime.now(UTC).isoformat(timespec="minutes"),
+        "commit": _commit(),
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
         "device": torch.cuda.get_device_name() if device == "cuda" else _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
+        "peers": _peers(),
         "backends": backends(),
         "load": os.getloadavg()[0],
         "clock_mhz": _clock(device),

@@ -55,8 +55,9 @@ def records(root: Path) -> Iterator[tuple[Path, Record]]:
 
 
 def provenance(record: Record) -> str:
-    """Machine and versions of a record; and that it is stale where the kernels have changed."""
+    """Machine, versions and day of a record; also that it is stale where kernels have changed."""
     where = f"{record['device']}, {record['threads']} threads, torch {record['torch']}"
+    where += f", {record['date'][:10]}" if "date" in record else ""
     current = record["kernel_digest"] == digest()
     return where + ("" if current else "; **stale: the kernels have changed since**")
 

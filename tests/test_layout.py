@@ -7,7 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "beft_ext"
 # As in CONTRIBUTING.md: a room imports from rooms before it, and from itself.
-ROOMS = ["errors", "files", "plots", "parallel", "models", "ops", "layouts", "slab"]
+ROOMS = ["errors", "files", "progress", "plots", "parallel", "models", "ops", "layouts", "slab"]
 ROOMS += ["listener", "tap", "scores", "gains", "training", "selection", "adapters", "tasks"]
 ROOMS += ["integrations", "commands", "__main__"]
 FILES = sorted(p for p in PACKAGE.rglob("*.py") if p.parent != PACKAGE or p.stem != "__init__")

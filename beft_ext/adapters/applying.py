@@ -125,7 +125,7 @@ def load_adapter(
         )
     contents = read(located(folder, revision, token), inner)
     if trainable:
-        _train_on(inner, contents)
+        _train_on(model, contents)
         return model
     adapters = state.get(inner, Adapters) or Adapters()
     before = adapters.active
@@ -206,14 +206,15 @@ def _require_free(model: nn.Module) -> None:
         raise AdapterError("an adapter is merged here: call unmerge_adapter(model) first")
 
 
-def _train_on(model: nn.Module, contents: Contents) -> None:
+def _train_on(given: nn.Module, contents: Contents) -> None:
     """Give what is prepared, or the adapter's own terms, the values of ``contents``."""
+    model = wrappers.inside(given)
     prepared, before = prepared_of(model), state.get(model, Adapters)
     if prepared is not None:
         _continue_from(model, prepared, contents)
         return
     try:
-        prepared = prepare(model, _terms(model, contents))
+        prepared = prepare(given, _terms(model, contents))
     except (PrepareError, BiasError) as error:
         raise AdapterError(str(error)) from error
     try:

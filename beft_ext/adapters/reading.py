@@ -153,6 +153,8 @@ def _check_digests(folder: Path, config: JsonObject) -> None:
 
 def _config(folder: Path) -> JsonObject:
     path = folder / CONFIG
+    if not folder.is_dir():
+        raise AdapterError(f"no adapter folder at {folder}")
     if not path.exists():
         raise AdapterError(
             f"{folder} has no {CONFIG}: it is no adapter, or was cut off while being saved; save "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from beft_ext import __version__
 from beft_ext.adapters.applying import Adapters
 from beft_ext.adapters.card import model_card
 from beft_ext.adapters.contents import (
@@ -85,7 +86,7 @@ def save_adapter(
         raise AdapterError(f"{next(iter(hub))}=... is for the hub: pass push_to_hub=True with it")
     contents, facts, what = _to_save(model)
     reason = unsupported(model, contents.biases)
-    facts = dict(about or {}) | facts
+    facts = {**(about or {}), "version": __version__, **facts}
     if reason is not None:
         facts["not_in_peft"] = reason
     place = upload.repo_id if upload is not None and "/" in upload.repo_id else None

@@ -78,34 +78,38 @@ def add_placement(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> N
     )
 
 
-def add_task(parser: argparse.ArgumentParser) -> None:
-    """What the rows mean."""
+def add_task(parser: argparse.ArgumentParser, answers: bool = False, judged: bool = True) -> None:
+    """What the rows mean. answers: of a model that is trained, whose adapter may say it; judged:
+    whether there are labels to measure by."""
+    kept = "the adapter's, else " if answers else ""
     group = parser.add_argument_group("task: by name, or what the columns of a file mean")
     group.add_argument("--task", metavar="NAME", help=", ".join(TASKS))
     group.add_argument(
         "--task-config", type=Path, metavar="F", help="JSON with the fields that 'tasks' prints"
     )
-    group.add_argument("--text-column", metavar="C", help="(default: sentence)")
+    group.add_argument("--text-column", metavar="C", help=f"text (default: {kept}sentence)")
     group.add_argument("--text-pair-column", metavar="C", help="second text, for pairs")
-    group.add_argument("--label-column", metavar="C", help="(default: label)")
-    group.add_argument(
-        "--group-by",
-        metavar="C",
-        help="what rows have in common (a passage, a user): gains leave such rows out together",
-    )
+    group.add_argument("--label-column", metavar="C", help=f"label (default: {kept}label)")
+    if not answers:
+        group.add_argument(
+            "--group-by",
+            metavar="C",
+            help="what rows have in common (a passage, a user): gains leave such rows out together",
+        )
     group.add_argument(
         "--kind",
         choices=("classification", "regression"),
         help="labels are classes, by word or number, or numbers to be predicted "
-        "(default: classification)",
+        f"(default: {kept}classification)",
     )
-    group.add_argument(
-        "--metric",
-        type=joined,
-        metavar="M+M",
-        help=f"the first decides; {', '.join(METRICS)} (default: the task's; accuracy for "
-        "classes, pearson for numbers)",
-    )
+    if judged:
+        group.add_argument(
+            "--metric",
+            type=joined,
+            metavar="M+M",
+            help=f"the first decides; {', '.join(METRICS)} (default: the task's; accuracy for "
+            "classes, pearson for numbers)",
+        )
 
 
 def add_rows(parser: argparse.ArgumentParser, train: bool = True) -> None:
@@ -122,7 +126,8 @@ def add_rows(parser: argparse.ArgumentParser, train: bool = True) -> None:
         group.add_argument(
             "--train-size", type=int, metavar="N", help="rows to train on (default: all)"
         )
-    group.add_argument("--validation-file", type=Path, metavar="F", help="these choose the epoch")
+    chosen = "these choose the epoch" if train else "measured, where there is no test"
+    group.add_argument("--validation-file", type=Path, metavar="F", help=chosen)
     group.add_argument(
         "--validation-split", type=float, metavar="P", help="a share of the training rows instead"
     )
@@ -133,9 +138,8 @@ def add_rows(parser: argparse.ArgumentParser, train: bool = True) -> None:
         help="so many rows validate: of the validation rows, or of the training rows where there "
         "are none",
     )
-    group.add_argument(
-        "--test-file", type=Path, metavar="F", help="measured once at the end; no choice sees them"
-    )
+    kept = "measured once at the end; no choice sees them" if train else "measured"
+    group.add_argument("--test-file", type=Path, metavar="F", help=kept)
     group.add_argument(
         "--test-split", type=float, metavar="P", help="a share of the training rows instead"
     )

@@ -90,7 +90,9 @@ def _note(
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="beft-ext", description=__doc__, formatter_class=Formatter
+        prog="beft-ext",
+        description="Select and train single bias terms. Exit code 2 for bad input.",
+        formatter_class=Formatter,
     )
     parser.add_argument("--version", action="version", version=f"beft-ext {__version__}")
     parser.set_defaults(stands=lambda _: "nothing was written: results come whole, at the end")
@@ -111,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = verb("evaluate", _evaluate, "measure a model, with an adapter or without")
     add_model(evaluate)
     evaluate.add_argument("--adapter", type=Path, metavar="DIR", help="what tune has saved")
-    add_task(evaluate)
+    add_task(evaluate, answers=True)
     add_rows(evaluate, train=False)
     evaluate.add_argument(
         "--split",
@@ -123,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     predict = verb("predict", _predict, "answer rows that have no labels")
     add_model(predict, head=False)
     predict.add_argument("--adapter", type=Path, metavar="DIR", help="what tune has saved")
-    add_task(predict)
+    add_task(predict, answers=True, judged=False)
     predict.add_argument(
         "--file", required=True, type=Path, metavar="F", help=f"rows to answer: {FILES}"
     )
@@ -171,7 +173,8 @@ def _select_options(parser: argparse.ArgumentParser) -> None:
         "--score",
         choices=(GAIN, *scores.SCORES),
         default=GAIN,
-        help="what the ranking goes by",
+        metavar="SCORE",
+        help=f"what the ranking goes by: {', '.join((GAIN, *scores.SCORES))}",
     )
     group.add_argument(
         "--steps",
@@ -220,7 +223,9 @@ def _compare_options(parser: argparse.ArgumentParser) -> None:
         "lora:TERM, low-rank:TERM, random-mask:COUNT, in-context:SHOTS",
     )
     group.add_argument("--seeds", type=int, default=3, metavar="N", help="number of runs each")
-    group.add_argument("--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones")
+    group.add_argument(
+        "--rates", default="", metavar="M=LR,M=LR", help="in place of usual ones (default: none)"
+    )
     add_out(parser, "for the table, the picture and a line for each run")
     parser.set_defaults(stands=_compare_stands)
 

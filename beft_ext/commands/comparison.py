@@ -7,7 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Outcome:
     """One method with one seed. seconds: of training and evaluation, selection included;
     peak: bytes of one training step beyond the model; kept: bytes of the files that hold what
     was trained; chosen: the term that 'auto' selected; lr: the rate that it trained at; failure:
-    why there is no result."""
+    why there is no result; about: the version that ran it, and its task."""
 
     method: str
     seed: int
@@ -60,6 +60,7 @@ class Outcome:
     chosen: str | None = None
     lr: float | None = None
     failure: str | None = None
+    about: JsonObject = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ class Comparison:
                 except Exception as error:  # a peer that fails on this model is a result too
                     said = (str(error).strip().splitlines() or [""])[0]
                     outcome = Outcome(name, seed, {}, failure=f"{type(error).__name__}: {said}")
+                outcome = replace(outcome, about=self.source.record())
                 outcomes = ranks.first(add(out / RUNS, setup, outcome) if leads() else [])
                 print(_line(outcome), flush=True)
         return [o for o in outcomes if o.method in ways and o.seed in self.seeds]
@@ -207,6 +209,7 @@ class Comparison:
             loss=objective.loss,
             metric=metric,
             resume=True,
+            progress=True,
         )
         seconds = time.perf_counter() - start - aside
         # The first of the best epochs is kept; one of before a resumption was not heard of.
@@ -316,7 +319,8 @@ def write(comparison: Comparison, outcomes: Sequence[Outcome], out: Path) -> str
     tested = comparison.source.has_test
     caption = "Of test rows that no choice has seen." if tested else f"The {BEST} rows."
     found = f"{table(rows, metrics)}\n\n{caption}"
-    save_json(out / "comparison.json", rows)
+    about = comparison.source.record() | {"model": comparison.spec.model, "methods": rows}
+    save_json(out / "comparison.json", about)
     with whole_file(out / "comparison.md") as temporary:
         temporary.write_text(found + "\n", encoding="utf-8")
     told = _told(comparison, outcomes, metrics[0])
@@ -332,7 +336,7 @@ def _told(comparison: Comparison, outcomes: Sequence[Outcome], metric: str) -> J
     asked = [o.metrics[metric] for o in outcomes if o.method == "zero-shot" and o.failure is None]
     guessed = metric == "accuracy" and source.task.kind == "classification"
     return {
-        "title": title_of(comparison.spec.model, source.name),
+        "title": title_of(comparison.spec.model, source.called),
         "chance": 1 / outputs_of(source.task, source.training()) if guessed else None,
         "zero_shot": statistics.fmean(asked) if asked else None,
     }

@@ -7,7 +7,6 @@ scores can be held against what training makes of them.
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,7 +72,7 @@ def run(out: Path) -> Selection:
         objective.training(train, BATCH, SEED),
         lr=LR,
         seed=SEED,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     print(selection)
     selection.save(out)

@@ -12,9 +12,9 @@ from typing import Any, TextIO
 
 from beft_ext.commands.answering import answering
 from beft_ext.commands.loading import ModelSpec, WorkflowError
-from beft_ext.commands.progress import Count
 from beft_ext.commands.sources import Source
 from beft_ext.files import whole_file
+from beft_ext.progress import Count
 from beft_ext.tasks import Answer, DataError, Example, Task, iterate_rows
 from beft_ext.tasks.batches import SORTED_BATCHES
 from beft_ext.tasks.cells import Row, shown
@@ -45,7 +45,7 @@ def run_predict(
     rows = iterate_rows(file)
     rows = chain([next(rows)], rows)  # a file that cannot be read is told before the model loads
     source, model, objective = answering(source, spec, adapter)
-    task, done, count = source.task, 0, Count("rows", None)
+    task, done, count = source.task, 0, Count("rows")
 
     def answers() -> Iterator[Record]:
         nonlocal done

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from beft_ext.commands.processes import shared_by_all
-from beft_ext.commands.progress import watched
+from beft_ext.commands.watched import watched
 from beft_ext.files import JsonObject
 from beft_ext.tasks import Batches, Example, Objective, Task
 from beft_ext.tasks.metrics import measure

@@ -12,11 +12,13 @@ from beft_ext.tasks import TASKS, Example, Task
 
 def listed() -> str:
     """A line for each named task."""
-    lines = [f"{'task':<9}{'kind':<16}{'metrics':<22}{'data set':<20}classes"]
+    lines = [f"{'task':<9}{'kind':<16}{'metrics':<22}{'data set':<26}classes"]
     for name, task in TASKS.items():
         place = "/".join(filter(None, task.hub or ()))
         metrics = ", ".join(task.metrics)
-        lines.append(f"{name:<9}{task.kind:<16}{metrics:<22}{place:<20}{', '.join(task.classes)}")
+        lines.append(
+            f"{name:<9}{task.kind:<16}{metrics:<22}{place:<26}{', '.join(task.classes)}".rstrip()
+        )
     return "\n".join(lines)
 
 

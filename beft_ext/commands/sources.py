@@ -113,9 +113,15 @@ class Source:
         whence = f"the task '{self.name}'" if self.train_file is None else self.train_file.name
         return f"{train} training and {validation} validation rows of {whence}."
 
+    @property
+    def called(self) -> str | None:
+        """The task's name or else the training file's, for a title."""
+        return self.name or (None if self.train_file is None else self.train_file.name)
+
     def record(self) -> JsonObject:
-        """The task and the program's version, as every result keeps them."""
-        return {"version": __version__, "task": task_record(self.task, self.name)}
+        """The task, the file of rows and the program's version, as every result keeps them."""
+        found: JsonObject = {"version": __version__, "task": task_record(self.task, self.name)}
+        return found if self.train_file is None else found | {"file": self.train_file.name}
 
     @cached_property
     def task(self) -> Task:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,7 +12,6 @@ from torch import nn
 
 from beft_ext.commands.loading import ModelSpec, WorkflowError, outputs_of
 from beft_ext.commands.processes import own_part
-from beft_ext.commands.progress import watched
 from beft_ext.commands.reporting import Judged, Report
 from beft_ext.commands.sources import Source
 from beft_ext.commands.workflow import (
@@ -97,7 +95,7 @@ def run_tune(
     print(judged.start(before))
     progress = tune(
         model,
-        loader if sys.stderr.isatty() else watched(loader, "training steps of this epoch"),
+        loader,
         lambda m: chooser.measure(m)[task.metric],
         out,
         recipe,
@@ -105,7 +103,7 @@ def run_tune(
         metric=task.metric,
         resume=resume,
         save_every=save_every,
-        progress=sys.stderr.isatty(),
+        progress=True,
         report=_print_epoch,
     )
     tell_late(objective, loader)
@@ -115,7 +113,10 @@ def run_tune(
     if leads():
         save_adapter(model, out / "adapter", selection=selected, audition=race, about=about)
         save_json(out / "evaluation.json", about | {"model": spec.model, "adapter": "adapter"})
-        told = {"title": title_of(spec.model, source.name, terms), "beside": chooser.beside(start)}
+        told = {
+            "title": title_of(spec.model, source.called, terms),
+            "beside": chooser.beside(start),
+        }
         path = out / "learning_curve.png"
         draw(learning_curve, progress.history, task.metric, path, **told)
     print(f"\n{report}\nthe adapter is in {out / 'adapter'}")

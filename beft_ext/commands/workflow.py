@@ -22,9 +22,9 @@ from beft_ext.commands.loading import (
 )
 from beft_ext.commands.placement import USUAL, Placement, shard_size
 from beft_ext.commands.processes import own_part, shared_by_all
-from beft_ext.commands.progress import watched
 from beft_ext.commands.reporting import BATCH
 from beft_ext.commands.sources import Source
+from beft_ext.commands.watched import watched
 from beft_ext.files import JsonObject, whole_files
 from beft_ext.gains import GainError
 from beft_ext.models import find_projections
@@ -46,7 +46,6 @@ from beft_ext.selection import (
     read_audition,
     select,
 )
-from beft_ext.selection.measuring import EXAMPLES
 from beft_ext.selection.run import require_same
 from beft_ext.tasks import Batches, Example, Objective, subset
 from beft_ext.tasks.metrics import measure
@@ -126,8 +125,6 @@ def run_select(
     model, objective = spec.load(source.task, outputs_of(source.task, train))
     loader = own_part(settings.batches(objective, train)).with_groups()
     tell(objective)
-    if method == GAIN:  # the pass after it, the run, has a bar of its own
-        loader = watched(loader, "gains", "", most=-(-EXAMPLES // loader.size))
     found = select(
         model,
         loader,
@@ -143,7 +140,7 @@ def run_select(
         max_grad_norm=settings.max_grad_norm,
         parts=settings.gradient_accumulation,
         seed=settings.seed,
-        progress=sys.stderr.isatty(),
+        progress=True,
     )
     tell_late(objective, loader)
     return found
@@ -162,15 +159,15 @@ def chosen_by_gains(
     that batches are read in."""
     family = family_of(model)
     try:
-        shown = watched(loader.with_groups(), "gains", most=-(-EXAMPLES // loader.size))
         found = select(
             model,
-            shown,
+            loader.with_groups(),
             observe=objective.observe,
             groups=loader.grouped,
             steps=0,
             parts=parts,
             seed=seed,
+            progress=True,
         )
     except GainError as error:
         terms = [p.bias.term for p in find_projections(model)]
@@ -223,7 +220,7 @@ def raced(
             recipe=recipe,
             budget=budget,
             seed=recipe.seed,
-            progress=sys.stderr.isatty(),
+            progress=True,
         )
     except NoRaceError as error:
         print(f"'{name}' trains at {center:.2g}, and no rates are raced: {error}")
@@ -252,6 +249,7 @@ def first_rate(
                 terms=terms,
                 groups=loader.grouped,
                 parts=recipe.parts,
+                progress=True,
             )
         except GainError:
             return recipe.lr

@@ -27,6 +27,13 @@ def inside(model: nn.Module) -> nn.Module:
     return _layers(model)[-1]
 
 
+def beside(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that a wrapper has around the model inside, as a Dense module of
+    sentence-transformers does."""
+    own = {id(p) for p in inside(model).parameters()}
+    return [p for p in model.parameters() if id(p) not in own]
+
+
 def whole(
     model: nn.Module,
     error: type[BeftError],

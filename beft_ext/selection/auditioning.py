@@ -26,6 +26,7 @@ from beft_ext import parallel
 from beft_ext.errors import BeftWarning
 from beft_ext.models.offload import device_of
 from beft_ext.models.wrappers import sharded
+from beft_ext.progress import Count
 from beft_ext.selection.contenders import Contender, rates_around
 from beft_ext.selection.racers import Audition, AuditionError, NoRaceError, Racer, Rung, paired
 from beft_ext.training.loss import Batch, Loss, model_loss, on_device, rows_of
@@ -101,14 +102,13 @@ def audition(
             a third of one that trains.
         seed: of the parts, the batches' order and dropout. The same seed gives the same outcome
             to the bit on one machine.
+        progress: show how far it is, on stderr: a bar, and lines in a log file.
     Returns: the racers, the best first. The random state is as it was, and models are as their
         contenders leave them, also after Ctrl-C.
     Raises: AuditionError for no contender, rates that do not rise, ranks with other rows or
         arguments than each other, or where every racer diverged; NoRaceError, its kind, for fewer
         than four rows, labels that are all the same, or a budget that is too small.
     """
-    from tqdm import tqdm
-
     grid, recipe = _grid(contenders, rates), recipe or Recipe()
     racing = order = [(name, rate) for name, own in grid.items() for rate in own]
     found: list[dict[Entry, Tensor | str]] = []
@@ -125,9 +125,9 @@ def audition(
             plan = repr((grid, recipe, budget, seed))
             ranks.agree(AuditionError, the_rows=batches.digest(), arguments=plan)
         total = sum(rung.racers * rung.steps for rung in rungs) * track.folds
-        with tqdm(total=total, disable=not (progress and ranks.rank == 0), desc="audition") as bar:
+        with Count("audition", total, progress and ranks.rank == 0) as count:
             for rung in rungs:
-                found.append(track.race(contenders, racing[: rung.racers], rung, bar.update))
+                found.append(track.race(contenders, racing[: rung.racers], rung, count.add))
                 racing = _ranked(found[-1])
                 order = [*racing, *(e for e in order if e not in racing)]
                 if len(racing) == 1:

@@ -17,6 +17,7 @@ from beft_ext.models import Bias, BiasMap
 from beft_ext.models.modes import quiet
 from beft_ext.models.wrappers import joint, whole
 from beft_ext.parallel import Ranks
+from beft_ext.progress import Count
 from beft_ext.selection.candidates import added, candidates_of, dead_of
 from beft_ext.selection.equations import number_of
 from beft_ext.selection.evidence import Collector, Evidence, Observe, apart
@@ -63,6 +64,7 @@ def measure_gains(
     groups: str | None = None,
     parts: int = 1,
     seed: int = 0,
+    progress: bool = False,
 ) -> Gains:
     """Tell what each bias term alone would explain of unseen loss, before any training.
 
@@ -92,6 +94,7 @@ def measure_gains(
         parts: that each batch is read in, one after another, in less memory.
         seed: of the folding, the directions that are drawn of many classes, the sign flips and
             the learning curve.
+        progress: show how many examples are read, on stderr: a bar, and lines in a log file.
     Returns:
         The gains of terms, bands of layers and sets, with their errors.
     Raises:
@@ -137,9 +140,10 @@ def measure_gains(
                 collector = Collector(
                     model, tap, alive, observe, examples, memory, seed, ranks, groups, each, parts
                 )
-                with collector.listening():
+                shown = progress and ranks.rank == 0
+                with collector.listening(), Count("gains", examples, shown) as count:
                     named = [t for t in dead if terms is None]
-                    return _looked(collector, iter(batches), named, seed)
+                    return _looked(collector, _counted(batches, collector, count), named, seed)
 
 
 def observed_by(loss: Loss) -> Observe:
@@ -205,6 +209,12 @@ def _rows_of_an_example(
     inputs = on_device(batch, device)
     alone = inputs if offsets_of(inputs) is not None else first_rows(inputs, 4)
     return number_of(observe(model, alone))
+
+
+def _counted(batches: Iterable[Batch], collector: Collector, count: Count) -> Iterator[Batch]:
+    for batch in batches:
+        count.to(collector.total)
+        yield batch
 
 
 def _looked(collector: Collector, batches: Iterator[Batch], dead: list[str], seed: int) -> Gains:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from beft_ext import __version__
 from beft_ext.errors import BeftError
 from beft_ext.files import DIGEST, UNSEALED, digest, save_json
 
@@ -146,7 +147,7 @@ class Audition:
 
     def save(self, path: str | Path) -> None:
         """Write the record as JSON, with a digest; ``read_audition`` reads it."""
-        save_json(path, self.record() | {DIGEST: UNSEALED})
+        save_json(path, {"version": __version__, **self.record(), DIGEST: UNSEALED})
 
     @classmethod
     def of(cls, record: Mapping[str, Any]) -> Audition:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from beft_ext import scores
+from beft_ext import __version__, scores
 from beft_ext.errors import BeftError
 from beft_ext.files import (
     DIGEST,
@@ -155,8 +155,8 @@ class Selection:
 
         Args:
             folder: is made where it does not exist.
-            about: what else ``selection.json`` keeps, as JSON: the version and the task, whose name
-                the picture's title says.
+            about: what else ``selection.json`` keeps, as JSON: the ``task`` and the ``file`` of its
+                rows, of which the picture's title says the name.
         Raises:
             OSError: the disk is full, or the folder cannot be written to.
         """
@@ -164,6 +164,7 @@ class Selection:
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
         record = {
             **(about or {}),
+            "version": __version__,
             "model": self.model,
             "method": self.method,
             "best": next(iter(self.ranking.get(self.method, [])), None),
@@ -182,14 +183,15 @@ class Selection:
             record["biases"] = write_tensors(temporary / BIASES, tensors)
             if self.gains is not None:
                 record["grams"] = write_tensors(temporary / GRAMS, self.gains.tensors())
-            task = (about or {}).get("task", {}).get("name", "")
+            about = about or {}
+            task = about.get("task", {}).get("name") or about.get("file", "")
             draw(self.plot, temporary / PICTURE, task)
             write_json(temporary / RECORD, _nulls(record))
 
 
 RECORD_KEYS = {"method", "best", "ranking", "scores", "per_layer", "undefined", "dead", "losses"}
 RECORD_KEYS |= {"model", "steps", "above_90_degrees", "biases", "gains", "grams", DIGEST}
-RECORD_KEYS |= {"version", "task"}
+RECORD_KEYS |= {"version", "task", "file"}
 RECORD_KEYS |= {"settled"}  # of older files
 
 

@@ -15,6 +15,7 @@ from beft_ext.models import Bias, head_parameters, offload
 from beft_ext.models.offload import Values, device_of
 from beft_ext.models.wrappers import class_of, is_shard, reshard, sharded
 from beft_ext.parallel import Ranks, here
+from beft_ext.progress import Count
 from beft_ext.selection.result import SelectionError
 from beft_ext.tap import Tap
 from beft_ext.training.data import digest_of
@@ -186,19 +187,17 @@ class Run:
 
     def train(self, loader: Iterable[Batch], progress: bool) -> list[float]:
         """The loss of each step."""
-        from tqdm import tqdm
-
         losses: list[float] = []
         self.model.train()
-        progress = progress and self.ranks.rank == 0
-        with tqdm(total=self.steps, disable=not progress, desc="select") as bar:
+        with Count("select", self.steps, progress and self.ranks.rank == 0) as count:
             while True:
                 before = self.done
                 for batch in side_by_side(self.ranks, loader):
                     losses.append(self._train_on(batch))
-                    bar.update()
-                    if progress and self.done % 10 == 0:
-                        bar.set_postfix(loss=f"{losses[-1]:.3f}", leading=self._leading())
+                    told = None
+                    if count.shown and self.done % 10 == 0:
+                        told = {"loss": f"{losses[-1]:.3f}", "leading": self._leading()}
+                    count.add(said=told)
                     if self.done == self.steps:
                         return losses
                 if self.done == before:

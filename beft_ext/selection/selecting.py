@@ -102,7 +102,7 @@ def select(
             memory, but for dropout's draws and rounding.
         seed: of the run's random numbers; the global random state is put back.
         deterministic: on a GPU, take torch's deterministic algorithms alone; it costs time.
-        progress: show a bar.
+        progress: show how far it is, on stderr: a bar, and lines in a log file.
     Returns:
         Gains, scores, rankings, and the biases before and after the run.
     Raises:
@@ -147,6 +147,7 @@ def select(
                     parts=parts,
                     groups=groups,
                     seed=seed,
+                    progress=progress,
                 )
             if gains_alone:
                 return replace(_of_gains(gains), model=name_of(model))

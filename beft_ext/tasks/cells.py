@@ -22,6 +22,8 @@ from beft_ext.errors import BeftError
 
 Row = dict[str, object]
 
+# Of the columns that are taken where nobody names one: what does.
+OPTIONS = {"sentence": "--text-column", "label": "--label-column"}
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d{1,4})?", re.ASCII | re.IGNORECASE)
 BOOLEANS = {"false": Decimal(0), "true": Decimal(1)}
 _PLAIN = (bool, int, float, Decimal, datetime.date, datetime.time)
@@ -42,7 +44,8 @@ def column(row: Mapping[str, object], name: str) -> object:
     found = _inside(row, name)
     if found is _ABSENT:
         columns = ", ".join(map(shown, list(row)[:20])) + (", ..." if len(row) > 20 else "")
-        raise DataError(f"no column '{shown(name)}'; it has {columns}")
+        way = f": {OPTIONS[name]} names another" if name in OPTIONS else ""
+        raise DataError(f"no column '{shown(name)}'; it has {columns}{undivided(list(row)) or way}")
     if found is None:
         raise DataError(f"column '{shown(name)}' has no value")
     return found.tolist() if isinstance(found, (np.generic, np.ndarray)) else found
@@ -133,6 +136,14 @@ def distinct(columns: Sequence[str]) -> None:
         if name and name in seen:
             raise DataError(f"column '{shown(name)}' is there twice")
         seen.add(name)
+
+
+def undivided(columns: Sequence[str]) -> str:
+    """What to do about a header that is one cell because another sign stands between the names;
+    empty where it is not."""
+    signs = {";": "semicolons", "\t": "tabs", ",": "commas"}
+    found = next((s for s in signs if len(columns) == 1 and s in columns[0]), "")
+    return f": {signs[found]} stand between its columns, so save it anew as csv" if found else ""
 
 
 def shown(value: object) -> str:

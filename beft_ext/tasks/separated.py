@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from beft_ext.tasks.cells import DataError, Row, distinct
+from beft_ext.tasks.cells import DataError, Row, distinct, undivided
 
 if TYPE_CHECKING:
     from pyarrow import ChunkedArray
@@ -162,6 +162,8 @@ def _cut(
         row = misfits[0]
         more = delimiter == "," and row.actual_columns > row.expected_columns
         quoting = "; put quotes around a text that holds a comma" * more
+        if first and row.expected_columns == 1:
+            quoting = undivided([first.group()]) or quoting
         raise DataError(
             f"row {before + row.number - 1} does not fit the header: it has {row.actual_columns} "
             f"cells, not {row.expected_columns}{quoting}"

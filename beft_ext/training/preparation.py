@@ -55,6 +55,7 @@ class Prepared(state.Record):
         parameters: number of the model's elements, the added ones included.
         adapter_bytes: size of the tensors that ``save_adapter`` writes.
         required: ``requires_grad`` of each parameter before, by name.
+        beside: parameters of the wrapper around the model, which are frozen too, with theirs.
         outside: what keeps the rest of fused parameters from training; a deep copy of the model
             takes it along.
         again: handles of the hooks by which a backward reads offloaded weights.
@@ -76,6 +77,7 @@ class Prepared(state.Record):
     parameters: int
     adapter_bytes: int
     required: dict[str, bool] = field(repr=False)
+    beside: list[tuple[nn.Parameter, bool]] = field(default_factory=list, repr=False)
     outside: list[_Outside] = field(default_factory=list, repr=False)
     again: list[RemovableHandle] = field(default_factory=list, repr=False)
 
@@ -151,7 +153,7 @@ def prepare(
         >>> len(trained), trained[0]
         (4, 'bert.encoder.layer.1.attention.self.query.bias')
     """
-    replicated = wrappers.replicated(model)
+    replicated, beside = wrappers.replicated(model), wrappers.beside(model)
     model = wrappers.whole(model, PrepareError, replicas=True)
     _check_free(model)
     found = _projections(model, biases)
@@ -184,6 +186,7 @@ def prepare(
         parameters=sum(p.numel() for p in model.parameters()),
         adapter_bytes=_adapter_bytes(model, own, head.values()),
         required=required,
+        beside=[(p, p.requires_grad) for p in beside],
     )
     mark(model, prepared)
     if added:
@@ -248,6 +251,8 @@ def prepared_of(model: nn.Module) -> Prepared | None:
 def mark(model: nn.Module, prepared: Prepared) -> None:
     """Set ``requires_grad`` and the hooks that ``prepared`` asks for, and leave it on the model."""
     model.requires_grad_(False)
+    for parameter, _ in prepared.beside:
+        parameter.requires_grad_(False)
     for name in (*prepared.head, *(b.parameter for b in prepared.biases)):
         model.get_parameter(name).requires_grad_(True)
     by_parameter: dict[str, list[Bias]] = {}
@@ -272,6 +277,8 @@ def unmark(model: nn.Module) -> Prepared:
     for handle in prepared.again:
         handle.remove()
     prepared.again.clear()
+    for parameter, required in prepared.beside:
+        parameter.requires_grad_(required)
     as_before = any(prepared.required.values())
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(prepared.required.get(name, as_before))

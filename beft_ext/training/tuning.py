@@ -9,17 +9,17 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from beft_ext import parallel
+from beft_ext import __version__, parallel
 from beft_ext.errors import BeftWarning
 from beft_ext.files import JsonObject, save_tensors, sweep, whole_file
 from beft_ext.models import wrappers
 from beft_ext.models.modes import cuda_devices, repeatable
 from beft_ext.models.offload import device_of, is_offloaded
+from beft_ext.progress import Count
 from beft_ext.training.checkpoint import machine, model_digest, read_checkpoint
 from beft_ext.training.data import Batch, Passes, digest_of, generators, length_of
 from beft_ext.training.evaluation import Evaluation, Judge
@@ -29,9 +29,6 @@ from beft_ext.training.loss import Loss, model_loss
 from beft_ext.training.optim import BiasAdamW, rate_factor
 from beft_ext.training.recipe import Progress, Recipe, TuningError
 from beft_ext.training.steps import EagerStep, GraphedStep, JoinedStep
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 __all__ = ["CHECKPOINT", "Progress", "Recipe", "TuningError", "tune"]
 
@@ -86,7 +83,7 @@ def tune(
             is broken off there.
         resume: go on from the checkpoint in ``folder``; begin anew where that has none.
         save_every: training steps from checkpoint to checkpoint. Each epoch ends with one too.
-        progress: show a bar.
+        progress: show how far it is, on stderr: a bar, and lines in a log file.
         report: called with the record of each epoch as it ends; of several ranks, by the first.
     Returns:
         Where the run stands at its end. The model has the parameters of the best epoch, the
@@ -222,20 +219,19 @@ class _TuningRun:
         progress: bool,
         report: Callable[[Mapping[str, float]], None] | None,
     ) -> None:
-        from tqdm import tqdm
-
         state = self.state
-        with tqdm(total=self.steps, initial=state.step, disable=not progress, desc="tune") as bar:
+        with Count("tune", self.steps, progress, state.step) as count:
             while len(state.history) < self.recipe.epochs:
                 epoch = state.step // self.per_epoch
                 if epoch == len(state.history):  # not between an epoch's last step and its end
-                    self._epoch(epoch, save_every, bar)
+                    self._epoch(epoch, save_every, count)
                 self._end_epoch()
                 if report is not None:
+                    count.make_room()
                     report(state.history[-1])
                 self.save()
 
-    def _epoch(self, epoch: int, save_every: int, bar: tqdm) -> None:
+    def _epoch(self, epoch: int, save_every: int, count: Count) -> None:
         batches, self.rest = self.rest or self.passes.epoch(epoch), None
         self.model.train()
         done = self.state.step - epoch * self.per_epoch
@@ -248,8 +244,7 @@ class _TuningRun:
             if done > self.per_epoch:
                 break
             self._train_on(batch)
-            bar.update()
-            bar.set_postfix(loss=f"{self.state.loss_sum / done:.3f}")
+            count.add(said={"loss": f"{self.state.loss_sum / done:.3f}"})
             if self.state.step % save_every == 0:
                 self.save()
         if done != self.per_epoch:
@@ -332,7 +327,7 @@ class _TuningRun:
         record["parts"] = self.training_step.parts
         parts = {"run": self.identity, "machine": machine(self.device, self.ranks.size)}
         parts["progress"] = record | {"batches": "+".join(digest for _, digest in every)}
-        metadata = {k: json.dumps(v) for k, v in parts.items()}
+        metadata = {"version": __version__} | {k: json.dumps(v) for k, v in parts.items()}
         save_tensors(self.folder / CHECKPOINT, tensors, metadata)
 
     def load(self, path: Path) -> None:

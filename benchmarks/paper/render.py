@@ -202,7 +202,8 @@ def _difference(record: store.Record) -> str:
         theirs = "all" if theirs is None else f"{theirs:,g}"
         said.append(f"{ours} in place of {theirs}")
     if record["ran"] != record["method"]:
-        said.append(f"run as {record['ran']}")
+        dead = ": softmax ignores this model's key bias" * ("key" in record["method"])
+        said.append(f"run as {record['ran']}{dead}")
     if record["data"]:
         said.append("generated data")
     return "; ".join(said)
@@ -259,8 +260,9 @@ def _draw(records: Sequence[store.Record]) -> None:
         for score, rows in record.get("per_layer", {}).items():
             numbers = {t: [math.nan if x is None else x for x in row] for t, row in rows.items()}
             name = record["stand_in"] or record["model"].split("/")[-1]
+            title = f"{name}, {record['task']}: {score}"
             with whole_file(DOCS / _picture(name, score)) as temporary:
-                heatmap(numbers, f"{score}, {name}, {record['task']}", temporary)
+                heatmap(numbers, title, temporary, score=score, dead=record["dead"])
 
 
 def main() -> None:

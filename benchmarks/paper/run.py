@@ -36,9 +36,8 @@ from beft_ext.commands.sources import Source
 from beft_ext.commands.workflow import Settings
 from beft_ext.models import BiasError
 from beft_ext.selection import Selection
-from beft_ext.tasks import subset
+from beft_ext.tasks import PromptObjective, subset
 
-DEAD_TERM = f"{store.DEAD}: softmax ignores this model's key bias, its gradient is exactly zero"
 BIAS_OF_KEY = ("key", "low-rank:key")
 HEATMAP_SCORES = ("beft", "magnitude", "fisher")
 FISHER_BATCH, STILL = 8, 1e-12  # the authors' Fisher information is of untrained weights
@@ -109,14 +108,9 @@ def run(table: str, place: Place, wanted: Sequence[Cell], seeds: int) -> None:
                 told.add((cell.model, cell.task, cell.regime))
                 continue
             store.forget(group, place.out)
-            dead = begun(cell, place, cell.method, None)
             record = begun(cell, place, cell.method, seed)
-            if store.done(record, place.out) or store.done(dead, place.out):
-                continue
-            if cell.method in BIAS_OF_KEY and _key_is_dead(place.asked(cell), cell.task, place):
-                _keep(dead | {"failure": DEAD_TERM}, place)
-                continue
-            _keep(_measured(record, cell, place, seed), place)
+            if not store.done(record, place.out):
+                _keep(_measured(record, cell, place, seed), place)
 
 
 def _measured(record: store.Record, cell: Cell, place: Place, seed: int) -> store.Record:
@@ -179,7 +173,9 @@ def _importance(cell: Cell, place: Place, seed: int) -> store.Record:
 
 def _ran(cell: Cell, place: Place) -> str:
     """The method as it is run: a stand-in's random mask has as many places as it has biases,
-    which the authors' number is near to."""
+    which the authors' number is near to; a key's bias that is dead leaves what trains beside it."""
+    if cell.method in BIAS_OF_KEY:
+        return _without_key(place.asked(cell), cell.task, place) or cell.method
     if place.model is None or not cell.method.startswith("random-mask"):
         return cell.method
     model, _ = ModelSpec(place.model).load(Source(cell.task).task)
@@ -222,13 +218,17 @@ def _train(task: str, data: Path | None) -> list[Any]:
 
 
 @cache
-def _key_is_dead(model: str, task: str, place: Place) -> bool:
+def _without_key(model: str, task: str, place: Place) -> str | None:
+    """The method that training a dead key's bias comes to: softmax ignores it, so its gradient is
+    exactly zero. None where it is not dead."""
     loaded, objective = ModelSpec(model).load(Source(task).task)
     loader = objective.training(_train(task, place.data)[:4], 4, 0)
     try:
-        return "key" in select(loaded, loader, "beft", loss=objective.loss, steps=1).dead
+        found = select(loaded, loader, "beft", loss=objective.loss, steps=1)
     except BiasError:
-        return False
+        return None
+    alone = "zero-shot" if isinstance(objective, PromptObjective) else "head"
+    return alone if "key" in found.dead else None
 
 
 def _machine() -> store.Record:

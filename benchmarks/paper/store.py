@@ -10,7 +10,6 @@ from typing import Any
 from beft_ext.files import whole_file
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "paper"
-DEAD = "dead"  # how the failure of a term that cannot be trained begins: it stays
 KEY = ("table", "model", "stand_in", "task", "regime", "method", "seed", "hyper")
 SETUP = ("ran", "stand_in", "data", "task", "seed", "hyper")
 
@@ -46,7 +45,8 @@ def forget(record: Record, folder: Path = RESULTS) -> None:
 
 def done(record: Record, folder: Path = RESULTS) -> bool:
     """Whether the run that ``record`` begins to describe is there, and not as a failure."""
-    return any(_key(r) == _key(record) and _final(r) for r in read(record["table"], folder))
+    records = read(record["table"], folder)
+    return any(_key(r) == _key(record) and r["failure"] is None for r in records)
 
 
 def twin(record: Record, tables: Iterator[str], folder: Path = RESULTS) -> Record | None:
@@ -65,10 +65,6 @@ def _path(table: str, folder: Path) -> Path:
 
 def _key(record: Record) -> tuple[Any, ...]:
     return tuple(record[k] for k in KEY)
-
-
-def _final(record: Record) -> bool:
-    return record["failure"] is None or record["failure"].startswith(DEAD)
 
 
 def _write(table: str, records: list[Record], folder: Path) -> None:

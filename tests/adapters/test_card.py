@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from conftest import CONFIGS, SIZES, batch, close, tiny
 
+import beft_ext
 from beft_ext import prepare, save_adapter, select
 from beft_ext.adapters.card import model_card
 from beft_ext.adapters.contents import Contents
@@ -148,6 +149,7 @@ def test_the_card_names_data_metric_classes_and_selection_with_their_errors(tmp_
     assert f"{gains.values[best]:.3f}" in card and f"{gains.errors[best]:.3f}" in card
     facts = json.loads((tmp_path / "adapter_config.json").read_text())["auto_mapping"]["beft_ext"]
     assert facts["data"] == about["data"] and facts["evaluation"] == evaluation
+    assert facts["version"] == beft_ext.__version__
     about["evaluation"] = evaluation | {"after": None, "rows": "validation"}
     save_adapter(model, tmp_path, about=about)
     card = (tmp_path / "README.md").read_text()

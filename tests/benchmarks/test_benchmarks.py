@@ -3,7 +3,10 @@
 import argparse
 import functools
 import json
+import re
 import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,22 @@ def test_results_become_tables_and_plots(tmp_path):
     for name in ("operators", "training"):
         drawn = (tmp_path / "docs" / f"{name}-cpu.svg").read_text()
         assert plots.source(folder / f"{name}.json") in drawn
+
+
+def test_a_record_says_when_how_and_beside_what_it_was_measured(tmp_path, monkeypatch):
+    import harness
+
+    assert harness._commit() is None or re.fullmatch(r"[0-9a-f]{12}(-dirty)?", harness._commit())
+    monkeypatch.setattr(harness, "ROOT", tmp_path)  # no repository
+    monkeypatch.setattr(sys, "argv", ["/x/benchmarks/bench_rows.py", "--rounds", "3"])
+    begun = datetime.now(UTC).isoformat(timespec="minutes")
+    harness.write("rows", argparse.Namespace(device="cpu", quick=False), {"pass": {}})
+    (path,) = (tmp_path / "benchmarks" / "results" / "cpu").iterdir()
+    record = json.loads(path.read_text())
+    assert record["date"] >= begun and record["commit"] is None and record["pass"] == {}
+    assert record["command"] == "python benchmarks/bench_rows.py --rounds 3"
+    for name, found in record["peers"].items():
+        assert found == version(name)
 
 
 def test_a_peer_that_fails_is_shown_with_its_reason():

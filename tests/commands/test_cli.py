@@ -51,6 +51,7 @@ def test_biases_and_doctor(minilm, capsys):
         (["--task", "sst2", "--data", "nowhere"], "no such file"),
         ([], "--task NAME or --train-file"),
         (["--train-file", "DATA", "--text-column", "text"], "no column 'text'"),
+        (["--train-file", "OTHER"], "it has text, label: --text-column names another"),
         (["--train-file", "DATA", "--train-size", "100000"], "--train-size"),
         (["--train-file", "EMPTY"], "no rows"),
         (["--train-file", "BROKEN"], "cannot be read"),
@@ -60,10 +61,12 @@ def test_biases_and_doctor(minilm, capsys):
 def test_bad_input_is_one_line_and_exit_code_2(minilm, tmp_path, capsys, args, message):
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "broken.jsonl").write_text("{")
+    (tmp_path / "other.csv").write_text("text,label\na,x\nb,y\n")
     names = {
         "DATA": str(DATA / "train.jsonl"),
         "EMPTY": str(tmp_path / "empty.jsonl"),
         "BROKEN": str(tmp_path / "broken.jsonl"),
+        "OTHER": str(tmp_path / "other.csv"),
     }
     out = tmp_path / "out"
     full = ["select", "--model", minilm, "--out", str(out), *(names.get(a, a) for a in args)]

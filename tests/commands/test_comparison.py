@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import tiny
 
+import beft_ext
 from beft_ext.commands.cli import main
 from beft_ext.commands.comparison import Outcome, add
 from beft_ext.commands.demo import DATA
@@ -25,11 +26,15 @@ def compare(model, out, methods, *more):
     return main(["compare", "--model", model, *FILES, *SHORT, *names, *more])
 
 
+def read(folder):
+    return json.loads((folder / "comparison.json").read_text())
+
+
 def test_every_method_of_an_encoder(tiny_folder, tmp_path, capsys):
     pytest.importorskip("peft", reason="peft is not installed")
     methods = [m for m in METHODS if m not in ("zero-shot", "in-context", "prefix")]
     assert compare(tiny_folder, tmp_path, [*methods, "query+value", "zero-shot"]) == 0
-    rows = {r["method"]: r for r in json.loads((tmp_path / "comparison.json").read_text())}
+    rows = {r["method"]: r for r in read(tmp_path)["methods"]}
     failed = {name: row["failure"] for name, row in rows.items() if row["failure"]}
     assert list(failed) == ["zero-shot"] and "use a decoder" in failed["zero-shot"]
     head = 32 * 32 + 32 + 32 * 2 + 2  # BERT's classifier alone: the pooler is of the base model
@@ -50,7 +55,7 @@ def test_the_picture_says_model_guess_and_the_model_as_it_is(tiny_folder, tmp_pa
     monkeypatch.setattr(plots, "methods", lambda *_, **options: told.append(options))
     assert compare(tiny_folder, tmp_path, ["head"]) == 0
     folder = "/".join(Path(tiny_folder).parts[-2:])
-    assert told == [{"title": folder, "chance": 0.5, "zero_shot": None}]
+    assert told == [{"title": f"{folder}, train.jsonl", "chance": 0.5, "zero_shot": None}]
 
 
 def test_every_method_of_a_decoder(tiny_decoder, tmp_path):
@@ -59,7 +64,13 @@ def test_every_method_of_a_decoder(tiny_decoder, tmp_path):
     config.write_text(json.dumps(QUESTION))
     methods = [m for m in METHODS if m != "head"]
     assert compare(tiny_decoder, tmp_path, [*methods, "head"], "--task-config", str(config)) == 0
-    rows = {r["method"]: r for r in json.loads((tmp_path / "comparison.json").read_text())}
+    found = read(tmp_path)
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    for about in (found, *(run["about"] for run in runs)):  # what was asked, and by which version
+        assert about["version"] == beft_ext.__version__
+        assert about["task"]["prompt"] == QUESTION["prompt"]
+    assert found["model"] == tiny_decoder
+    rows = {r["method"]: r for r in found["methods"]}
     failed = {name: row["failure"] for name, row in rows.items() if row["failure"]}
     assert list(failed) == ["head"] and "no task head" in failed["head"]
 
@@ -68,7 +79,7 @@ def test_layers_of_terms_are_methods(tiny_folder, tmp_path):
     pytest.importorskip("peft", reason="peft is not installed")
     methods = ["head", "value@1", "query@0+value", "lora:value@0", "low-rank:value@1", "value@2"]
     assert compare(tiny_folder, tmp_path, methods) == 0
-    rows = {r["method"]: r for r in json.loads((tmp_path / "comparison.json").read_text())}
+    rows = {r["method"]: r for r in read(tmp_path)["methods"]}
     failed = {name: row["failure"] for name, row in rows.items() if row["failure"]}
     assert list(failed) == ["value@2"] and "the model has 2 layers, 0 to 1" in failed["value@2"]
     head = rows["head"]["parameters"]

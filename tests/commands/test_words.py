@@ -130,14 +130,15 @@ def test_what_cannot_work_is_told_before_the_training(
 
 
 def test_lines_come_in_a_log_as_the_work_goes_on(tiny_folder, tuned, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("beft_ext.commands.progress.FIRST", 0.0)
-    monkeypatch.setattr("beft_ext.commands.progress.EVERY", 0.0)
+    monkeypatch.setattr("beft_ext.progress.FIRST", 0.0)
+    monkeypatch.setattr("beft_ext.progress.EVERY", 0.0)
     files = ["--train-file", str(tuned / "train.csv"), "--validation-split", "0.2"]
     args = ["tune", "--model", tiny_folder, *files, "--out", str(tmp_path), "--epochs", "2"]
-    assert main([*args, "--batch-size", "4"]) == 0
+    raced = ["--batch-size", "4", "--audition-budget", "12"]
+    assert main([*args, *raced]) == 0
     printed = capsys.readouterr()
     lines = printed.err.splitlines()
-    for told in ("gains: 3 of 4", "evaluation: 1 of 1", "training steps of this epoch: 3 of 4"):
+    for told in ("gains: 8 of 13", "audition: 1 of", "evaluation: 1 of 1", "tune: 3 of 8"):
         assert any(line.startswith(told) for line in lines), lines
     order = [
         "sure",

@@ -90,7 +90,7 @@ def test_resuming_what_is_done_changes_nothing(tiny_folder, tuned):
         (["tune", "--batch-size", "0"], "--batch-size"),
         (["tune", "--lr", "auto", "--audition-budget", "nan"], "--audition-budget"),
         (["select", "--group-by", "user"], "row 1: no column 'user'"),
-        (["evaluate", "--adapter", "nowhere"], "nowhere"),
+        (["evaluate", "--adapter", "nowhere"], "no adapter folder at nowhere"),
         (["merge", "--adapter", "nowhere"], "nowhere"),
     ],
 )

@@ -10,6 +10,7 @@ from beft_ext import (
     load_adapter,
     merge_adapter,
     prepare,
+    restore,
     save_adapter,
     select,
     set_adapter,
@@ -109,6 +110,32 @@ def test_the_wrapper_and_the_model_inside_give_the_same_files(case, tiny_folder,
         assert prepared_of(way(fresh)).terms == ("value",)
         merge_adapter(fresh).save_pretrained(str(tmp_path / "merged"))
         close(outputs(make(str(tmp_path / "merged"))), want)
+
+
+class Dense(torch.nn.Linear):
+    """As sentence-transformers' own, whose place differs between versions."""
+
+    def forward(self, features):
+        features["sentence_embedding"] = super().forward(features["sentence_embedding"])
+        return features
+
+
+def test_what_lies_beside_the_model_inside_is_frozen_and_given_back(tiny_folder, tmp_path):
+    """A Dense module comes after the transformer, and no adapter has it."""
+    wrapper = encoder(tiny_folder)
+    wrapper.append(Dense(outputs(wrapper).shape[1], 8))
+    wrapper[-1].bias.requires_grad_(False)
+    before = {n: p.requires_grad for n, p in wrapper.named_parameters()}
+    loss, batches = similarity(wrapper), [pairs(wrapper, number) for number in range(3)]
+    assert prepare(wrapper, "value").head == []
+    trained = [n for n, p in wrapper.named_parameters() if p.requires_grad]
+    assert trained and all(n.endswith("value.bias") for n in trained)
+    dense = wrapper[-1].weight.clone()
+    tune(wrapper, batches, recipe=Recipe(epochs=1, lr=1e-2), loss=loss)
+    assert torch.equal(wrapper[-1].weight, dense) and wrapper[-1].weight.grad is None
+    save_adapter(wrapper, tmp_path)
+    restore(wrapper)
+    assert {n: p.requires_grad for n, p in wrapper.named_parameters()} == before
 
 
 def outputs(wrapper):

@@ -1,5 +1,6 @@
 """audition: the right racer wins, in pairs and within its budget, and nothing else is changed."""
 
+import json
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -8,6 +9,7 @@ import pytest
 import torch
 from conftest import batch, tiny
 
+import beft_ext
 from beft_ext import load_adapter, prepare, restore, save_adapter, set_adapter
 from beft_ext.models import state as records
 from beft_ext.selection import (
@@ -311,6 +313,7 @@ def test_the_record_is_read_again(tmp_path):
     found.save(path)
     again = read_audition(path)
     assert again == found and again.record() == found.record()
+    assert json.loads(path.read_text())["version"] == beft_ext.__version__
     text = str(again)
     assert "diverged" in text and "'value' won at 0.01 (the smallest of its rates)" in text
     whole = path.read_text()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import beft_ext
 from beft_ext import SelectionError, plots
 from beft_ext.files import save_json
 from beft_ext.scores import SCORES
@@ -78,7 +79,7 @@ def test_the_picture_says_model_task_and_score_and_shows_the_dead(made, tmp_path
     assert len(rows["key"]) == 3 and all(map(math.isnan, rows["key"]))
     assert told == {"score": "beft", "dead": ["key"]}
     with suppress(FileNotFoundError):
-        found.save(tmp_path, {"version": "1", "task": {"name": "sst2", "text": "{sentence}"}})
+        found.save(tmp_path, {"task": {"name": "sst2", "text": "{sentence}"}})
     assert seen[-1][1] == "models/tiny-bert, sst2: beft"
 
 
@@ -86,6 +87,7 @@ def test_the_record_is_plain_json(made, tmp_path):
     """For any reader: null where there is no number, and what no table shows."""
     made.save(tmp_path)
     record = json.loads((tmp_path / RECORD).read_text(), parse_constant=lambda name: 1 / 0)
+    assert record["version"] == beft_ext.__version__
     assert record["best"] == "query" and record["above_90_degrees"] == ["1.query"]
     assert record["scores"]["beft"] == {"query": 0.5, "key": 0, "value": None}
     assert record["per_layer"]["beft"]["value"] == [None, 1.0]

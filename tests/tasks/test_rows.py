@@ -209,6 +209,9 @@ def test_odd_names_of_columns_are_reached(tmp_path):
 DEEP = b"[" * 100_000 + b"]" * 100_000
 BROKEN = [
     ("x.csv", b"a,y\nx,1\nGood, but long,1\n", "row 2 does not fit the header: it has 3 cells"),
+    ("x.csv", b"a;y\nx;1\n", "row 1: no column 'a'; it has a;y: semicolons stand between its col"),
+    ("x.csv", b"a\ty\nx\t1\n", "row 1: no column 'a'; it has a.ty: tabs stand between its columns"),
+    ("x.csv", b"a;y\nx;1\nx, y;1\n", "it has 2 cells, not 1: semicolons stand between its columns"),
     ("x.csv", b"a,y\nx,1\n\nx\n", "row 2 does not fit the header: it has 1 cells, not 2$"),
     ("x.tsv", b"a\ty\nx\t1\ny\t1\t\n", "row 2 does not fit the header: it has 3 cells, not 2$"),
     ("x.tsv", b'a\ty\n"x\t1\ny\n', "row 2 does not fit the header"),

@@ -16,6 +16,7 @@ from conftest import batch, tiny
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+import beft_ext
 from beft_ext.errors import BeftWarning
 from beft_ext.training import tuning
 from beft_ext.training.data import Passes, digest_of
@@ -168,6 +169,7 @@ def test_a_checkpoint_is_written_every_fifty_steps(tmp_path):
         tune(prepared(), data, falling_loss, tmp_path, Recipe(epochs=1))
     with safe_open(tmp_path / CHECKPOINT, "pt") as file:
         assert json.loads(file.metadata()["progress"])["step"] == 50
+        assert file.metadata()["version"] == beft_ext.__version__
 
 
 SCRIPT = """
