@@ -32,6 +32,9 @@ MADE = MODELS | {
     )
 }  # fmt: skip
 MODELS["encoder in fp64"] = MADE["encoder in fp64"] = lambda: MODELS["encoder"]().double()
+# Four ranks on a machine of two cores take their time.
+NAMES = {2: list(MODELS), 4: ["encoder", "bias-free"]}
+CASES = [(size, name) for size, names in NAMES.items() for name in names]
 STEPS = 4
 ROWS = {2: (5, 3), 4: (4, 2, 1, 1)}  # of each rank's batches
 MISSING = {4: (3, 2)}  # the rank and the step that it has no batch for, and none after

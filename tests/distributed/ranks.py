@@ -11,7 +11,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from rank_data import (
     FOLDED,
-    MODELS,
+    NAMES,
     STEPS,
     batch,
     batches_of,
@@ -200,7 +200,7 @@ def main(out, size):
     dist.init_process_group("gloo")
     rank, found = dist.get_rank(), {}
     no_gloo = without_gloo()
-    for name in MODELS:
+    for name in NAMES[size]:
         own = batches_of(name, size, rank)
         for how, make in (("", model_of), (", sharded", lambda name: shard(model_of(name)))):
             found[f"{name}{how}"] = selection_of(make(name), own)

@@ -33,7 +33,7 @@ def jobs(launch, tmp_path_factory):
             out = tmp_path_factory.mktemp(f"ranks-{size}")
             if size == 2:
                 ranks.save_state(data.model_of("encoder"), out / "state-of-one")
-            known[size] = out, *launch(size, SCRIPT, out, size)
+            known[size] = out, *launch(size, SCRIPT, out, size, seconds=300)
         out, codes, said = known[size]
         assert codes == [0] * size, "\n".join(err[-3000:] for _, err in said)
         found = [torch.load(out / f"{size}-{r}.pt", weights_only=False) for r in range(size)]
@@ -71,7 +71,7 @@ def size(request):
     return request.param
 
 
-@pytest.mark.parametrize("name", data.MODELS)
+@pytest.mark.parametrize(("size", "name"), data.CASES)
 def test_all_ranks_select_what_one_process_selects(jobs, size, name):
     own = jobs(size)
     one = ranks.selection_of(data.model_of(name), data.batches_of_all(name, size))
@@ -95,7 +95,7 @@ def test_all_ranks_select_what_one_process_selects(jobs, size, name):
         close(found["scores"][method], one["scores"][method], 1e-3)
 
 
-@pytest.mark.parametrize("name", data.MODELS)
+@pytest.mark.parametrize(("size", "name"), data.CASES)
 def test_the_first_step_is_that_of_one_process(jobs, size, name):
     model, batches = data.model_of(name), data.batches_of_all(name, size)
     prepare(model, "value")
@@ -115,7 +115,7 @@ def test_a_model_in_ddp_is_the_model_inside(jobs, size):
         same(found["wrapped"], found["encoder"])
 
 
-@pytest.mark.parametrize("name", data.MODELS)
+@pytest.mark.parametrize(("size", "name"), data.CASES)
 def test_a_sharded_model_is_the_whole_one(jobs, size, name):
     """To the bit; one rank has single rows, and none in the end."""
     for found in jobs(size):
