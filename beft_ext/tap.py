@@ -206,8 +206,13 @@ class Tap(AbstractContextManager["Tap"], state.Record):
             site.finish_step(self._step.row)
 
     def unlocated(self, batch: int, example_offsets: Tensor | None = None) -> bool | None:
-        """Whether a batch is packed, where the examples of its kind are still to be located; None
-        where they are known. Arguments as of ``step``."""
+        """Whether the examples of a kind of batch are still to be located.
+
+        Args:
+            batch, example_offsets: as for ``step``.
+        Returns:
+            Whether the batch is packed; None where its examples' places are known.
+        """
         packed = example_offsets is not None
         return packed if batch > 1 and packed not in self._located else None
 

@@ -159,7 +159,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
             ("a_t - half @ (q.T @ a_t)", "a_t"),
             (".argmin())\n    ridge", ".argmax())\n    ridge"),
             ("(1 / n + 1 / (n - 1)) ** 0.5", "(1 / n) ** 0.5"),
-            ("each(largest_of, grams)", "each(largest_of, grams[-1:])"),
+            ("each(largest_of, gains)", "each(largest_of, list(gains)[-1:])"),
             ("(1 + int(", "(int("),
             ("gram.values.sqrt() * (", "gram.values * ("),
             ("order[k::number]", "order[::number]"),
