@@ -130,8 +130,8 @@ def _picks(records: Sequence[Record]) -> list[str]:
         cells: list[str] = []
         for own in (*sized.values(), records):
             losses = [lost(r, way(r)) for r in own if way(r)]
-            mean = f"{statistics.fmean(losses):.1f}" if losses else "-"
-            cells += [mean] if own is records else [mean, f"{max(losses, default=0):.1f}"]
+            mean, worst = (f"{of(losses):.1f}" if losses else "-" for of in (statistics.fmean, max))
+            cells += [mean] if own is records else [mean, worst]
         spent = [s for r in records if (s := cost(r, name)) is not None]
         seconds = f"{statistics.median(spent):.0f}" if spent else "none"
         picks = sorted({term for r in records for term in way(r)})
@@ -243,7 +243,7 @@ def _orders(records: Sequence[Record]) -> list[str]:
     for name in ("gain", *RIVALS, *SCORES):
         cells = []
         for own in sized.values():
-            told = [(orders(r)[name], reached(r)) for r in own if name in orders(r)]
+            told = [(orders(r)[name], reached(r)) for r in own if orders(r).get(name)]
             cells.append(
                 f"{statistics.fmean(rank_correlation(*pair) for pair in told):.2f}" if told else "-"
             )

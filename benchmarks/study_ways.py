@@ -30,7 +30,8 @@ def gains_of(record: Record) -> Gains:
 
 
 def prior_without(records: Sequence[Record], cell: Record) -> Prior:
-    """Fitted to the large cells of the same model's other tasks."""
+    """Fitted to the large cells of the same model's other tasks; where there are none, that of
+    models without a study."""
     above: dict[str, list[float]] = {}
     for r in records:
         if r["model"] == cell["model"] and r["task"] != cell["task"] and r["size"] >= LARGE:
@@ -38,7 +39,7 @@ def prior_without(records: Sequence[Record], cell: Record) -> Prior:
             for term, value in values.items():
                 above.setdefault(term, []).append(value - statistics.fmean(values.values()))
     means = {term: statistics.fmean(found) for term, found in above.items()}
-    return Prior(means, SPREAD, "the other tasks")
+    return Prior(means, SPREAD, "the other tasks") if means else PRIORS["other"]
 
 
 def chosen(records: Sequence[Record], record: Record) -> Choice:
