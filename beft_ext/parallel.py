@@ -36,7 +36,7 @@ S = TypeVar("S")
 PATIENCE = "BEFT_RANK_TIMEOUT"  # seconds that ranks wait for each other
 LONGEST = 1800.0  # without it
 ALONE = 30.0  # seconds after which a plain model's call goes on by itself, where nobody else came
-CALLING = 5.0  # seconds in which a rank that still runs answers once another one was lost
+CALLING = 10.0  # seconds in which a rank that still runs answers once another one was lost
 BLOCK = 2**24  # elements that are added up at a time
 OBJECTS, SUMS, ROWS, FORWARD, BACKWARD = range(5)  # what ranks are about to do together
 
@@ -187,23 +187,32 @@ class Ranks:
 
     def _lost(self, error: RuntimeError) -> str:
         assert self._store is not None
+        silent = [0]  # where the store has gone with the rank that held it
         try:
             self._store.add(f"lost/{self.rank}", 1)
             self._hang_up(error)
-            until = time.monotonic() + CALLING
-            while True:
-                silent = [r for r in range(self.size) if not self._store.add(f"lost/{r}", 0)]
-                if not silent or time.monotonic() > until:
-                    break
-                time.sleep(0.05)
-        except RuntimeError:  # the store went with the rank that held it
-            silent = [0]
+            silent = self._silent("lost", range(self.size))
+            self._store.add(f"told/{self.rank}", 1)
+            if self.rank == 0:  # the store may end with this process, and others are asking
+                self._silent("told", [r for r in range(self.size) if r not in silent])
+        except RuntimeError:
+            pass
         if not silent:
             return f"the ranks lost each other ({str(error).splitlines()[0]}): start all anew"
         return (
             f"{_named(silent)} ended, or did not answer within {patience():g} s: see what is "
             f"printed there; {PATIENCE} sets the seconds to wait"
         )
+
+    def _silent(self, word: str, ranks: Iterable[int]) -> list[int]:
+        """Those of ``ranks`` that do not say the word within ``CALLING`` seconds."""
+        store, until = self._store, time.monotonic() + CALLING
+        assert store is not None
+        while silent := [r for r in ranks if not store.add(f"{word}/{r}", 0)]:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.05)
+        return silent
 
     def _hang_up(self, error: RuntimeError) -> None:
         """Close this rank's connections. Who is no neighbour of the lost one hears of it so, and
