@@ -417,3 +417,27 @@ def test_code_of_the_tokenizer_is_not_run(tmp_path):
 def test_the_skeleton_costs_no_memory(tmp_path):
     found = Folder.of(save(tmp_path, "bert"))
     assert {p.device.type for p in found.skeleton.parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_select_and_tune_find_out_by_themselves(tmp_path, capsys, name):
+    """Which term and which rate, also where a model has no bias."""
+    folder = save(tmp_path / "base", name)
+    rows = [
+        {"text": "ab"[i % 2] * (2 + i % 7) + "c" * (i % 5), "label": ("low", "high")[i % 2]}
+        for i in range(60)
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    files = ["--train-file", str(file), "--text-column", "text", "--new-head"]
+    assert main(["select", "--model", folder, *files, "--out", str(tmp_path / "s")]) == 0
+    found = json.loads((tmp_path / "s" / "selection.json").read_text())["gains"]
+    assert found["ranking"] and found["frontier"] and all(e > 0 for e in found["errors"].values())
+    capsys.readouterr()
+    run = ["--model", folder, *files, "--validation-split", "0.2", "--epochs", "1"]
+    assert main(["tune", *run, "--out", str(tmp_path / "t")]) == 0
+    out = capsys.readouterr().out
+    raced = json.loads((tmp_path / "t" / "audition.json").read_text())
+    assert f"auto: '{raced['best']}'" in out and f"train at {raced['rate']:.2g}" in out
+    config = json.loads((tmp_path / "t" / "adapter" / "adapter_config.json").read_text())
+    assert config["auto_mapping"]["beft_ext"]["terms"] == [raced["best"]]
