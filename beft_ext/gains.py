@@ -64,11 +64,15 @@ class Regression:
             )
 
     @cached_property
+    def block_of(self) -> Tensor:
+        """Which of the ``blocks`` each example is in, ``(N,)``."""
+        return self.groups.unique(return_inverse=True)[1]
+
+    @cached_property
     def blocks(self) -> list[Tensor]:
         """Numbers of the examples of each group."""
-        order = self.groups.argsort(stable=True)
-        counts = self.groups.unique(return_counts=True)[1]
-        return list(order.split(counts.tolist()))
+        order = self.block_of.argsort(stable=True)
+        return list(order.split(self.block_of.bincount().tolist()))
 
     @cached_property
     def places(self) -> list[Tensor]:
@@ -204,8 +208,7 @@ def gain(gram: Gram, regression: Regression) -> Gain:
     step = float((gram.values.sqrt() * (gram.vectors.T @ fitted[best])).norm()) / ridge
     before = regression.prior_errors
     each = torch.stack([errors[best].square(), before.square()], dim=-1)
-    of_group = regression.groups.unique(return_inverse=True)[1]
-    squares = each.new_zeros(len(regression.blocks), 2).index_add_(0, of_group, each)
+    squares = each.new_zeros(len(regression.blocks), 2).index_add_(0, regression.block_of, each)
     own, prior = squares.unbind(-1)
     value = 1 - float(own.sum() / prior.sum())
     spread = (1 - value) * prior - own

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from beft_ext.files import JsonObject
 from beft_ext.gains import GainError
+from beft_ext.models.terms import parse_terms
 from beft_ext.selection.evidence import Evidence
 
 GAIN = "gain"  # among the methods that a ranking may go by
@@ -139,10 +140,8 @@ class Gains:
         """
         every = [band for own in self.bands.values() for band in own]
         bottom, top = min(first for first, _ in every), max(last for _, last in every)
-        lowest = top
-        for term in terms.split("+"):
-            own = self.bands.get(term) or [tuple(map(int, term.partition("@")[2].split("-")))]
-            lowest = min(lowest, *(first for first, _ in own))
+        entries = parse_terms(terms)
+        lowest = min(min(self.bands[e.term])[0] if e.last is None else e.first for e in entries)
         return 1 - (lowest - bottom) / (2 * (top + 1 - bottom))
 
     def record(self) -> JsonObject:

@@ -162,8 +162,9 @@ class Selection:
         """
         tensors = {f"initial/{name}": t for name, t in self.initial.items()}
         tensors |= {f"current/{name}": t for name, t in self.current.items()}
+        about = about or {}
         record = {
-            **(about or {}),
+            **about,
             "version": __version__,
             "model": self.model,
             "method": self.method,
@@ -183,7 +184,6 @@ class Selection:
             record["biases"] = write_tensors(temporary / BIASES, tensors)
             if self.gains is not None:
                 record["grams"] = write_tensors(temporary / GRAMS, self.gains.tensors())
-            about = about or {}
             task = about.get("task", {}).get("name") or about.get("file", "")
             draw(self.plot, temporary / PICTURE, task)
             write_json(temporary / RECORD, _nulls(record))

@@ -24,6 +24,11 @@ def of_gpu(*_):
     )
 
 
+both = pytest.mark.parametrize("shortage, place, amount", [
+    (of_host, "host", "36028797018963968 bytes"), (of_gpu, "GPU", "20.00 MiB"),
+])  # fmt: skip
+
+
 @pytest.fixture
 def command(tiny_folder, tmp_path):
     rows = write(tmp_path / "rows.csv", ["refund", "praise"] * 8)
@@ -32,9 +37,7 @@ def command(tiny_folder, tmp_path):
     return [*args, "--out", str(tmp_path / "out")]
 
 
-@pytest.mark.parametrize("shortage, place, amount", [
-    (of_host, "host", "36028797018963968 bytes"), (of_gpu, "GPU", "20.00 MiB"),
-])  # fmt: skip
+@both
 def test_a_step_that_runs_out_says_what_to_lower(
     command, monkeypatch, capsys, shortage, place, amount
 ):
@@ -63,9 +66,7 @@ def test_pythons_own_shortage_and_a_verb_without_batches():
         raise MemoryError
 
 
-@pytest.mark.parametrize("shortage, place, amount", [
-    (of_host, "host", "36028797018963968 bytes"), (of_gpu, "GPU", "20.00 MiB"),
-])  # fmt: skip
+@both
 def test_a_shortage_that_was_made_into_another_error_is_told_too(
     command, monkeypatch, capsys, shortage, place, amount
 ):

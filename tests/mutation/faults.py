@@ -183,7 +183,7 @@ PLACES: dict[str, tuple[tuple[str, ...], Pairs]] = {
         ("selection/test_measuring.py",),
         [
             ("(2 * (top + 1 - bottom))", "(2 * (top - bottom))"),
-            ("min(lowest, *(first", "min(lowest, *(last"),
+            ("min(min(self.bands[e.term])[0] if", "min(max(self.bands[e.term])[0] if"),
         ],
     ),
     "beft_ext/selection/equations.py": (
